@@ -1,0 +1,168 @@
+"""The command line (Typer): parse, call, print.
+
+Tables go to stdout, warnings and errors to stderr. Exit status: 0 done, 1 a clear error on one
+or two lines, 2 wrong usage.
+"""
+
+import json
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from se_inject.errors import SEInjectError
+
+
+class _DefaultReport(typer.core.TyperGroup):
+    """``se-inject MODEL`` is ``se-inject report MODEL``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {name for param in self.get_params(ctx) for name in param.opts}
+        if args and args[0] not in self.commands and args[0] not in own:
+            args = ["report", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_DefaultReport,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="`se-inject MODEL` is short for `se-inject report MODEL`;"
+    " its options: `se-inject report --help`.",
+)
+
+
+@app.callback()
+def _about(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Squeeze-and-Excitation for a network you already have."""
+    if version:
+        from se_inject import __version__
+
+        print(f"se-inject {__version__}")
+        raise typer.Exit
+
+
+@app.command(name="report")
+def report_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A timm name (with tag; hf-hub: too), torchvision/NAME, or module:callable.",
+            show_default=False,
+        ),
+    ],
+    r: Annotated[
+        int, typer.Option("--r", help="Reduction ratio C / rd of the SE bottleneck.")
+    ] = 16,
+    divisor: Annotated[
+        int,
+        typer.Option(help="Bottleneck widths are multiples of this, and at least this."),
+    ] = 8,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only blocks that match this glob, such as 'layer4.*'. Repeatable.",
+            show_default="all",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="No blocks that match this glob; wins over --include. Repeatable.",
+            show_default="none",
+        ),
+    ] = None,
+    img_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Side of the input image in pixels.", show_default="the model's own"
+        ),
+    ] = None,
+    in_chans: Annotated[
+        int | None,
+        typer.Option(min=1, help="Input channels, for timm models.", show_default="the model's"),
+    ] = None,
+    show: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BLOCK",
+            help="Show the forward of this block as Python, before and after.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print exactly one JSON object.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Every site and every skipped addition.")
+    ] = False,
+) -> None:
+    """Report what SE blocks would add to MODEL: parameters and MACs, block by block.
+
+    The model is built without weights or downloads and is not run.
+
+    Examples:
+
+    - `se-inject resnet50 --r 16`
+
+    - `se-inject torchvision/mobilenet_v2 --img-size 192 --json`
+
+    - `se-inject my_pkg.nets:build --include 'stage3.*' --show stage3.0`
+    """
+    from se_inject.cost import count_costs
+    from se_inject.models import load_model
+    from se_inject.plan import plan_se
+    from se_inject.report import block_code, print_report, report_dict
+
+    network = load_model(model, in_chans=in_chans, meta=True)
+    plan = plan_se(
+        network,
+        r,
+        divisor=divisor,
+        include=include or None,
+        exclude=exclude or None,
+        example_input=_example_input(model, network, img_size, in_chans),
+    )
+    console = Console()
+    if show is not None:
+        console.print(block_code(plan, show))
+    elif as_json:
+        print(json.dumps(report_dict(model, plan, count_costs(plan)), indent=2))
+    else:
+        print_report(console, model, plan, count_costs(plan), verbose=verbose)
+
+
+def _example_input(name: str, network: Any, img_size: int | None, in_chans: int | None) -> Any:
+    """Two images of the size asked for; None where the model's own default serves."""
+    import torch
+
+    from se_inject.models import default_input_size
+
+    size = default_input_size(name, network)
+    if img_size is None and in_chans is None and size is None:
+        return None
+    channels, height, width = size or (3, 224, 224)
+    if img_size is not None:
+        height = width = img_size
+    return torch.empty(2, in_chans or channels, height, width, device="meta")
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point of the ``se-inject`` script."""
+    warnings.showwarning = _warn
+    try:
+        app()
+    except SEInjectError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

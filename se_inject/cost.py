@@ -1,0 +1,66 @@
+"""Parameters and MACs of the whole network, before and after.
+
+What is counted. A MAC is one multiply-accumulate; 1 MAC = 2 FLOPs, and what the papers call
+GFLOPs are GMACs. The base network: what ``torch.utils.flop_counter`` counts (convolutions and
+matrix products; no pooling, norm, activation or addition), halved, for one image in eval mode.
+The added blocks: see :class:`se_inject.squeeze_excite.SECost`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from se_inject.plan import Plan
+from se_inject.trace import Arguments, meta_copy
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters, and MACs for one image (None where the forward cannot run on meta tensors)."""
+
+    params: int
+    macs: int | None
+
+    def to_dict(self) -> dict[str, int | None]:
+        return {"params": self.params, "macs": self.macs}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of a planned injection: the base network, the SE blocks, and both together."""
+
+    base: Count
+    added: Count
+    augmented: Count
+
+
+def count_costs(plan: Plan) -> Costs:
+    """Count a plan's model as it is, the planned SE blocks, and the sum."""
+    base = count_model(plan.model, plan.example)
+    added = Count(plan.added.params, plan.added.macs)
+    together = None if base.macs is None else base.macs + plan.added.macs
+    return Costs(base, added, Count(base.params + plan.added.params, together))
+
+
+def count_model(model: nn.Module, example: Arguments) -> Count:
+    """Count one model on meta tensors; it is not run and not changed.
+
+    Args:
+        model: any module.
+        example: the (args, kwargs) of its forward, as in ``Plan.example``.
+    """
+    params = sum(p.numel() for p in model.parameters())
+    args, kwargs = example
+    tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor)]
+    # A list of single images [C, H, W] is a batch too, but a detector's stops before its end.
+    batch = tensors[0].shape[0] if tensors and tensors[0].dim() >= 4 else 1
+    twin = meta_copy(model)
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        try:
+            twin(*args, **kwargs)
+        except (NotImplementedError, RuntimeError):  # it needs values, as the plan has said
+            return Count(params, None)
+    return Count(params, counter.get_total_flops() // (2 * batch))

@@ -1,0 +1,28 @@
+"""The errors a user can meet: one family, each message says what to do."""
+
+
+class SEInjectError(Exception):
+    """Base of every error that se_inject raises on purpose.
+
+    The message names the block or argument, the value it got and what to do, in one or two lines.
+    """
+
+
+class ArgumentError(SEInjectError, ValueError):
+    """An argument has a value that cannot work (``r=0``, a glob that matches no block, ...)."""
+
+
+class UnknownModelError(SEInjectError, LookupError):
+    """A model name on the command line that no library knows, or that cannot be built."""
+
+
+class UnsupportedModelError(SEInjectError, TypeError):
+    """A model that cannot be edited as it is: compiled, wrapped for distributed training, scripted."""
+
+
+class ForwardError(SEInjectError, RuntimeError):
+    """The forward of the model failed on the example input, so nothing could be recorded."""
+
+
+class NoSiteError(SEInjectError):
+    """No residual addition of the model can take an SE block; the message counts the reasons."""

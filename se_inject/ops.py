@@ -1,0 +1,250 @@
+"""What the torch functions of a forward do to feature maps: a log, and two facts about tensors.
+
+Works at the level of functions, not of module classes, so that a convolution is one whether it
+is ``nn.Conv2d``, timm's ``ScaledStdConv2d`` or ``F.conv2d`` in a hand-written block.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+_ADD = {"add", "add_", "__add__", "__iadd__", "__radd__"}
+_MULTIPLY = {"mul", "mul_", "multiply", "multiply_", "__mul__", "__imul__", "__rmul__"}
+_DIVIDE = {"div", "div_", "true_divide", "divide", "__truediv__", "__itruediv__"}
+_CONVOLUTION = {"conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d"}
+_UPSAMPLE = {"interpolate", "upsample", "pixel_shuffle", "fold", "grid_sample"}
+_UPSAMPLE |= {"conv_transpose2d", "conv_transpose3d", "max_unpool2d"}
+_CHANNELS_FIRST_NORM = {"batch_norm", "instance_norm", "group_norm"}
+_CHANNELS_LAST_LAYER = {"linear", "layer_norm", "rms_norm"}
+_DROPOUT = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
+_PERMUTE = {"permute", "transpose", "transpose_", "swapaxes", "swapdims", "movedim", "moveaxis"}
+_RESHAPE = {"view", "reshape", "flatten", "unflatten", "unfold", "view_as", "reshape_as", "fold"}
+_MATRIX_PRODUCT = {"matmul", "__matmul__", "bmm", "einsum", "scaled_dot_product_attention"}
+_SUBTRACT = {"sub", "sub_", "subtract", "__sub__", "__isub__", "__rsub__"}
+_JOIN = {"cat", "concat", "concatenate", "stack"}
+# Take only shape, dtype and device from their tensor: random masks are made so.
+_CREATION = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "empty_like"}
+_CREATION |= {"zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
+# Linear in the map: a sum of such paths is one convolution, if somebody folds it.
+_LINEAR_IN_MAP = (
+    _ADD | _SUBTRACT | _CONVOLUTION | _CHANNELS_FIRST_NORM | _DROPOUT | _PERMUTE | {"pad"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One torch function that ran on a tensor computed from the input ("live")."""
+
+    name: str
+    shape: tuple[int, ...]  # of its first tensor output
+    adds_maps: bool = False  # two live tensors of one shape
+    alpha: float = 1.0  # of an addition
+    gates: bool = False  # a live map times a live per-channel gate, constant over space
+    scales: bool = False  # a live map times or by constants or parameters
+
+    @property
+    def is_convolution(self) -> bool:
+        return self.name in _CONVOLUTION
+
+    @property
+    def adds_depth(self) -> bool:
+        """A convolution, or a Linear over the channels of a map or of tokens."""
+        return self.is_convolution or (self.name == "linear" and len(self.shape) >= 3)
+
+    @property
+    def is_dropout(self) -> bool:
+        return self.name in _DROPOUT
+
+    @property
+    def upsamples(self) -> bool:
+        return self.name in _UPSAMPLE
+
+    @property
+    def joins(self) -> bool:
+        """Brings two paths together, so that what runs it is no straight path."""
+        return self.adds_maps or self.name in _JOIN or self.name in _SUBTRACT
+
+    @property
+    def is_linear_in_map(self) -> bool:
+        return self.name in _LINEAR_IN_MAP or self.scales
+
+
+def run_on_meta(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Call ``func``, but make up the output of a batch norm: on meta it is a slow decomposition.
+
+    A third of the time of a whole forward goes there, and its output is like its input.
+    """
+    if func is F.batch_norm:
+        x: Tensor = args[0] if args else kwargs["input"]
+        return torch.empty_like(x)
+    return func(*args, **kwargs)
+
+
+def adds_equal_shapes(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[int, ...] | None:
+    """The shape, if ``func`` adds two tensors of one shape with at least three dims."""
+    if getattr(func, "__name__", "") not in _ADD:
+        return None
+    a, b = _operands(args, kwargs)
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() >= 3 and a.shape == b.shape:
+        return tuple(a.shape)
+    return None
+
+
+class OpLog(TorchFunctionMode):
+    """Logs the functions that run on live tensors and follows where their channels are.
+
+    Live is what is computed from ``inputs``; parameters, buffers and constants are not. The
+    channel dim is known from convolutions and batch or group norm (dim 1) and from Linear and
+    layer norm (the last dim), and is followed through what comes after them.
+    """
+
+    def __init__(self, inputs: Iterable[Any]) -> None:
+        super().__init__()
+        self.ops: list[Op] = []
+        self.additions = 0  # of two equal shapes, live or not
+        # By id, with the tensor itself so that no id is used twice.
+        self._live: dict[int, tuple[Tensor, int | None]] = {}
+        for value in inputs:
+            if isinstance(value, Tensor):
+                self._follow(value, None)
+
+    def channel_dim(self, tensor: Tensor) -> int | None:
+        """Which dim of a live tensor holds the channels, if known."""
+        return self._live.get(id(tensor), (tensor, None))[1]
+
+    def is_live(self, value: Any) -> bool:
+        """Whether ``value`` is a tensor computed from the inputs."""
+        return isinstance(value, Tensor) and id(value) in self._live
+
+    def ensure_followed(self, value: Any, inputs: Iterable[Any]) -> None:
+        """Mark what came out of a step that no torch function showed (an autograd.Function)."""
+        sources = [t for t in pytree.tree_leaves(list(inputs)) if self.is_live(t)]
+        for tensor in pytree.tree_leaves(value):
+            if isinstance(tensor, Tensor) and sources and not self.is_live(tensor):
+                same = [s for s in sources if s.shape == tensor.shape]
+                self._follow(tensor, self.channel_dim(same[0]) if same else None)
+
+    def _follow(self, tensor: Tensor, channel_dim: int | None) -> None:
+        self._live[id(tensor)] = (tensor, channel_dim)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.additions += adds_equal_shapes(func, args, kwargs) is not None
+        out = run_on_meta(func, args, kwargs)
+        outputs = [t for t in _leaves(out) if isinstance(t, Tensor)]
+        sources = [t for t in _leaves((args, kwargs)) if self.is_live(t)] if outputs else []
+        name = getattr(func, "__name__", str(func))
+        if sources and name not in _CREATION:
+            self.ops.append(self._describe(name, args, kwargs, outputs[0]))
+            dims = [self._channel_dim_after(func, name, args, kwargs, sources, o) for o in outputs]
+            for tensor, dim in zip(outputs, dims, strict=True):
+                self._follow(tensor, dim)
+        return out
+
+    def _describe(
+        self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor
+    ) -> Op:
+        shape = tuple(out.shape)
+        a, b = _operands(args, kwargs)
+        if name in _ADD and self.is_live(a) and self.is_live(b):
+            if a.dim() >= 3 and a.shape == b.shape:
+                alpha = kwargs.get("alpha", 1)
+                return Op(name, shape, adds_maps=True, alpha=float(alpha))
+        elif name in _MULTIPLY or name in _DIVIDE:
+            if self.is_live(a) and self.is_live(b):
+                return Op(name, shape, gates=_is_gate(a, b) or _is_gate(b, a))
+            return Op(name, shape, scales=True)
+        return Op(name, shape)
+
+    def _channel_dim_after(
+        self,
+        func: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        sources: list[Tensor],
+        out: Tensor,
+    ) -> int | None:
+        if name in _CONVOLUTION or name in _CHANNELS_FIRST_NORM:
+            return 1
+        known = [t for t in sources if self.channel_dim(t) is not None]
+        if not known:
+            return out.dim() - 1 if name in _CHANNELS_LAST_LAYER and out.dim() >= 3 else None
+        source = next((t for t in known if t.dim() == out.dim()), None)
+        if source is None or name in _MATRIX_PRODUCT:
+            return None
+        dim = self.channel_dim(source)
+        assert dim is not None
+        if name in _PERMUTE:
+            return _moved(func, args, kwargs, source, dim)
+        if name in _RESHAPE or name == "__get__":  # "__get__" reads x.T and the like
+            return dim if out.shape == source.shape else None
+        return dim
+
+
+def _moved(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    source: Tensor,
+    dim: int,
+) -> int:
+    """Where ``dim`` goes: run the same permutation on a tensor whose sizes are all different."""
+    probe = torch.empty(tuple(range(1, source.dim() + 1)), device="meta")
+    args, kwargs = pytree.tree_map(lambda v: probe if v is source else v, (args, dict(kwargs)))
+    return tuple(func(*args, **kwargs).shape).index(dim + 1)
+
+
+def _is_gate(x: Tensor, gate: Tensor) -> bool:
+    """Whether ``gate`` scales the channels of the map ``x`` alike at every position.
+
+    Its two last dims (channels last: the two in the middle) are 1, or expanded from 1, where
+    those of ``x`` are not.
+    """
+    if x.dim() < 4 or gate.dim() != x.dim():
+        return False
+
+    def flat(dims: tuple[int, ...]) -> bool:
+        return all(gate.shape[d] == 1 or gate.stride(d) == 0 for d in dims)
+
+    def spread(dims: tuple[int, ...]) -> bool:
+        return any(x.shape[d] > 1 for d in dims)
+
+    space, channels = tuple(range(2, x.dim())), 1
+    if x.dim() == 5 and not flat(space):  # [N, radix, C, H, W] of split attention
+        space, channels = (3, 4), 2
+    if flat(space) and spread(space) and gate.shape[channels] == x.shape[channels] > 1:
+        return True
+    last, middle = x.dim() - 1, tuple(range(1, x.dim() - 1))
+    return flat(middle) and spread(middle) and gate.shape[last] == x.shape[last] > 1
+
+
+def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The two operands of a binary function, however they were passed."""
+    values = [*args, *(kwargs[k] for k in ("input", "other") if k in kwargs)]
+    return (values[0], values[1]) if len(values) >= 2 else (None, None)
+
+
+def _leaves(value: Any) -> list[Any]:
+    """The leaves of nested tuples, lists and dicts (a fast ``pytree.tree_leaves``)."""
+    if isinstance(value, tuple | list):
+        return [leaf for v in value for leaf in _leaves(v)]
+    if isinstance(value, Mapping):
+        return [leaf for v in value.values() for leaf in _leaves(v)]
+    return [value]

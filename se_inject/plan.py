@@ -1,0 +1,447 @@
+"""Which sites get what: reduction ratio, include and exclude; what is skipped and why.
+
+A plan is made on a copy of the model on meta tensors; nothing here changes the model.
+"""
+
+import difflib
+import fnmatch
+import itertools
+import operator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from se_inject.errors import ArgumentError, NoSiteError, UnsupportedModelError
+from se_inject.sites import Reason, ResidualSite, find_sites
+from se_inject.squeeze_excite import Init, SECost, SqueezeExcite, bottleneck_width, se_cost
+from se_inject.trace import Arguments, TracedBlock, UntracedBlock, block_label, trace_blocks
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Ratio = int | Mapping[str, int]
+Patterns = str | Sequence[str] | None
+Placement = Literal["standard"]
+SELayer = Callable[[int], nn.Module]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One SE block to be inserted. MACs are for one image."""
+
+    block: str  # "layer1.0"; "" is the model itself
+    child: str  # the attribute that the SE block becomes: "se"
+    channels: int
+    r: int
+    bottleneck: int | None  # None: a user's se_layer, which has none that we know of
+    shape: tuple[int, int, int]  # (C, H, W) of the branch map, of the block's first call
+    cost: SECost
+    device: torch.device
+    dtype: torch.dtype
+    where: tuple[ResidualSite, ResidualSite] = field(repr=False)  # in eval and in train graph
+
+    @property
+    def params(self) -> int:
+        """Added parameters."""
+        return self.cost.params
+
+    @property
+    def macs(self) -> int:
+        """Added multiply-accumulates for one image: layers, squeeze and scale."""
+        return self.cost.macs
+
+    @property
+    def name(self) -> str:
+        """Dotted name of the SE block in the model: ``layer1.0.se``."""
+        return f"{self.block}.{self.child}".lstrip(".")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "block": self.block,
+            "channels": self.channels,
+            "bottleneck": self.bottleneck,
+            "shape": list(self.shape),
+            "params": self.params,
+            "macs": self.macs,
+        }
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An addition of two maps that gets no SE block."""
+
+    block: str
+    reason: str
+    detail: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        return {"block": self.block, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`inject_se` would do to one model. ``print`` it with rich, or ``apply`` it."""
+
+    model: nn.Module = field(repr=False, compare=False)
+    r: Ratio
+    divisor: int
+    init: Init
+    se_layer: SELayer | None
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+    example: Arguments = field(repr=False, compare=False)  # what the recorded forward was given
+    blocks: Mapping[str, TracedBlock] = field(repr=False, compare=False)
+
+    @property
+    def input_size(self) -> list[int]:
+        """Of one image: [C, H, W] (of the first tensor that the forward takes)."""
+        tensors = [t for t in pytree.tree_leaves(self.example) if isinstance(t, torch.Tensor)]
+        return list(tensors[0].shape[1 if tensors[0].dim() >= 4 else 0 :]) if tensors else []
+
+    @property
+    def added(self) -> SECost:
+        """Parameters and MACs of all sites together."""
+        return sum_costs(site.cost for site in self.sites)
+
+    def make_layer(self, site: Site) -> nn.Module:
+        """A new SE block (or ``se_layer``) for a site, on its device and in its dtype."""
+        if self.se_layer is not None:
+            return self.se_layer(site.channels).to(device=site.device, dtype=site.dtype)
+        assert site.bottleneck is not None
+        return SqueezeExcite(
+            site.channels,
+            site.bottleneck,
+            init=self.init,
+            device=site.device,
+            dtype=site.dtype,
+        )
+
+    def apply(self) -> nn.Module:
+        """Insert the SE blocks into the model, in place, and return it."""
+        from se_inject.inject import apply_plan  # downstream of the plan
+
+        return apply_plan(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready data."""
+        return {
+            "r": dict(self.r) if isinstance(self.r, Mapping) else self.r,
+            "added": {"params": self.added.params, "macs": self.added.macs},
+            "sites": [site.to_dict() for site in self.sites],
+            "skipped": [skipped.to_dict() for skipped in self.skipped],
+        }
+
+    def __rich__(self) -> "RenderableType":
+        from se_inject.report import plan_table  # downstream of the plan
+
+        return plan_table(self)
+
+
+def plan_se(
+    model: nn.Module,
+    r: Ratio = 16,
+    *,
+    example_input: Any = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    placement: Placement = "standard",
+    init: Init = "identity",
+    divisor: int = 8,
+    se_layer: SELayer | None = None,
+) -> Plan:
+    """Find the residual sites of ``model`` and say what SE blocks they would get.
+
+    A dry run: the model is neither run nor changed, whatever it is on (meta included).
+
+    Args:
+        model: any CNN, built from any library or by hand; 4-D channels-first maps.
+        r: reduction ratio C / rd of the SE bottleneck, one for all blocks or a mapping of globs
+            on block names, first match wins: ``{"layer4.*": 32, "*": 16}``.
+        example_input: what the forward takes: a tensor [N, C, H, W], a tuple of positional or a
+            dict of keyword arguments. By default images of the size that the model's
+            ``pretrained_cfg`` says, or 224 (then a few other sizes).
+        include, exclude: glob or globs on block names ("layer4.*"); exclude wins.
+        placement: ``"standard"``: on the branch, before the addition.
+        init: ``"identity"`` keeps the function of the model to the last bit at the start;
+            ``"paper"`` is the plain sigmoid over random layers, to train from scratch.
+        divisor: the bottleneck width is a multiple of this, and at least this (timm: 8).
+        se_layer: ``channels -> nn.Module`` in place of SE: a layer from [N, C, H, W] to the same
+            shape. Whether the function is preserved is then up to that layer.
+
+    Raises:
+        ArgumentError: an argument cannot work, or a glob matches no block.
+        UnsupportedModelError: the model is compiled, scripted or wrapped for distributed runs.
+        ForwardError: the forward fails on the example input.
+        NoSiteError: there is no residual addition that can take an SE block.
+    """
+    _check_arguments(r, divisor, placement, init, se_layer)
+    _check_model(model)
+    skipped = [
+        Skipped(name, Reason.INJECTED)
+        for name, module in model.named_modules()
+        if is_injected(module)
+    ]
+    injected = {s.block for s in skipped}
+    trace = trace_blocks(model, example_input)
+    modules = dict(model.named_modules())
+    found: list[tuple[str, ResidualSite, ResidualSite]] = []
+    blocks: dict[str, TracedBlock] = {}
+    for block in trace.blocks:
+        if block.name in injected:
+            continue
+        if isinstance(block, UntracedBlock):
+            skipped += _untraced(block)
+            continue
+        pairs, others = _sites_of(block, modules[block.name])
+        blocks[block.name] = block
+        found += [(block.name, *pair) for pair in pairs]
+        skipped += others
+    if trace.stopped:
+        skipped.append(Skipped("", Reason.NOT_REACHED, trace.stopped))
+
+    names = [*dict.fromkeys([name for name, *_ in found] + [s.block for s in skipped])]
+    wanted = _matching(names, include, "include") if include is not None else set(names)
+    wanted -= _matching(names, exclude, "exclude") if exclude is not None else set()
+    skipped += [Skipped(name, Reason.EXCLUDED) for name, *_ in found if name not in wanted]
+    found = [entry for entry in found if entry[0] in wanted]
+    if not found:
+        raise NoSiteError(_no_site_message(model, skipped))
+
+    ratios = _ratios([name for name, *_ in found], names, r)
+    taken: Counter[str] = Counter()
+    sites = []
+    for name, in_eval, in_train in found:
+        taken[name] += 1
+        sites.append(
+            _make_site(
+                model, modules[name], name, taken[name], ratios[name], divisor, se_layer, in_eval, in_train
+            )
+        )
+    _warn_of_floor(sites, divisor)
+    return Plan(model, r, divisor, init, se_layer, tuple(sites), tuple(skipped), trace.example, blocks)
+
+
+def is_injected(module: nn.Module) -> bool:
+    """Whether a module is a block whose forward se_inject has edited."""
+    return hasattr(type(module), "_se_inject")
+
+
+def _sites_of(
+    block: TracedBlock, module: nn.Module
+) -> tuple[list[tuple[ResidualSite, ResidualSite]], list[Skipped]]:
+    """The sites of a block, each in its eval and train graph, and its other additions."""
+    sites, rejected = find_sites(block.eval.graph, block.eval.calls, module)
+    facts = block.eval.facts
+    seen = sum(facts[n].additions == 1 for n in facts if n.op in ("call_function", "call_method"))
+    hidden = block.additions - seen
+    skipped = [Skipped(block.name, rejection.reason) for rejection in rejected]
+    skipped += [Skipped(block.name, Reason.HIDDEN)] * hidden
+    if block.train is block.eval:
+        return [(site, site) for site in sites], skipped
+    in_train, _ = find_sites(block.train.graph, block.train.calls, module)
+    if [site.channels for site in sites] != [site.channels for site in in_train]:
+        return [], skipped + [Skipped(block.name, Reason.MODES_DIFFER)] * len(sites)
+    return list(zip(sites, in_train, strict=True)), skipped
+
+
+def _untraced(block: UntracedBlock) -> list[Skipped]:
+    return [
+        Skipped(block.name, Reason.TOKENS if len(shape) == 3 else Reason.UNTRACED, block.why)
+        for shape in block.additions
+    ]
+
+
+def _make_site(
+    model: nn.Module,
+    module: nn.Module,
+    name: str,
+    number: int,
+    r: int,
+    divisor: int,
+    se_layer: SELayer | None,
+    in_eval: ResidualSite,
+    in_train: ResidualSite,
+) -> Site:
+    channels = in_eval.channels
+    spaces = [shape[2:] for shape in in_eval.shapes]
+    if se_layer is None:
+        bottleneck = bottleneck_width(channels, r, divisor)
+        cost = se_cost(channels, bottleneck, spaces)
+    else:
+        bottleneck = None
+        cost = _layer_cost(se_layer, channels, in_eval.dtype, spaces)
+    # timm's blocks have the attribute already: None is free to use, a module is not.
+    child = "se" if getattr(module, "se", None) is None else "se_inject"
+    tensors = itertools.chain(module.parameters(), module.buffers(), model.parameters())
+    height, width = spaces[0]
+    return Site(
+        block=name,
+        child=child if number == 1 else f"{child}{number}",
+        channels=channels,
+        r=r,
+        bottleneck=bottleneck,
+        shape=(channels, height, width),
+        cost=cost,
+        device=next((t.device for t in tensors), torch.device("cpu")),
+        dtype=in_eval.dtype,
+        where=(in_eval, in_train),
+    )
+
+
+def _layer_cost(
+    se_layer: SELayer, channels: int, dtype: torch.dtype, spaces: Sequence[Sequence[int]]
+) -> SECost:
+    """What a user's layer adds: its parameters, and what the flop counter sees of it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        layer = se_layer(channels)
+    if not isinstance(layer, nn.Module):
+        raise ArgumentError(
+            f"se_layer({channels}) returned {type(layer).__name__}; return an nn.Module."
+        )
+    layer = layer.to(device="meta", dtype=dtype).eval()
+    flops = 0
+    for space in spaces:
+        x = torch.empty(1, channels, *space, dtype=dtype, device="meta")
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            shape = tuple(layer(x).shape)
+        if shape != tuple(x.shape):
+            raise ArgumentError(
+                f"se_layer({channels}) turns a map {list(x.shape)} into {list(shape)};"
+                " it must keep the shape."
+            )
+        flops += counter.get_total_flops()
+    params = sum(p.numel() for p in layer.parameters())
+    return SECost(params=params, layers=flops // 2, squeeze=0, scale=0)
+
+
+def sum_costs(costs: Iterable[SECost]) -> SECost:
+    """Column sums."""
+    columns = zip(*((c.params, c.layers, c.squeeze, c.scale) for c in costs), strict=True)
+    return SECost(*(sum(column) for column in columns))
+
+
+# --- globs -------------------------------------------------------------------------------------
+
+
+def _matching(names: Sequence[str], patterns: str | Sequence[str], argument: str) -> set[str]:
+    """The names that any of the globs matches; each glob must match one."""
+    matched: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not isinstance(pattern, str):
+            raise ArgumentError(f"{argument} takes globs on block names, not {pattern!r}.")
+        hits = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+        if not hits:
+            raise ArgumentError(
+                f"{argument}={pattern!r} matches no block with an addition."
+                f" Blocks are named like {near_names(pattern, names)}."
+            )
+        matched |= hits
+    return matched
+
+
+def near_names(name: str, names: Sequence[str]) -> str:
+    """A few of the names, the most alike first, for an error message."""
+    near = difflib.get_close_matches(name, names, n=4, cutoff=0.3) or names[:4]
+    return ", ".join(map(repr, dict.fromkeys(near)))
+
+
+def _ratios(wanted: Sequence[str], names: Sequence[str], r: Ratio) -> dict[str, int]:
+    if not isinstance(r, Mapping):
+        return dict.fromkeys(wanted, r)
+    matches = {pattern: _matching(names, pattern, "r") for pattern in r}
+    ratios = {}
+    for name in wanted:
+        pattern = next((p for p in r if name in matches[p]), None)
+        if pattern is None:
+            raise ArgumentError(f"r={dict(r)} says nothing of block {name!r}; add '*': 16.")
+        ratios[name] = r[pattern]
+    return ratios
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+def _check_arguments(
+    r: Ratio, divisor: int, placement: str, init: str, se_layer: SELayer | None
+) -> None:
+    if isinstance(r, Mapping) and not r:
+        raise ArgumentError("r={} says nothing of any block; write {'*': 16}.")
+    for value in r.values() if isinstance(r, Mapping) else [r]:
+        _check_positive_int("r", value, "the reduction ratio C / rd, such as 16")
+    _check_positive_int("divisor", divisor, "8 as in timm, or 1 for the paper's plain C/r")
+    if placement not in get_args(Placement):
+        raise ArgumentError(f"placement={placement!r} is not known; use 'standard'.")
+    if init not in get_args(Init):
+        raise ArgumentError(f"init={init!r} is not known; use 'identity' or 'paper'.")
+    if se_layer is not None and not callable(se_layer):
+        raise ArgumentError(f"se_layer={se_layer!r} is not callable; pass channels -> nn.Module.")
+
+
+def _check_positive_int(name: str, value: Any, meaning: str) -> None:
+    try:
+        valid = not isinstance(value, bool) and operator.index(value) >= 1
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ArgumentError(f"{name}={value!r} is not a positive whole number: {meaning}.")
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected an nn.Module, got {type(model).__name__}.")
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        label = f"{block_label(name)} ({kind})"
+        if kind == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise UnsupportedModelError(
+                f"{label} is compiled. Inject first, then torch.compile the result"
+                " (the model inside is `model._orig_mod`)."
+            )
+        if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+            raise UnsupportedModelError(
+                f"{label} is a wrapper for parallel runs. Inject into the model inside it"
+                " (`model.module`) and wrap that."
+            )
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+            raise UnsupportedModelError(f"{label} is sharded already. Inject before fully_shard.")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(f"{label} is TorchScript. Inject into the Python model.")
+        if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
+            raise UnsupportedModelError(
+                f"{label} has uninitialised lazy parameters. Run one forward first."
+            )
+
+
+def _no_site_message(model: nn.Module, skipped: Sequence[Skipped]) -> str:
+    kind = type(model).__name__
+    injected = [s.block for s in skipped if s.reason == Reason.INJECTED]
+    if injected:
+        return (
+            f"{kind} has SE blocks already ({len(injected)}, first in {block_label(injected[0])})"
+            " and no other site. remove_se(model) first to inject anew."
+        )
+    if not skipped:
+        return f"no residual site: the forward of {kind} adds no two maps of one shape."
+    return f"no residual site in {kind}: " + "; ".join(
+        f"{count} x {reason}" for reason, count in Counter(s.reason for s in skipped).most_common()
+    )
+
+
+def _warn_of_floor(sites: Sequence[Site], divisor: int) -> None:
+    floored = [site for site in sites if site.bottleneck and site.r > site.channels]
+    if floored:
+        site = floored[0]
+        warnings.warn(
+            f"r={site.r} is more than the {site.channels} channels of"
+            f" {block_label(site.block)}: {len(floored)} bottlenecks are kept at width"
+            f" {site.bottleneck} (never under divisor={divisor}).",
+            stacklevel=3,
+        )

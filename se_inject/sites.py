@@ -1,0 +1,348 @@
+"""Block graph -> residual sites; reads only.
+
+A residual site is an addition ``out = F(x) + shortcut(x)`` of two maps of one shape, where the
+branch F passes at least one convolution and the shortcut is the identity or a short projection.
+The SE block goes on the branch, after its last convolution and norm and before stochastic depth,
+layer scale and skip gain.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import fx, nn
+
+from se_inject.ops import Op
+from se_inject.trace import NodeFacts, Shape
+
+
+class Reason(StrEnum):
+    """Why an addition gets no SE block."""
+
+    GATED = "the branch already has channel attention"
+    REPARAMETERISABLE = "re-parameterisable sum"
+    FUSION = "fusion, not residual (neither operand is a shortcut)"
+    NO_CONVOLUTION = "no convolution on the branch"
+    TOKENS = "tokens, not a feature map"
+    INNER = "inside the branch of another residual addition"
+    SCALED = "scaled addition (alpha is not 1)"
+    CHANNELS_LAST = "channels-last map"
+    VIDEO = "video map [N, C, T, H, W]"
+    CHANNELS_UNKNOWN = "cannot tell which dim holds the channels"
+    HIDDEN = "inside a function that fx does not enter"
+    UNTRACED = "cannot be traced"
+    MODES_DIFFER = "train and eval mode add different maps"
+    INJECTED = "has an SE block of se_inject already"
+    EXCLUDED = "excluded by the user"
+    NOT_REACHED = "not reached by the recorded forward"
+
+
+@dataclass(frozen=True)
+class ResidualSite:
+    """Where in a block graph an SE block goes."""
+
+    addition: fx.Node
+    branch: fx.Node  # the map to scale: the SE block reads it
+    reader: fx.Node  # what reads the branch next: the addition, or what stands before it
+    shortcut: fx.Node  # the other operand of the addition
+    fused: bool  # nothing stands between: the SE block takes over the addition
+    channels: int
+    channel_dim: int
+    dtype: torch.dtype
+    shapes: tuple[Shape, ...]  # of the branch map, one a recorded call
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An addition of two maps that is no site."""
+
+    addition: fx.Node
+    reason: Reason
+
+
+def find_sites(
+    graph: fx.Graph, calls: Sequence[Mapping[fx.Node, NodeFacts]], module: nn.Module
+) -> tuple[list[ResidualSite], list[Rejection]]:
+    """The residual sites of one block graph, and every other addition of two maps.
+
+    Args:
+        graph: the block's own forward, every child a leaf.
+        calls: what each node computed, one mapping a recorded call.
+        module: the block; only asked for its methods and for which children are ``nn.Identity``.
+    """
+    flow = _Flow(graph, calls[0])
+    additions = [n for n in graph.nodes if flow.addition(n) is not None]
+    shapes = {n: _shape_verdict(flow, module, n) for n in additions}
+    residuals = {n: r for n in additions if isinstance(r := shapes[n], _Residual)}
+    sites: list[ResidualSite] = []
+    rejected: list[Rejection] = []
+    for node in additions:
+        verdict = shapes[node]
+        if isinstance(verdict, _Residual):
+            verdict = _site(flow, module, calls, node, additions, residuals)
+        if isinstance(verdict, ResidualSite):
+            sites.append(verdict)
+        else:
+            rejected.append(Rejection(node, verdict))
+    return sites, rejected
+
+
+# --- data flow ---------------------------------------------------------------------------------
+
+
+class _Flow:
+    """The data flow of a block graph: nodes computed from its inputs, and their dominators."""
+
+    def __init__(self, graph: fx.Graph, facts: Mapping[fx.Node, NodeFacts]) -> None:
+        self.facts = facts
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.inputs: dict[fx.Node, list[fx.Node]] = {}
+        # Immediate dominators; None is the common root of all block inputs.
+        self.dominator: dict[fx.Node, fx.Node | None] = {}
+        for node in graph.nodes:
+            if node.op == "output":
+                continue
+            if not facts[node].live:
+                continue
+            self.inputs[node] = [i for i in node.all_input_nodes if i in self.dominator]
+            if node.op == "placeholder":
+                self.dominator[node] = None
+            elif self.inputs[node]:
+                common: fx.Node | None = self.inputs[node][0]
+                for other in self.inputs[node][1:]:
+                    common = self.meet(common, other)
+                self.dominator[node] = common
+
+    def meet(self, a: fx.Node | None, b: fx.Node | None) -> fx.Node | None:
+        """The nearest node that dominates both; None for the block inputs together."""
+        while a is not b:
+            if a is None or b is None:
+                return None
+            if self.order[a] > self.order[b]:
+                a = self.dominator[a]
+            else:
+                b = self.dominator[b]
+        return a
+
+    def dominates(self, a: fx.Node, b: fx.Node | None) -> bool:
+        """Whether every path from the block inputs to ``b`` passes ``a``."""
+        while b is not None and b is not a:
+            b = self.dominator[b]
+        return b is a
+
+    def between(self, fork: fx.Node | None, end: fx.Node) -> list[fx.Node]:
+        """The nodes on the paths from the fork (left out) to ``end`` (included)."""
+        seen: set[fx.Node] = set()
+        stack = [end]
+        while stack:
+            node = stack.pop()
+            if node is not fork and node not in seen:
+                seen.add(node)
+                stack += self.inputs[node]
+        return sorted(seen, key=self.order.__getitem__)
+
+    def ops(self, nodes: Sequence[fx.Node]) -> Iterator[Op]:
+        for node in nodes:
+            yield from self.facts[node].ops
+
+    def depth(self, fork: fx.Node | None, end: fx.Node) -> int:
+        """Most convolutions and Linears that a path from the fork to ``end`` passes."""
+        deepest: dict[fx.Node, int] = {}
+        for node in self.between(fork, end):
+            before = max((deepest.get(i, 0) for i in self.inputs[node]), default=0)
+            deepest[node] = before + sum(op.adds_depth for op in self.facts[node].ops)
+        return deepest.get(end, 0)
+
+    def joins_after(self, node: fx.Node) -> set[fx.Node]:
+        """The concatenations that ``node`` flows into without passing another addition."""
+        found: set[fx.Node] = set()
+        stack = list(node.users)
+        while stack:
+            user = stack.pop()
+            if user not in self.inputs or self.addition(user) is not None:
+                continue
+            if user.op == "call_function" and any(op.joins for op in self.facts[user].ops):
+                found.add(user)
+            stack += user.users
+        return found
+
+    def addition(self, node: fx.Node) -> tuple[fx.Node, fx.Node, Op] | None:
+        """The operands, if the node itself adds two maps computed from the inputs."""
+        if node.op not in ("call_function", "call_method"):
+            return None
+        op = next((op for op in self.facts[node].ops if op.adds_maps), None)
+        operands = [
+            v for v in (*node.args, *node.kwargs.values()) if isinstance(v, fx.Node)
+        ]
+        if op is None or len(operands) != 2 or len(self.facts[node].ops) != 1:
+            return None
+        return operands[0], operands[1], op
+
+
+# --- the shape of the flow: branch and shortcut ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Residual:
+    """An addition that has the shape of a residual one."""
+
+    fork: fx.Node | None
+    branch: fx.Node
+    shortcut: fx.Node
+
+
+def _shape_verdict(flow: _Flow, module: nn.Module, node: fx.Node) -> _Residual | Reason:
+    addition = flow.addition(node)
+    assert addition is not None
+    a, b, op = addition
+    if op.alpha != 1:
+        return Reason.SCALED
+    if len(op.shape) not in (4, 5):
+        return Reason.TOKENS
+    fork = flow.meet(a, b)
+    if _collapses(module, flow.ops([*flow.between(fork, a), *flow.between(fork, b)])):
+        return Reason.REPARAMETERISABLE
+    depth = {n: flow.depth(fork, n) for n in (a, b)}
+    branch, shortcut = (a, b) if depth[a] >= depth[b] else (b, a)
+    if not any(op.is_convolution for op in flow.ops(flow.between(fork, branch))):
+        return Reason.NO_CONVOLUTION
+    if depth[branch] == depth[shortcut] or not _is_shortcut(flow, fork, shortcut):
+        return Reason.FUSION
+    return _Residual(fork, branch, shortcut)
+
+
+def _is_shortcut(flow: _Flow, fork: fx.Node | None, end: fx.Node) -> bool:
+    """The identity, or a straight path of at most two convolutions; pooling and norm allowed."""
+    path = flow.between(fork, end)
+    ops = list(flow.ops(path))
+    straight = all(len(flow.inputs[n]) <= 1 for n in path) and not any(op.joins for op in ops)
+    short = sum(op.is_convolution for op in ops) <= 2
+    # A shortcut that the caller computed (DLA) comes as it is; two inputs that are both
+    # convolved or resampled before they are added are fused (feature pyramids, NASNet's cells).
+    given = fork is not None or not ops
+    return straight and short and given
+
+
+_COLLAPSING_METHODS = ("reparameterize", "fuse", "switch_to_deploy")
+
+
+def _collapses(module: nn.Module, ops: Iterator[Op]) -> bool:
+    """Whether the module can fold itself into one convolution, and both paths are linear."""
+    foldable = any(callable(getattr(module, name, None)) for name in _COLLAPSING_METHODS)
+    return foldable and all(op.is_linear_in_map for op in ops)
+
+
+# --- from a residual addition to a site --------------------------------------------------------
+
+
+def _site(
+    flow: _Flow,
+    module: nn.Module,
+    calls: Sequence[Mapping[fx.Node, NodeFacts]],
+    node: fx.Node,
+    additions: Sequence[fx.Node],
+    residuals: Mapping[fx.Node, _Residual],
+) -> ResidualSite | Reason:
+    residual = residuals[node]
+    path = flow.between(residual.fork, residual.branch)
+    if any(_is_inner(flow, node, residual, outer, residuals[outer]) for outer in residuals):
+        return Reason.INNER
+    if any(_is_sibling(flow, node, residual, sum_node) for sum_node in additions):
+        return Reason.FUSION
+    if any(op.gates for op in flow.ops(path)):
+        return Reason.GATED
+    branch, reader, fused = _insertion_point(flow, module, node, residual)
+    facts = flow.facts[branch]
+    assert facts.shape is not None and facts.dtype is not None
+    if facts.channel_dim is None:
+        return Reason.CHANNELS_UNKNOWN
+    if facts.channel_dim != 1:
+        return Reason.CHANNELS_LAST
+    if len(facts.shape) == 5:
+        return Reason.VIDEO
+    return ResidualSite(
+        addition=node,
+        branch=branch,
+        reader=reader,
+        shortcut=residual.shortcut,
+        fused=fused,
+        channels=facts.shape[facts.channel_dim],
+        channel_dim=facts.channel_dim,
+        dtype=facts.dtype,
+        shapes=tuple(shape for call in calls if (shape := call[branch].shape) is not None),
+    )
+
+
+def _is_inner(
+    flow: _Flow,
+    node: fx.Node,
+    residual: _Residual,
+    outer_node: fx.Node,
+    outer: _Residual,
+) -> bool:
+    """Whether an addition is a part of another's branch rather than a residual unit in it.
+
+    Units in a row under a long skip (a network in one forward) stay sites of their own: the
+    whole branch passes each of them. Res2Net's inner additions see a part of the channels only,
+    and in ``a + b + x`` the first sum has the fork of the second and nothing follows it.
+    """
+    if outer_node is node or node not in flow.between(outer.fork, outer.branch):
+        return False
+    if not flow.dominates(node, outer.branch):
+        return True
+    after = flow.between(node, outer.branch)
+    return residual.fork is outer.fork and not any(op.is_convolution for op in flow.ops(after))
+
+
+def _is_sibling(flow: _Flow, node: fx.Node, residual: _Residual, other: fx.Node) -> bool:
+    """Whether the cell computes ``other`` beside ``node`` from the same fork and joins both.
+
+    NASNet's cells concatenate five such sums: none of them is the trunk of the network.
+    """
+    if node in flow.between(None, other) or other in flow.between(None, node):
+        return False
+    from_fork = residual.fork is None or residual.fork in flow.between(None, other)
+    return from_fork and bool(flow.joins_after(node) & flow.joins_after(other))
+
+
+def _insertion_point(
+    flow: _Flow, module: nn.Module, node: fx.Node, residual: _Residual
+) -> tuple[fx.Node, fx.Node, bool]:
+    """Walk back from the addition over stochastic depth, dropout, layer scale and gains.
+
+    Returns the node whose output the SE block scales, the node that reads it next, and whether
+    the SE block can take over the addition.
+    """
+    branch, reader, bare = residual.branch, node, True
+    while _is_tail(flow, branch):
+        (before,) = flow.inputs[branch]
+        bare = bare and _is_identity(module, branch)
+        branch, reader = before, branch
+    if bare:
+        # An nn.Identity (DropPath at rate 0) is nothing: the addition may follow it at once.
+        branch, reader = residual.branch, node
+    # ``x += F(x)`` changes the caller's x; only the addition itself can go on doing so.
+    mutates_shortcut = _is_in_place(node) and node.args[0] is residual.shortcut
+    # Later readers of a map that was added to in place read the sum.
+    mutates_shared = _is_in_place(node) and len(residual.branch.users) > 1
+    return branch, reader, bare and not mutates_shortcut and not mutates_shared
+
+
+def _is_tail(flow: _Flow, node: fx.Node) -> bool:
+    """Whether a node only drops or scales its one input, and so belongs behind the SE block."""
+    if node.op == "placeholder" or len(flow.inputs[node]) != 1:
+        return False
+    (source,) = flow.inputs[node]
+    facts = flow.facts[node]
+    same = facts.shape is not None and facts.shape == flow.facts[source].shape
+    return same and all(op.is_dropout or op.scales for op in facts.ops)
+
+
+def _is_identity(module: nn.Module, node: fx.Node) -> bool:
+    return node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Identity
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in ("iadd", "add_", "__iadd__")

@@ -1,0 +1,125 @@
+"""The SE block: the only new ``nn.Module``."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Init = Literal["identity", "paper"]
+
+
+def bottleneck_width(channels: int, r: int, divisor: int = 8) -> int:
+    """Width of the SE bottleneck: ``channels / r`` rounded to a multiple of ``divisor``.
+
+    Rounds half up and is never below ``divisor``, as ``timm.layers.make_divisible(channels / r,
+    divisor, round_limit=0.)`` does, so that widths equal those of timm's SE networks.
+    ``divisor=1`` gives the paper's plain C/r (to the nearest integer, never below 1).
+
+    >>> bottleneck_width(256, 16), bottleneck_width(64, 16), bottleneck_width(64, 16, divisor=1)
+    (16, 8, 4)
+    """
+    return max(divisor, int(channels / r + divisor / 2) // divisor * divisor)
+
+
+class SqueezeExcite(nn.Module):
+    """Squeeze-and-Excitation (Hu et al., arXiv 1709.01507, eq. 2 to 4) for maps [N, C, H, W].
+
+    squeeze ``z = mean of x over H, W``; excite ``s = gate(fc2(relu(fc1(z))))``; scale ``x * s``.
+
+    The children are named and shaped as in ``timm.layers.SEModule``: ``fc1`` [rd, C, 1, 1] and
+    ``fc2`` [C, rd, 1, 1], 1x1 convolutions with bias, so that timm's checkpoints fit.
+
+    Args:
+        channels: C, the channels of the map.
+        bottleneck: rd, the width between the two layers (see :func:`bottleneck_width`).
+        init: ``"identity"`` zeroes ``fc2`` and uses the gate ``2 * sigmoid``: every gate is
+            exactly 1 at the start, so a pretrained network computes what it did before.
+            ``"paper"`` is the paper's plain sigmoid over randomly initialised layers.
+        device, dtype: of the new parameters.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        bottleneck: int,
+        *,
+        init: Init = "identity",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.init = init
+        # A power of two, so that folding it into the layer before loses no bit.
+        self.gate_scale = 2.0 if init == "identity" else 1.0
+        self.fc1 = nn.Conv2d(channels, bottleneck, 1, device=device, dtype=dtype)
+        # Made without its random numbers: reset_parameters() decides what it starts from.
+        self.fc2 = nn.utils.skip_init(
+            nn.Conv2d, bottleneck, channels, 1, device=device or "cpu", dtype=dtype
+        )
+        self._reset_fc2()
+
+    def reset_parameters(self) -> None:
+        """Initialise anew, as after ``to_empty()`` of a model that was built on meta."""
+        self.fc1.reset_parameters()
+        self._reset_fc2()
+
+    def _reset_fc2(self) -> None:
+        if self.init == "identity":
+            nn.init.zeros_(self.fc2.weight)
+            assert self.fc2.bias is not None
+            nn.init.zeros_(self.fc2.bias)
+        else:
+            self.fc2.reset_parameters()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Scale the branch map ``x`` [N, C, H, W]; with ``residual``, also add it.
+
+        Returns ``x * s``, or ``residual + x * s`` in one pass (``torch.addcmul``), which never
+        writes ``x * s`` to memory.
+        """
+        s = x.mean((2, 3), keepdim=True)
+        s = self.fc2(torch.relu(self.fc1(s))).sigmoid()
+        if self.gate_scale != 1.0:
+            s = s * self.gate_scale
+        return x * s if residual is None else torch.addcmul(residual, x, s)
+
+    def extra_repr(self) -> str:
+        gate = "sigmoid" if self.gate_scale == 1.0 else f"{self.gate_scale:g} * sigmoid"
+        return f"gate={gate}"
+
+
+@dataclass(frozen=True)
+class SECost:
+    """What one SE block adds. MACs are for one image; 1 MAC = 2 FLOPs.
+
+    ``layers`` are those of the two 1x1 convolutions, C*rd + rd*C; ``squeeze`` and ``scale`` are
+    one operation each an element of the map, C*H*W. Biases, ReLU and the gate are not counted.
+    """
+
+    params: int
+    layers: int
+    squeeze: int
+    scale: int
+
+    @property
+    def macs(self) -> int:
+        return self.layers + self.squeeze + self.scale
+
+
+def se_cost(channels: int, bottleneck: int, spaces: Sequence[Sequence[int]]) -> SECost:
+    """Parameters and MACs of a :class:`SqueezeExcite` block.
+
+    Args:
+        channels, bottleneck: C and rd.
+        spaces: the (H, W) of the map, one for each call of the block in a forward.
+    """
+    elements = sum(channels * math.prod(space) for space in spaces)
+    return SECost(
+        params=2 * channels * bottleneck + bottleneck + channels,
+        layers=len(spaces) * 2 * channels * bottleneck,
+        squeeze=elements,
+        scale=elements,
+    )
