@@ -24,7 +24,7 @@ def load_model(name: str, *, in_chans: int | None = None, meta: bool = False) ->
             too and called without arguments. A bare name that timm does not know is looked for
             in torchvision.
         in_chans: input channels, for timm models.
-        meta: leave the parameters on the meta device, without memory or random numbers.
+        meta: build on the meta device, without memory or random numbers.
 
     Raises:
         UnknownModelError: nothing has that name (near names are shown), or it cannot be built.
@@ -33,7 +33,8 @@ def load_model(name: str, *, in_chans: int | None = None, meta: bool = False) ->
     if meta:
         try:
             with ParametersOnMeta():
-                return load_model(name, in_chans=in_chans)
+                model = load_model(name, in_chans=in_chans)
+            return model.to("meta")
         except UnknownModelError as error:
             if not isinstance(error.__cause__, RuntimeError):
                 raise

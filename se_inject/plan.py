@@ -436,12 +436,10 @@ def _no_site_message(model: nn.Module, skipped: Sequence[Skipped]) -> str:
 
 
 def _warn_of_floor(sites: Sequence[Site], divisor: int) -> None:
-    floored = [site for site in sites if site.bottleneck and site.r > site.channels]
-    if floored:
-        site = floored[0]
+    if all(site.bottleneck and site.r > site.channels for site in sites):
+        site = max(sites, key=lambda site: site.channels)
         warnings.warn(
-            f"r={site.r} is more than the {site.channels} channels of"
-            f" {block_label(site.block)}: {len(floored)} bottlenecks are kept at width"
-            f" {site.bottleneck} (never under divisor={divisor}).",
+            f"r={site.r} is more than the channels of any block (at most {site.channels}):"
+            f" every bottleneck is kept at width {site.bottleneck}, never under divisor={divisor}.",
             stacklevel=3,
         )
