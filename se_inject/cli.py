@@ -36,16 +36,24 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _about(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
-    """Squeeze-and-Excitation for a network you already have."""
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from se_inject import __version__
 
         print(f"se-inject {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Squeeze-and-Excitation for a network you already have."""
 
 
 @app.command(name="report")

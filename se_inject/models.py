@@ -79,12 +79,11 @@ def default_input_size(name: str, model: nn.Module) -> tuple[int, int, int] | No
         channels, height, width = config["input_size"]
         return channels, height, width
     if type(model).__module__.startswith("torchvision."):
-        from torchvision.models import get_model_weights
+        from torchvision.models import get_model_weights, list_models
 
-        weights = get_model_weights(name.removeprefix("torchvision/"))
-        for entry in [weights.DEFAULT] if len(weights) else []:
-            crop = getattr(entry.transforms(), "crop_size", None)
-            if crop:
+        name = name.removeprefix("torchvision/")
+        for weights in get_model_weights(name) if name in list_models() else ():
+            if crop := getattr(weights.transforms(), "crop_size", None):
                 return 3, crop[0], crop[-1]
     return None
 

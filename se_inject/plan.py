@@ -334,9 +334,13 @@ def sum_costs(costs: Iterable[SECost]) -> SECost:
 def _matching(names: Sequence[str], patterns: str | Sequence[str], argument: str) -> set[str]:
     """The names that any of the globs matches; each glob must match one."""
     matched: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        patterns = [patterns]
+    for pattern in patterns:
         if not isinstance(pattern, str):
-            raise ArgumentError(f"{argument} takes globs on block names, not {pattern!r}.")
+            raise ArgumentError(
+                f"{argument} takes a glob or a list of globs on block names, not {pattern!r}."
+            )
         hits = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
         if not hits:
             raise ArgumentError(

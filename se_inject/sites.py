@@ -30,6 +30,7 @@ class Reason(StrEnum):
     CHANNELS_LAST = "channels-last map"
     VIDEO = "video map [N, C, T, H, W]"
     CHANNELS_UNKNOWN = "cannot tell which dim holds the channels"
+    SHARED_IN_PLACE = "changes in place a map that is read again"
     HIDDEN = "inside a function that fx does not enter"
     UNTRACED = "cannot be traced"
     MODES_DIFFER = "train and eval mode add different maps"
@@ -252,7 +253,10 @@ def _site(
         return Reason.FUSION
     if any(op.gates for op in flow.ops(path)):
         return Reason.GATED
-    branch, reader, fused = _insertion_point(flow, module, node, residual)
+    point = _insertion_point(flow, module, node, residual)
+    if isinstance(point, Reason):
+        return point
+    branch, reader, fused = point
     facts = flow.facts[branch]
     assert facts.shape is not None and facts.dtype is not None
     if facts.channel_dim is None:
@@ -308,25 +312,30 @@ def _is_sibling(flow: _Flow, node: fx.Node, residual: _Residual, other: fx.Node)
 
 def _insertion_point(
     flow: _Flow, module: nn.Module, node: fx.Node, residual: _Residual
-) -> tuple[fx.Node, fx.Node, bool]:
+) -> tuple[fx.Node, fx.Node, bool] | Reason:
     """Walk back from the addition over stochastic depth, dropout, layer scale and gains.
 
     Returns the node whose output the SE block scales, the node that reads it next, and whether
     the SE block can take over the addition.
     """
-    branch, reader, bare = residual.branch, node, True
+    branch, reader, bare, chain = residual.branch, node, True, [residual.branch]
     while _is_tail(flow, branch):
         (before,) = flow.inputs[branch]
         bare = bare and _is_identity(module, branch)
         branch, reader = before, branch
+        chain.append(branch)
     if bare:
         # An nn.Identity (DropPath at rate 0) is nothing: the addition may follow it at once.
         branch, reader = residual.branch, node
+    in_place = _is_in_place(node)
     # ``x += F(x)`` changes the caller's x; only the addition itself can go on doing so.
-    mutates_shortcut = _is_in_place(node) and node.args[0] is residual.shortcut
-    # Later readers of a map that was added to in place read the sum.
-    mutates_shared = _is_in_place(node) and len(residual.branch.users) > 1
-    return branch, reader, bare and not mutates_shortcut and not mutates_shared
+    mutates_shortcut = in_place and node.args[0] is residual.shortcut
+    if in_place and not mutates_shortcut:
+        # Who reads ``out`` after ``out += x`` reads the sum; after the SE block it would not.
+        readers = {user for link in chain for user in link.users}
+        if any(flow.order[user] > flow.order[node] for user in readers):
+            return Reason.SHARED_IN_PLACE
+    return branch, reader, bare and not mutates_shortcut
 
 
 def _is_tail(flow: _Flow, node: fx.Node) -> bool:

@@ -13,11 +13,13 @@ A graph is kept only if it runs, operation by operation, what the module's own f
 expects (``isinstance(x, Tensor)``), and such a graph would be another network.
 """
 
+import contextlib
 import copy
 import enum
 import functools
 import inspect
 import operator
+import unittest.mock
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -338,6 +340,10 @@ for _op in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
     setattr(_InPlaceProxy, f"__{_op.__name__}__", _in_place(_op))
 
 
+_FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn")
+_FACTORIES += ("randperm", "tensor", "zeros")
+
+
 class BlockTracer(fx.Tracer):
     """Traces one module's own forward for one recorded call; every child is a leaf."""
 
@@ -346,6 +352,25 @@ class BlockTracer(fx.Tracer):
     def __init__(self, call: Call) -> None:
         super().__init__()
         self.call = call
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace; tensors that the forward makes are made anew in every call of the graph.
+
+        fx itself cannot see ``torch.rand(x.shape[0], 1, 1, 1)`` and would freeze ``torch.ones(1)``.
+        """
+        with contextlib.ExitStack() as stack:
+            for name in _FACTORIES:
+                stack.enter_context(
+                    unittest.mock.patch.object(torch, name, self._recorded(getattr(torch, name)))
+                )
+            return super().trace(root, concrete_args)
+
+    def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def record(*args: Any, **kwargs: Any) -> Any:
+            return self.create_proxy("call_function", function, args, kwargs)
+
+        return record
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True

@@ -1,0 +1,248 @@
+"""The command line, mostly in this process; once each as a real process."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import se_inject
+from se_inject import cli
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    """``se-inject ARGS`` as a user's shell runs it, in a pipe."""
+    return subprocess.run(
+        [sys.executable, "-m", "se_inject", *args], capture_output=True, text=True, check=False
+    )
+
+
+def invoke(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str
+) -> tuple[int, str, str]:
+    """The same in this process: exit status, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["se-inject", *args])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("COLUMNS", "80")
+    return lambda *args: invoke(monkeypatch, capsys, *args)
+
+
+def numbers(line: str) -> list[int]:
+    """The figures with thousands separators at the end of a table row."""
+    return [int(v.replace(",", "")) for v in re.findall(r"(?<![\w×→])\d[\d,]*(?![\w×→.])", line)]
+
+
+# --- the report --------------------------------------------------------------------------------
+
+
+def test_the_report_of_resnet50(call) -> None:  # type: ignore[no-untyped-def]
+    status, out, err = call("resnet50", "--r", "16")
+    assert (status, err) == (0, "")
+    assert (
+        "resnet50: 25.56 M → 28.09 M parameters (+9.9 %), 4.089 → 4.103 GMACs (+0.33 %)"
+        in out.splitlines()
+    )
+    assert "1 MAC = 2 FLOPs; the papers' GFLOPs are GMACs" in out
+    assert "8.178 → 8.205 G" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet152", "mobilenetv2_100", "hrnet_w18_small"])
+def test_columns_sum_to_the_printed_totals(call, name: str) -> None:  # type: ignore[no-untyped-def]
+    _, out, _ = call(name)
+    table = out.split("left alone")[0].splitlines()
+    rows = [numbers(line)[-4:] for line in table if re.search(r"\d→\d", line)]
+    total = next(numbers(line)[-4:] for line in table if re.match(r"\d+ sites", line))
+    assert len(rows) >= 4
+    assert [sum(column) for column in zip(*rows, strict=True)] == total
+
+
+def test_many_sites_are_grouped_by_stage_and_verbose_shows_each(call) -> None:  # type: ignore[no-untyped-def]
+    _, grouped, _ = call("resnet101")
+    assert re.search(r"^layer3\.0…22 ×23 +1024×14×14 +1024→64 +3,039,680 ", grouped, re.M)
+    _, verbose, _ = call("resnet101", "--verbose")
+    assert re.search(r"^layer3\.22 ", verbose, re.M)
+
+
+def test_skipped_additions_are_counted_by_reason_and_verbose_lists_all(call) -> None:  # type: ignore[no-untyped-def]
+    _, out, _ = call("hrnet_w18_small")
+    assert re.search(r"^ +23 +fusion, not residual", out, re.M)
+    _, verbose, _ = call("hrnet_w18_small", "-v")
+    assert len(re.findall(r"^stage\S+ +fusion, not residual|^\(model\) +fusion", verbose, re.M)) == 23
+
+
+def test_json_is_one_object_with_the_promised_keys(call) -> None:  # type: ignore[no-untyped-def]
+    status, out, err = call("resnet50", "--json", "--exclude", "layer4.*", "--img-size", "192")
+    data = json.loads(out)
+    assert (status, err) == (0, "")
+    assert list(data) == [
+        "model",
+        "r",
+        "input_size",
+        "base",
+        "augmented",
+        "added",
+        "sites",
+        "skipped",
+    ]
+    assert data["model"] == "resnet50"
+    assert data["r"] == 16
+    assert data["input_size"] == [3, 192, 192]
+    assert data["base"]["params"] == 25_557_032
+    assert data["augmented"]["macs"] == data["base"]["macs"] + data["added"]["macs"]
+    assert data["added"] == {
+        key: sum(site[key] for site in data["sites"]) for key in ("params", "macs")
+    }
+    assert data["sites"][0] == {
+        "block": "layer1.0",
+        "channels": 256,
+        "bottleneck": 16,
+        "shape": [256, 48, 48],
+        "params": 8464,
+        "macs": 2 * 256 * 16 + 2 * 256 * 48 * 48,
+    }
+    assert data["skipped"] == [
+        {"block": f"layer4.{i}", "reason": "excluded by the user"} for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["resnet18", "--divisor", "1"], r"^layer1\.0 +64×56×56 +64→4 "),
+        (["resnet18", "--r", "8"], r"^layer4\.1 +512×7×7 +512→64 "),
+        (["resnet18", "--include", "layer4.*"], r"^2 sites"),
+        (["resnet18", "--include", "layer3.*", "--include", "layer4.*"], r"^4 sites"),
+        (["resnet18", "--img-size", "288"], r"^layer1\.0 +64×72×72"),
+        (["resnet18", "--in-chans", "1"], r"^For one image of 1×224×224"),
+        (["resnet18.a1_in1k"], r"^8 sites"),
+        (["torchvision/resnet18"], r"^torchvision/resnet18: 11\.69 M"),
+        (["fcn_resnet50"], r"^fcn_resnet50: "),  # a bare name that only torchvision knows
+        (["torchvision.models:resnet18"], r"^8 sites"),
+        (["regnet_x_400mf"], r"^22 sites"),  # its builder fails under torch.device("meta")
+        (["test_resnet", "--r", "16"], r"kept at width 8, where C/r is less \(--divisor 1 gives"),
+    ],
+)
+def test_options(call, args: list[str], line: str) -> None:  # type: ignore[no-untyped-def]
+    status, out, _ = call(*args)
+    assert status == 0
+    assert re.search(line, out, re.M), out
+
+
+def test_show_prints_the_forward_before_and_after(call) -> None:  # type: ignore[no-untyped-def]
+    status, out, _ = call("resnet18", "--show", "layer1.0")
+    before, after = out.split("SEBasicBlock.forward after")
+    assert status == 0
+    assert "bn2 += x" in before
+    assert "se = self.se(bn2, x)" in after
+    assert "bn2 += x" not in after
+
+
+def test_a_module_in_the_current_directory_is_found(
+    call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path  # type: ignore[no-untyped-def]
+) -> None:
+    (tmp_path / "my_nets.py").write_text(
+        "import timm\ndef build():\n    return timm.create_model('resnet18', num_classes=3)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = call("my_nets:build")
+    assert status == 0
+    assert "my_nets:build: 11.18 M" in out
+
+
+# --- errors: one or two lines on stderr, nothing on stdout, no traceback ------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["resnet5O"], r"^error: no model 'resnet5O' .* Near names: .*resnet50"),
+        (["densenet121"], r"^error: no residual site: the forward of DenseNet adds no two maps"),
+        (["vgg16"], r"^error: no residual site: the forward of VGG adds no two maps"),
+        (
+            ["vit_base_patch16_224"],
+            r"^error: no residual site in VisionTransformer: 24 x tokens, not a feature map",
+        ),
+        (["resnet18", "--r", "0"], r"^error: r=0 is not a positive whole number"),
+        (["resnet18", "--r", "-4"], r"^error: r=-4 is not a positive whole number"),
+        (["resnet18", "--include", "nope"], r"^error: include='nope' matches no block"),
+        (["resnet18", "--exclude", "nope"], r"^error: exclude='nope' matches no block"),
+        (["resnet18", "--show", "layer9.0"], r"^error: block 'layer9\.0' gets no SE block"),
+        (
+            ["hrnet_w18_small", "--show", "stage2.0"],
+            r"^error: block 'stage2\.0' gets no SE block: fusion, not residual",
+        ),
+        (
+            ["inception_resnet_v2", "--img-size", "16"],
+            r"^error: the forward of '.*' failed on an input of shape \[2, 3, 16, 16\]",
+        ),
+        (["hf-hub:no/such"], r"^error: building 'hf-hub:no/such' failed"),
+    ],
+)
+def test_a_clear_error_and_exit_status_1(call, args: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
+    status, out, err = call(*args)
+    assert (status, out) == (1, "")
+    assert re.search(message, err, re.M)
+    assert len(err.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("args", [["resnet18", "--r", "abc"], ["resnet18", "--r", "2.5"], ["--no"]])
+def test_wrong_usage_has_exit_status_2(call, args: list[str]) -> None:  # type: ignore[no-untyped-def]
+    status, out, err = call(*args)
+    assert (status, out) == (2, "")
+    assert "Usage" in err
+
+
+# --- help, version, real processes -------------------------------------------------------------
+
+
+def test_help_names_every_option_with_its_default() -> None:
+    result: Result = CliRunner().invoke(cli.app, ["report", "--help"], env={"COLUMNS": "100"})
+    assert result.exit_code == 0
+    for option in ("--r", "--divisor", "--include", "--img-size", "--show", "--json", "--verbose"):
+        assert option in result.output
+    assert "default: 16" in result.output
+    assert "se-inject resnet50 --r 16" in result.output
+
+
+def test_no_argument_prints_the_help() -> None:
+    result = CliRunner().invoke(cli.app, [])
+    assert "Squeeze-and-Excitation for a network you already have" in result.output
+
+
+def test_the_version() -> None:
+    result = run("--version")
+    assert result.stdout == f"se-inject {se_inject.__version__}\n"
+
+
+def test_a_real_process_prints_the_report_into_a_pipe() -> None:
+    result = run("resnet50", "--r", "16")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "25.56 M → 28.09 M parameters" in result.stdout
+    assert "\x1b[" not in result.stdout
+
+
+def test_a_real_process_fails_without_a_traceback() -> None:
+    result = run("densenet121")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_warnings_go_to_stderr() -> None:
+    result = run("resnet18", "--r", "1000000", "--json")
+    assert result.returncode == 0
+    json.loads(result.stdout)
+    assert result.stderr.startswith("warning: r=1000000 is more than the channels of any block")

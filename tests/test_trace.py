@@ -1,0 +1,340 @@
+"""What the tracer must not get wrong in silence, and what it must say where it cannot follow."""
+
+import copy
+import inspect
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from se_inject import ForwardError, NoSiteError, SEInjectError, inject_se, plan_se, remove_se
+from se_inject.sites import Reason
+
+X = torch.randn(2, 16, 8, 8)
+
+
+class Unit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+
+
+class Root(nn.Module):
+    """Calls one block in the way that a test wants."""
+
+    def __init__(self, block: nn.Module, call: Any = None) -> None:
+        super().__init__()
+        self.block = block
+        self.plain = Plain()
+        self._call = call or (lambda block, x: block(x))
+
+    def forward(self, x: Tensor) -> Any:
+        return self._call(self.block, self.plain(x))
+
+
+class Plain(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x))
+
+
+def same_before_and_after(root: nn.Module, training: bool = False, x: Tensor = X) -> list[str]:
+    """Inject, compare to the bit, and return the blocks with a site."""
+    root.train(training)
+
+    def run() -> Any:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return root(x.clone())
+
+    before = run()
+    plan = plan_se(root, example_input=x)
+    plan.apply()
+    torch.testing.assert_close(run(), before, rtol=0, atol=0)
+    return [site.block for site in plan.sites]
+
+
+# --- forwards that read the mode ---------------------------------------------------------------
+
+
+class Dropping(Unit):
+    """Functional dropout and stochastic depth of one's own, under ``self.training``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.dropout(self.norm(self.conv(x)), 0.5, self.training)
+        if self.training:
+            keep = torch.empty(x.shape[0], 1, 1, 1, device=x.device).bernoulli_(0.5)
+            out = out * keep
+        return x + out
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forward_that_reads_the_mode_keeps_both_ways(training: bool) -> None:
+    root = Root(Dropping())
+    assert "block" in same_before_and_after(root, training)
+    # and the other mode, without another injection:
+    reference = remove_twin(root)
+    for mode in (True, False):
+        torch.manual_seed(1)
+        a = root.train(mode)(X)
+        torch.manual_seed(1)
+        b = reference.train(mode)(X)
+        assert torch.equal(a, b)
+
+
+def remove_twin(root: nn.Module) -> nn.Module:
+    return remove_se(copy.deepcopy(root))
+
+
+# --- in place ----------------------------------------------------------------------------------
+
+
+class InPlaceOnInput(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.norm(self.conv(x))
+        return x
+
+
+def test_an_input_that_was_changed_in_place_is_still_changed() -> None:
+    def call(block: nn.Module, x: Tensor) -> Tensor:
+        out = block(x)
+        return torch.stack([out, x])  # the caller sees the sum in both
+
+    assert "block" in same_before_and_after(Root(InPlaceOnInput(), call))
+
+
+class InPlaceShared(Unit):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.norm(self.conv(x))
+        feature = out
+        out += x
+        return out, feature
+
+
+def test_a_block_whose_branch_is_read_again_after_it_was_added_to_is_left_alone() -> None:
+    root = Root(InPlaceShared(), lambda block, x: torch.stack(block(x)))
+    assert same_before_and_after(root) == ["plain"]
+    (skipped,) = plan_se(remove_se(root), example_input=X).skipped
+    assert (skipped.block, skipped.reason) == ("block", Reason.SHARED_IN_PLACE)
+
+
+# --- arguments ---------------------------------------------------------------------------------
+
+
+class ManyArguments(Unit):
+    def forward(
+        self, x: Tensor, others: list[Tensor], scale: float = 1.0, *, flag: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        out = x + self.norm(self.conv(others[0]))
+        if flag:
+            out = out * scale
+        return out, others
+
+
+def test_lists_numbers_flags_and_tuple_outputs_pass_through() -> None:
+    def call(block: nn.Module, x: Tensor) -> Tensor:
+        out, (first, second) = block(x, [x * 2, x * 3], 0.5, flag=True)
+        return out + first - second
+
+    assert "block" in same_before_and_after(Root(ManyArguments(), call))
+
+
+def test_a_flag_other_than_the_recorded_one_is_refused_when_called() -> None:
+    root = Root(ManyArguments(), lambda block, x: block(x, [x], 0.5, flag=True)[0])
+    inject_se(root, example_input=X)
+    root.block(X, [X], 0.25, flag=True)  # numbers may change
+    with pytest.raises(RuntimeError, match="argument 'flag' was True"):
+        root.block(X, [X], 0.5, flag=False)
+
+
+class Varargs(Unit):
+    def forward(self, *xs: Tensor, **named: Tensor) -> Tensor:
+        return xs[0] + self.norm(self.conv(named["y"]))
+
+
+def test_varargs() -> None:
+    root = Root(Varargs(), lambda block, x: block(x, x, y=x * 2))
+    assert "block" in same_before_and_after(root)
+
+
+class InSize(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        return x + F.interpolate(self.norm(self.conv(x)), size=(h, w))
+
+
+def test_an_edited_forward_serves_other_sizes_than_the_recorded_one() -> None:
+    root = Root(InSize()).eval()
+    x = torch.randn(1, 16, 12, 20)
+    before = root(x)
+    inject_se(root, example_input=X)
+    assert torch.equal(before, root(x))
+
+
+# --- residuals in the root ---------------------------------------------------------------------
+
+
+class AllInOne(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x))
+
+
+def test_a_residual_in_the_forward_of_the_model_itself() -> None:
+    model = AllInOne().eval()
+    before = model(X)
+    plan = plan_se(model, example_input=X)
+    assert [(site.block, site.name) for site in plan.sites] == [("", "se")]
+    assert torch.equal(before, plan.apply()(X))
+    assert isinstance(model, AllInOne)
+    assert {k for k in model.state_dict() if k.startswith("se.")}
+
+
+def test_an_fx_graph_module_is_a_model_like_another() -> None:
+    traced = torch.fx.symbolic_trace(Root(AllInOne()).eval())
+    assert same_before_and_after(traced) == ["", ""]
+
+
+# --- what fx cannot follow ---------------------------------------------------------------------
+
+
+class ControlFlow(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x + self.norm(self.conv(x))
+        return x
+
+
+class ShapeControlFlow(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 4:
+            return x + self.norm(self.conv(x))
+        return x
+
+
+class TypeControlFlow(Unit):
+    """fx follows the wrong way here without a word: a proxy is no Tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor):
+            return x + self.norm(self.conv(x))
+        return x[0]
+
+
+class FreshTensor(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x)) * torch.full((1,), 2.0, device=x.device)
+
+
+def test_a_tensor_made_in_the_forward_is_made_in_every_call() -> None:
+    root = Root(FreshTensor())
+    assert "block" in same_before_and_after(root)
+    assert "torch.full(" in inspect.getsource(type(root.block).forward)
+
+
+class ForeignTensor(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x)) * torch.from_numpy(numpy.array(2.0))
+
+
+class OnTheInstance(Unit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = lambda x: x + self.norm(self.conv(x))  # type: ignore[method-assign]
+
+
+UNTRACEABLE = {
+    ShapeControlFlow: "control flow",
+    TypeControlFlow: "follows another path",
+    ForeignTensor: "makes a tensor that fx would freeze",
+    OnTheInstance: "replaced on the instance",
+}
+
+
+@pytest.mark.parametrize("block", UNTRACEABLE)
+def test_what_cannot_be_traced_is_named_and_the_rest_is_served(block: type[nn.Module]) -> None:
+    root = Root(block())
+    plan = plan_se(root, example_input=X)
+    assert [site.block for site in plan.sites] == ["plain"]
+    (skipped,) = plan.skipped
+    assert skipped.block == "block"
+    assert skipped.reason == "cannot be traced"
+    assert UNTRACEABLE[block] in skipped.detail
+    assert same_before_and_after(Root(block())) == ["plain"]
+
+
+def test_a_forward_that_needs_values_is_served_until_there() -> None:
+    """Detection models stop so on meta; the blocks before the stop are recorded."""
+    plan = plan_se(Root(ControlFlow()), example_input=X)
+    assert [site.block for site in plan.sites] == ["plain"]
+    (skipped,) = plan.skipped
+    assert skipped.reason == "not reached by the recorded forward"
+    assert "'block' needs values" in skipped.detail
+
+
+# --- hidden additions, wrong inputs ------------------------------------------------------------
+
+
+def helper(x: Tensor, y: Tensor) -> Tensor:
+    return (x + y) + y
+
+
+torch.fx.wrap("helper")
+
+
+class Hidden(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        return helper(x, self.norm(self.conv(x)))
+
+
+def test_additions_in_a_function_that_fx_does_not_enter_are_listed() -> None:
+    plan = plan_se(Root(Hidden()), example_input=X)
+    assert [s.reason for s in plan.skipped] == ["inside a function that fx does not enter"] * 2
+
+
+@pytest.mark.parametrize("side", [28, 32, 64, 224])
+def test_a_network_that_flattens_to_a_fixed_size_needs_no_example(side: int) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), Plain(), nn.Flatten(), nn.Linear(16 * side * side, 10)
+    )
+    assert plan_se(model).input_size == [1, side, side]
+
+
+def test_an_example_may_be_positional_or_named_arguments() -> None:
+    class Two(Plain):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + self.norm(self.conv(y))
+
+    for example in ((X, X), {"x": X, "y": X}, {"y": X, "x": X}):
+        assert len(plan_se(Two(), example_input=example).sites) == 1
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (torch.randn(2, 3, 8, 8), r"'plain\.conv' failed on an input of shape \[2, 3, 8, 8\]"),
+        (torch.randn(8), "failed on an input of shape"),
+        ((X, X), "the model itself failed"),
+    ],
+)
+def test_a_forward_that_fails_says_where_and_what_to_pass(example: Any, message: str) -> None:
+    with pytest.raises(ForwardError, match=message) as caught:
+        plan_se(Root(Plain()), example_input=example)
+    assert "Pass example_input=" in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_a_model_that_cannot_be_copied_says_so() -> None:
+    import threading
+
+    model = Plain()
+    model.lock = threading.Lock()
+    with pytest.raises(SEInjectError, match=r"copy\.deepcopy of the model fails \(TypeError"):
+        plan_se(model, example_input=X)
+
+
+def test_no_addition_at_all() -> None:
+    with pytest.raises(NoSiteError, match="the forward of Sequential adds no two maps"):
+        plan_se(nn.Sequential(nn.Conv2d(3, 8, 3)))
