@@ -7,6 +7,20 @@
 ``inject_se(model)`` puts an SE block on every residual branch of a timm, torchvision or
 hand-written CNN, and leaves everything else alone: the same object, the same checkpoint keys,
 the same outputs to the last bit, until training moves the new weights.
+
+    errors.py           the one family of errors
+    squeeze_excite.py   the SE block: the only new nn.Module, and what one costs
+    ops.py              what torch functions do to feature maps
+    record.py           model + example input -> how its modules are called
+    trace.py            recorded calls -> one torch.fx graph per block, shapes on its nodes
+    sites.py            block graph -> residual sites; reads only
+    checks.py           arguments and models that are refused
+    plan.py             which sites get what: r, include/exclude; what is skipped and why
+    inject.py           Plan -> edited model; remove_se. The only file that changes a graph
+    cost.py             parameters and MACs of the whole network
+    report.py           Plan + cost -> rich table, JSON
+    models.py           "resnet50", "torchvision/resnet50", "my_pkg.nets:build" -> nn.Module
+    cli.py              Typer: parse, call, print
 """
 
 from se_inject.errors import (

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from se_inject.plan import Plan
-from se_inject.trace import Arguments, meta_copy
+from se_inject.record import Arguments, meta_copy
 
 
 @dataclass(frozen=True)

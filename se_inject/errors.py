@@ -17,7 +17,7 @@ class UnknownModelError(SEInjectError, LookupError):
 
 
 class UnsupportedModelError(SEInjectError, TypeError):
-    """A model that cannot be edited as it is: compiled, wrapped for distributed training, scripted."""
+    """A model that cannot be edited as it is: compiled, scripted, wrapped for distributed runs."""
 
 
 class ForwardError(SEInjectError, RuntimeError):

@@ -26,11 +26,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from se_inject.errors import NoSiteError, SEInjectError, UnsupportedModelError
-from se_inject.plan import Patterns, Placement, Plan, Ratio, SELayer, Site, is_injected, plan_se
+from se_inject.checks import Placement
+from se_inject.errors import NoSiteError, UnsupportedModelError
+from se_inject.plan import Patterns, Plan, Ratio, SELayer, Site, is_injected, plan_se
+from se_inject.record import block_label
 from se_inject.sites import ResidualSite
 from se_inject.squeeze_excite import Init
-from se_inject.trace import TracedBlock, block_label
+from se_inject.trace import TracedBlock
 
 
 def inject_se(
@@ -85,7 +87,7 @@ def apply_plan(plan: Plan) -> nn.Module:
                 setattr(module, child, layer)
             module.__class__ = new_class
     except BaseException:  # a Ctrl-C too must not leave half a network
-        for (module, new_class, layers) in edits[: len(done)]:
+        for module, new_class, _ in edits[: len(done)]:
             _restore(module, new_class)
         raise
     return plan.model

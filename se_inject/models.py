@@ -127,17 +127,17 @@ def _from_callable(name: str, in_chans: int | None) -> nn.Module:
         near = difflib.get_close_matches(attribute, dir(module), n=3)
         hint = f" Near names: {', '.join(near)}." if near else ""
         raise UnknownModelError(f"{module_name!r} has no callable {attribute!r}.{hint}")
-    model = _build(name, build)
-    if not isinstance(model, nn.Module):
-        raise UnknownModelError(f"{name} returned {type(model).__name__}, not an nn.Module.")
-    return model
+    return _build(name, build)
 
 
-def _build(name: str, builder: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _build(name: str, builder: Callable[..., Any], *args: Any, **kwargs: Any) -> nn.Module:
     try:
-        return builder(*args, **kwargs)
+        model = builder(*args, **kwargs)
     except Exception as error:  # a foreign builder may raise anything
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise UnknownModelError(
             f"building {name!r} failed: {type(error).__name__}: {reason}"
         ) from error
+    if not isinstance(model, nn.Module):
+        raise UnknownModelError(f"{name} returned {type(model).__name__}, not an nn.Module.")
+    return model

@@ -75,9 +75,7 @@ class Op:
         return self.name in _LINEAR_IN_MAP or self.scales
 
 
-def run_on_meta(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
+def run_on_meta(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call ``func``, but make up the output of a batch norm: on meta it is a slow decomposition.
 
     A third of the time of a whole forward goes there, and its output is like its input.

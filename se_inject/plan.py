@@ -6,28 +6,28 @@ A plan is made on a copy of the model on meta tensors; nothing here changes the 
 import difflib
 import fnmatch
 import itertools
-import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from se_inject.errors import ArgumentError, NoSiteError, UnsupportedModelError
+from se_inject.checks import Placement, check_arguments, check_model
+from se_inject.errors import ArgumentError, NoSiteError
+from se_inject.record import Arguments, block_label
 from se_inject.sites import Reason, ResidualSite, find_sites
 from se_inject.squeeze_excite import Init, SECost, SqueezeExcite, bottleneck_width, se_cost
-from se_inject.trace import Arguments, TracedBlock, UntracedBlock, block_label, trace_blocks
+from se_inject.trace import TracedBlock, UntracedBlock, trace_blocks
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 Ratio = int | Mapping[str, int]
 Patterns = str | Sequence[str] | None
-Placement = Literal["standard"]
 SELayer = Callable[[int], nn.Module]
 
 
@@ -180,8 +180,8 @@ def plan_se(
         ForwardError: the forward fails on the example input.
         NoSiteError: there is no residual addition that can take an SE block.
     """
-    _check_arguments(r, divisor, placement, init, se_layer)
-    _check_model(model)
+    check_arguments(r, divisor, placement, init, se_layer)
+    check_model(model)
     skipped = [
         Skipped(name, Reason.INJECTED)
         for name, module in model.named_modules()
@@ -220,11 +220,21 @@ def plan_se(
         taken[name] += 1
         sites.append(
             _make_site(
-                model, modules[name], name, taken[name], ratios[name], divisor, se_layer, in_eval, in_train
+                model,
+                modules[name],
+                name,
+                taken[name],
+                ratios[name],
+                divisor,
+                se_layer,
+                in_eval,
+                in_train,
             )
         )
     _warn_of_floor(sites, divisor)
-    return Plan(model, r, divisor, init, se_layer, tuple(sites), tuple(skipped), trace.example, blocks)
+    return Plan(
+        model, r, divisor, init, se_layer, tuple(sites), tuple(skipped), trace.example, blocks
+    )
 
 
 def is_injected(module: nn.Module) -> bool:
@@ -237,7 +247,7 @@ def _sites_of(
 ) -> tuple[list[tuple[ResidualSite, ResidualSite]], list[Skipped]]:
     """The sites of a block, each in its eval and train graph, and its other additions."""
     sites, rejected = find_sites(block.eval.graph, block.eval.calls, module)
-    facts = block.eval.facts
+    facts = block.eval.calls[0]
     seen = sum(facts[n].additions == 1 for n in facts if n.op in ("call_function", "call_method"))
     hidden = block.additions - seen
     skipped = [Skipped(block.name, rejection.reason) for rejection in rejected]
@@ -370,58 +380,7 @@ def _ratios(wanted: Sequence[str], names: Sequence[str], r: Ratio) -> dict[str, 
     return ratios
 
 
-# --- refusals ----------------------------------------------------------------------------------
-
-
-def _check_arguments(
-    r: Ratio, divisor: int, placement: str, init: str, se_layer: SELayer | None
-) -> None:
-    if isinstance(r, Mapping) and not r:
-        raise ArgumentError("r={} says nothing of any block; write {'*': 16}.")
-    for value in r.values() if isinstance(r, Mapping) else [r]:
-        _check_positive_int("r", value, "the reduction ratio C / rd, such as 16")
-    _check_positive_int("divisor", divisor, "8 as in timm, or 1 for the paper's plain C/r")
-    if placement not in get_args(Placement):
-        raise ArgumentError(f"placement={placement!r} is not known; use 'standard'.")
-    if init not in get_args(Init):
-        raise ArgumentError(f"init={init!r} is not known; use 'identity' or 'paper'.")
-    if se_layer is not None and not callable(se_layer):
-        raise ArgumentError(f"se_layer={se_layer!r} is not callable; pass channels -> nn.Module.")
-
-
-def _check_positive_int(name: str, value: Any, meaning: str) -> None:
-    try:
-        valid = not isinstance(value, bool) and operator.index(value) >= 1
-    except TypeError:
-        valid = False
-    if not valid:
-        raise ArgumentError(f"{name}={value!r} is not a positive whole number: {meaning}.")
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"expected an nn.Module, got {type(model).__name__}.")
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        label = f"{block_label(name)} ({kind})"
-        if kind == "OptimizedModule" or module._compiled_call_impl is not None:
-            raise UnsupportedModelError(
-                f"{label} is compiled. Inject first, then torch.compile the result"
-                " (the model inside is `model._orig_mod`)."
-            )
-        if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
-            raise UnsupportedModelError(
-                f"{label} is a wrapper for parallel runs. Inject into the model inside it"
-                " (`model.module`) and wrap that."
-            )
-        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
-            raise UnsupportedModelError(f"{label} is sharded already. Inject before fully_shard.")
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedModelError(f"{label} is TorchScript. Inject into the Python model.")
-        if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
-            raise UnsupportedModelError(
-                f"{label} has uninitialised lazy parameters. Run one forward first."
-            )
+# --- what the user is told -----------------------------------------------------------------------
 
 
 def _no_site_message(model: nn.Module, skipped: Sequence[Skipped]) -> str:

@@ -204,13 +204,16 @@ def block_code(plan: Plan, block: str) -> RenderableType:
     """
     before, after = block_sources(plan, block)
     kind = type(plan.model.get_submodule(block)).__name__
-    style = {"theme": "ansi_dark", "background_color": "default", "word_wrap": True}
     return Group(
         Text(f"{block or '(model)'}: {kind}.forward before", style="bold"),
-        Syntax(before, "python", **style),
+        _python(before),
         Text(f"\n{block or '(model)'}: SE{kind}.forward after", style="bold"),
-        Syntax(after, "python", **style),
+        _python(after),
     )
+
+
+def _python(code: str) -> Syntax:
+    return Syntax(code, "python", theme="ansi_dark", background_color="default", word_wrap=True)
 
 
 def block_sources(plan: Plan, block: str) -> tuple[str, str]:

@@ -14,7 +14,8 @@ import torch
 from torch import fx, nn
 
 from se_inject.ops import Op
-from se_inject.trace import NodeFacts, Shape
+from se_inject.record import Shape
+from se_inject.trace import NodeFacts
 
 
 class Reason(StrEnum):
@@ -79,9 +80,12 @@ def find_sites(
     sites: list[ResidualSite] = []
     rejected: list[Rejection] = []
     for node in additions:
-        verdict = shapes[node]
-        if isinstance(verdict, _Residual):
-            verdict = _site(flow, module, calls, node, additions, residuals)
+        shape = shapes[node]
+        verdict = (
+            _site(flow, module, calls, node, additions, residuals)
+            if isinstance(shape, _Residual)
+            else shape
+        )
         if isinstance(verdict, ResidualSite):
             sites.append(verdict)
         else:
@@ -173,9 +177,7 @@ class _Flow:
         if node.op not in ("call_function", "call_method"):
             return None
         op = next((op for op in self.facts[node].ops if op.adds_maps), None)
-        operands = [
-            v for v in (*node.args, *node.kwargs.values()) if isinstance(v, fx.Node)
-        ]
+        operands = [v for v in (*node.args, *node.kwargs.values()) if isinstance(v, fx.Node)]
         if op is None or len(operands) != 2 or len(self.facts[node].ops) != 1:
             return None
         return operands[0], operands[1], op
@@ -258,7 +260,8 @@ def _site(
         return point
     branch, reader, fused = point
     facts = flow.facts[branch]
-    assert facts.shape is not None and facts.dtype is not None
+    assert facts.shape is not None
+    assert facts.dtype is not None
     if facts.channel_dim is None:
         return Reason.CHANNELS_UNKNOWN
     if facts.channel_dim != 1:

@@ -55,24 +55,20 @@ class SqueezeExcite(nn.Module):
         # A power of two, so that folding it into the layer before loses no bit.
         self.gate_scale = 2.0 if init == "identity" else 1.0
         self.fc1 = nn.Conv2d(channels, bottleneck, 1, device=device, dtype=dtype)
-        # Made without its random numbers: reset_parameters() decides what it starts from.
-        self.fc2 = nn.utils.skip_init(
-            nn.Conv2d, bottleneck, channels, 1, device=device or "cpu", dtype=dtype
-        )
-        self._reset_fc2()
+        self.fc2 = nn.Conv2d(bottleneck, channels, 1, device=device, dtype=dtype)
+        if init == "identity":
+            self._close_fc2()
 
     def reset_parameters(self) -> None:
         """Initialise anew, as after ``to_empty()`` of a model that was built on meta."""
         self.fc1.reset_parameters()
-        self._reset_fc2()
-
-    def _reset_fc2(self) -> None:
+        self.fc2.reset_parameters()
         if self.init == "identity":
-            nn.init.zeros_(self.fc2.weight)
-            assert self.fc2.bias is not None
-            nn.init.zeros_(self.fc2.bias)
-        else:
-            self.fc2.reset_parameters()
+            self._close_fc2()
+
+    def _close_fc2(self) -> None:
+        for p in self.fc2.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Scale the branch map ``x`` [N, C, H, W]; with ``residual``, also add it.

@@ -4,10 +4,14 @@ import os
 
 # Tests never reach a hub: what they use ships inside packages.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker on its own core, the processes that it starts too.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
 
 
 @pytest.fixture(
@@ -22,7 +26,7 @@ from torch import nn
         ),
     ]
 )
-def device(request: pytest.FixtureRequest) -> str:
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each test that asks for it runs on the CPU and, under the marker ``gpu``, on CUDA."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield request.param

@@ -80,7 +80,9 @@ def test_skipped_additions_are_counted_by_reason_and_verbose_lists_all(call) -> 
     _, out, _ = call("hrnet_w18_small")
     assert re.search(r"^ +23 +fusion, not residual", out, re.M)
     _, verbose, _ = call("hrnet_w18_small", "-v")
-    assert len(re.findall(r"^stage\S+ +fusion, not residual|^\(model\) +fusion", verbose, re.M)) == 23
+    assert (
+        len(re.findall(r"^stage\S+ +fusion, not residual|^\(model\) +fusion", verbose, re.M)) == 23
+    )
 
 
 def test_json_is_one_object_with_the_promised_keys(call) -> None:  # type: ignore[no-untyped-def]
@@ -151,7 +153,9 @@ def test_show_prints_the_forward_before_and_after(call) -> None:  # type: ignore
 
 
 def test_a_module_in_the_current_directory_is_found(
-    call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path  # type: ignore[no-untyped-def]
+    call,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,  # type: ignore[no-untyped-def]
 ) -> None:
     (tmp_path / "my_nets.py").write_text(
         "import timm\ndef build():\n    return timm.create_model('resnet18', num_classes=3)\n"

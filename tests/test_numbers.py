@@ -136,12 +136,10 @@ def test_macs_are_of_one_image_whatever_the_batch() -> None:
 
 TRANSFORMERS = ("vit", "swin", "maxvit")
 CNNS = [
-    name
-    for name in list_models(module=torchvision.models)
-    if not name.startswith(TRANSFORMERS)
+    name for name in list_models(module=torchvision.models) if not name.startswith(TRANSFORMERS)
 ]
-# Published without the auxiliary heads, which are not run in eval mode either.
-AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
+# Published without the auxiliary heads (inception_v3's are counted there).
+AUXILIARY = {"googlenet": ("aux1", "aux2")}
 
 
 @pytest.mark.filterwarnings("ignore:The default weight initialization of:FutureWarning")

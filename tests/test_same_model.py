@@ -299,7 +299,7 @@ def test_remove_se_after_training_keeps_what_the_base_learnt(model: nn.Module) -
 # --- all or nothing ----------------------------------------------------------------------------
 
 
-class Fault(Exception):
+class FaultError(Exception):
     pass
 
 
@@ -309,7 +309,7 @@ def fail_at(n: int, monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> 
     def method(*args: object, **kwargs: object) -> object:
         calls.append(None)
         if len(calls) == n:
-            raise Fault
+            raise FaultError
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, method)
@@ -336,7 +336,7 @@ def test_a_fault_at_the_last_site_leaves_the_model_as_it_was(
     plan = plan_se(model)
     with monkeypatch.context() as patch:
         fail_at(call, patch, owner, name)
-        with pytest.raises(Fault):
+        with pytest.raises(FaultError):
             plan.apply()
     assert snapshot(model) == shape
     assert list(model.state_dict()) == keys
@@ -364,5 +364,5 @@ def test_a_second_injection_fills_what_the_first_left_out(model: nn.Module) -> N
 def test_a_plan_made_before_another_injection_is_refused(model: nn.Module) -> None:
     plan = plan_se(model)
     inject_se(model)
-    with pytest.raises(SEInjectError, match="since the plan was made. Plan anew"):
+    with pytest.raises(SEInjectError, match=r"since the plan was made\. Plan anew"):
         plan.apply()

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,0 +1,94 @@
+"""What the surgery costs, as ratios measured side by side in one run.
+
+    OMP_NUM_THREADS=1 python benchmarks/surgery.py [--json FILE]
+
+1. ``inject_se(resnet152)`` against ``timm.create_model("resnet152")`` in one process.
+2. The whole process ``se-inject resnet50`` against ``python -c "import torch, timm"``.
+
+The two sides of a ratio take turns, so that a noisy machine is noisy for both; medians are of
+the ratios pair by pair.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from se_inject import inject_se
+
+PROCESS_A = [sys.executable, "-m", "se_inject", "resnet50"]
+PROCESS_B = [sys.executable, "-c", "import torch, timm"]
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def compare(a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> dict[str, float]:
+    """Medians of both and of a / b over interleaved runs, after one of each to warm up."""
+    times = [(seconds(a), seconds(b)) for _ in range(pairs + 1)][1:]
+    ratios = sorted(x / y for x, y in times)
+    return {
+        "a_s": statistics.median(x for x, _ in times),
+        "b_s": statistics.median(y for _, y in times),
+        "ratio": statistics.median(ratios),
+        "ratio_min": ratios[0],
+        "ratio_max": ratios[-1],
+        "pairs": pairs,
+    }
+
+
+def run(command: list[str]) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--pairs", type=int, default=9, help="runs of each side (default 9)")
+    options = parser.parse_args()
+
+    def create() -> torch.nn.Module:
+        return timm.create_model("resnet152")
+
+    # Each injection needs a fresh model, built outside of its time.
+    models = [create() for _ in range(options.pairs + 1)]
+    results = {
+        "inject_se(resnet152) / timm.create_model('resnet152')": compare(
+            lambda: inject_se(models.pop()), create, options.pairs
+        ),
+        "se-inject resnet50 / python -c 'import torch, timm'": compare(
+            lambda: run(PROCESS_A), lambda: run(PROCESS_B), options.pairs
+        ),
+    }
+    for name, result in results.items():
+        print(
+            f"{name}: {result['ratio']:.2f} ({result['ratio_min']:.2f} to"
+            f" {result['ratio_max']:.2f}; medians {result['a_s']:.2f} s / {result['b_s']:.2f} s)"
+        )
+    if options.json:
+        environment = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "command": "OMP_NUM_THREADS=1 python benchmarks/surgery.py",
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        }
+        options.json.write_text(json.dumps({**environment, "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Arguments and models that are refused before anything else is done."""
+
+import operator
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from se_inject.errors import ArgumentError, UnsupportedModelError
+from se_inject.record import block_label
+from se_inject.squeeze_excite import Init
+
+Placement = Literal["standard"]
+
+
+def check_arguments(r: Any, divisor: Any, placement: Any, init: Any, se_layer: Any) -> None:
+    """Raise an :class:`ArgumentError` for a value that cannot work."""
+    if isinstance(r, Mapping) and not r:
+        raise ArgumentError("r={} says nothing of any block; write {'*': 16}.")
+    for value in r.values() if isinstance(r, Mapping) else [r]:
+        _check_positive_int("r", value, "the reduction ratio C / rd, such as 16")
+    _check_positive_int("divisor", divisor, "8 as in timm, or 1 for the paper's plain C/r")
+    if placement not in get_args(Placement):
+        raise ArgumentError(f"placement={placement!r} is not known; use 'standard'.")
+    if init not in get_args(Init):
+        raise ArgumentError(f"init={init!r} is not known; use 'identity' or 'paper'.")
+    if se_layer is not None and not callable(se_layer):
+        raise ArgumentError(f"se_layer={se_layer!r} is not callable; pass channels -> nn.Module.")
+
+
+def _check_positive_int(name: str, value: Any, meaning: str) -> None:
+    try:
+        valid = not isinstance(value, bool) and operator.index(value) >= 1
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ArgumentError(f"{name}={value!r} is not a positive whole number: {meaning}.")
+
+
+def check_model(model: Any) -> None:
+    """Raise an :class:`UnsupportedModelError` for a model that cannot be edited as it is."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected an nn.Module, got {type(model).__name__}.")
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        label = f"{block_label(name)} ({kind})"
+        if kind == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise UnsupportedModelError(
+                f"{label} is compiled. Inject first, then torch.compile the result"
+                " (the model inside is `model._orig_mod`)."
+            )
+        if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+            raise UnsupportedModelError(
+                f"{label} is a wrapper for parallel runs. Inject into the model inside it"
+                " (`model.module`) and wrap that."
+            )
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+            raise UnsupportedModelError(f"{label} is sharded already. Inject before fully_shard.")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(f"{label} is TorchScript. Inject into the Python model.")
+        if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
+            raise UnsupportedModelError(
+                f"{label} has uninitialised lazy parameters. Run one forward first."
+            )

@@ -1,0 +1,234 @@
+"""Model + example input -> how its modules are called, and which of them add maps.
+
+One forward of a copy of the model on meta tensors: no arithmetic, no memory, and the model itself
+is neither run nor changed.
+"""
+
+import copy
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+from se_inject.errors import ForwardError
+from se_inject.ops import adds_equal_shapes, run_on_meta
+
+Shape = tuple[int, ...]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Call:
+    """One recorded call of a module, and the shapes that its own forward added."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    additions: list[Shape] = field(default_factory=list)
+
+    @functools.cached_property
+    def signature(self) -> Hashable:
+        """Equal for calls that a graph cannot tell apart."""
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        return (
+            str(spec),
+            tuple(
+                (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
+                for leaf in leaves
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The calls of every module that adds maps in its own forward."""
+
+    calls: Mapping[str, Sequence[Call]]
+    stopped: str | None
+    example: Arguments
+
+
+class _Recorder(TorchFunctionMode):
+    """Attributes each addition of two equal shapes to the innermost module that runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.calls: dict[str, list[Call]] = {}
+        self.running: list[tuple[str, Call]] = []
+        self.hooks: list[RemovableHandle] = []
+        for name, module in model.named_modules():
+            enter = functools.partial(self._enter, name)
+            self.hooks += [
+                module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
+                module.register_forward_hook(self._leave),
+            ]
+
+    def _enter(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        call = Call(*rebuilt(args, kwargs))
+        self.calls.setdefault(name, []).append(call)
+        self.running.append((name, call))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.running.pop()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.running and (shape := adds_equal_shapes(func, args, kwargs)) is not None:
+            self.running[-1][1].additions.append(shape)
+        return run_on_meta(func, args, kwargs)
+
+
+def rebuilt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The same tensors in new containers: HRNet's modules write into the list they are given."""
+    if any(isinstance(value, list | dict) for value in (*args, *kwargs.values())):
+        args, kwargs = pytree.tree_map(lambda leaf: leaf, (args, kwargs))
+    return args, kwargs
+
+
+def record(twin: nn.Module, examples: Sequence[Arguments]) -> Recording:
+    """Record one forward, with the first of the examples that it accepts.
+
+    Args:
+        twin: a :func:`meta_copy` of the model.
+        examples: (args, kwargs) on meta, as :func:`example_inputs` gives them.
+
+    Raises:
+        ForwardError: the forward fails on all examples, for another reason than that it needs
+            values where meta tensors have none; the message is that of the first.
+    """
+    first_error: ForwardError | None = None
+    for args, kwargs in examples:
+        try:
+            return _record(twin, args, kwargs)
+        except ForwardError as error:
+            first_error = first_error or error
+    assert first_error is not None
+    raise first_error
+
+
+def _record(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
+    recorder = _Recorder(twin)
+    stopped = None
+    try:
+        with torch.no_grad(), torch.device("meta"), recorder:
+            twin(*args, **kwargs)
+    except Exception as error:  # whatever a foreign forward may raise
+        where = recorder.running[-1][0] if recorder.running else ""
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if not _needs_values(error):
+            raise ForwardError(
+                f"the forward of {block_label(where)} failed on an input of shape"
+                f" {_describe_input(args, kwargs)}: {reason}\n"
+                "Pass example_input= (on the command line --img-size, --in-chans) as the model"
+                " expects it."
+            ) from error
+        stopped = f"{block_label(where)} needs values, which meta tensors have not ({reason})"
+    finally:
+        for hook in recorder.hooks:
+            hook.remove()
+    calls = {
+        name: calls
+        for name, calls in recorder.calls.items()
+        if any(call.additions for call in calls)
+    }
+    return Recording(calls, stopped, (args, kwargs))
+
+
+def _needs_values(error: Exception) -> bool:
+    """Whether a forward stopped because meta tensors hold no data (``nonzero`` in a detector)."""
+    return isinstance(error, NotImplementedError | RuntimeError) and "meta" in str(error).lower()
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model in eval mode whose tensors are all on meta, without the user's hooks.
+
+    Hooks of ``torch.nn.utils`` (weight norm, spectral norm) belong to the model and stay.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                memo[id(tensor)] = _to_meta(tensor)
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                memo[id(value)] = _to_meta(value)
+            elif "_hooks" in name and isinstance(value, dict):
+                memo[id(value)] = _library_hooks(value)
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a foreign __deepcopy__ may raise
+        raise ForwardError(
+            f"copy.deepcopy of the model fails ({type(error).__name__}: {first_line(error)});"
+            " se_inject plans on a copy. Remove what cannot be copied from the modules first."
+        ) from error
+    return twin.eval()
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    meta = tensor.detach().to("meta")
+    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+
+
+def _library_hooks(hooks: dict[int, Any]) -> OrderedDict[int, Any]:
+    return OrderedDict(
+        (key, hook)
+        for key, hook in hooks.items()
+        if type(hook).__module__.startswith("torch.nn.utils")
+    )
+
+
+def example_inputs(model: nn.Module, example_input: Any = None) -> list[Arguments]:
+    """The (args, kwargs) to try in turn, on meta: the user's, or those that fit most networks."""
+    dtype = _floating_dtype(model)
+    if example_input is not None:
+        on_meta = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), example_input)
+        if isinstance(on_meta, Mapping):
+            return [((), dict(on_meta))]
+        return [(on_meta if isinstance(on_meta, tuple) else (on_meta,), {})]
+    config = getattr(model, "pretrained_cfg", None)
+    size = config.get("input_size") if isinstance(config, Mapping) else None
+    channels = [size[0] if size else 3]
+    first_conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first_conv is not None and first_conv.in_channels not in channels:
+        channels.append(first_conv.in_channels)
+    # A hand-written network for small images flattens to a fixed size and rejects 224 pixels.
+    sides = [tuple(size[1:])] if size else [(s, s) for s in (224, 32, 64, 28, 96, 128, 256, 512)]
+    # Two images, so that a batch norm in train mode has more than one value for a 1x1 map.
+    return [
+        ((torch.empty(2, c, *hw, dtype=dtype, device="meta"),), {})
+        for hw in sides
+        for c in channels
+    ]
+
+
+def _floating_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def block_label(name: str) -> str:
+    """The name of a block as users read it; the root module has the empty name."""
+    return f"'{name}'" if name else "the model itself"
+
+
+def _describe_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    return ", ".join(str(list(t.shape)) for t in leaves) or "no tensor"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for a reason inside another message."""
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]
