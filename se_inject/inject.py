@@ -238,9 +238,10 @@ def edit_graph(
             edited.erase_node(addition)
             copies[site.addition] = se
         else:
-            with edited.inserting_after(branch):
+            reader = copies[site.reader]
+            with edited.inserting_before(reader):
                 se = edited.call_module(child, (branch,))
-            copies[site.reader].replace_input_with(branch, se)
+            reader.replace_input_with(branch, se)
     edited.lint()
     return edited
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from se_inject.checks import Placement, check_arguments, check_model
-from se_inject.errors import ArgumentError, NoSiteError
+from se_inject.errors import ArgumentError, NoSiteError, UnsupportedModelError
 from se_inject.record import Arguments, block_label
 from se_inject.sites import Reason, ResidualSite, find_sites
 from se_inject.squeeze_excite import Init, SECost, SqueezeExcite, bottleneck_width, se_cost
@@ -181,6 +181,7 @@ def plan_se(
         NoSiteError: there is no residual addition that can take an SE block.
     """
     check_arguments(r, divisor, placement, init, se_layer)
+    r = {k: int(v) for k, v in r.items()} if isinstance(r, Mapping) else int(r)
     check_model(model)
     skipped = [
         Skipped(name, Reason.INJECTED)
@@ -286,13 +287,11 @@ def _make_site(
     else:
         bottleneck = None
         cost = _layer_cost(se_layer, channels, in_eval.dtype, spaces)
-    # timm's blocks have the attribute already: None is free to use, a module is not.
-    child = "se" if getattr(module, "se", None) is None else "se_inject"
     tensors = itertools.chain(module.parameters(), module.buffers(), model.parameters())
     height, width = spaces[0]
     return Site(
         block=name,
-        child=child if number == 1 else f"{child}{number}",
+        child=_free_name(module, number),
         channels=channels,
         r=r,
         bottleneck=bottleneck,
@@ -302,6 +301,19 @@ def _make_site(
         dtype=in_eval.dtype,
         where=(in_eval, in_train),
     )
+
+
+def _free_name(module: nn.Module, number: int) -> str:
+    """``se``, or ``se2`` for the second site of a block; ``se_inject`` where that is taken.
+
+    timm's blocks have the attribute already: None on the instance is free to use, a module is
+    not, and an attribute of the class would hide the child.
+    """
+    for stem in ("se", "se_inject"):
+        name = stem if number == 1 else f"{stem}{number}"
+        if not hasattr(type(module), name) and getattr(module, name, None) is None:
+            return name
+    raise UnsupportedModelError(f"{type(module).__name__} has attributes 'se' and 'se_inject'.")
 
 
 def _layer_cost(

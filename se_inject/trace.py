@@ -251,6 +251,9 @@ def _trace_block(
     """The eval and train graphs of a block, or in words why there are none."""
     if "forward" in vars(module):
         return "its forward is replaced on the instance"
+    if isinstance(module, fx.GraphModule):
+        # Copying one, or recompiling it, would silently bring back its own graph.
+        return "it is a GraphModule: inject into the model that it was traced from"
     if len({_flags(module, call) for call in calls}) > 1:
         return "it is called with different flags in one forward"
     try:

@@ -192,9 +192,33 @@ def test_a_residual_in_the_forward_of_the_model_itself() -> None:
     assert {k for k in model.state_dict() if k.startswith("se.")}
 
 
-def test_an_fx_graph_module_is_a_model_like_another() -> None:
-    traced = torch.fx.symbolic_trace(Root(AllInOne()).eval())
-    assert same_before_and_after(traced) == ["", ""]
+def test_a_graph_module_is_named_not_edited() -> None:
+    """Its deepcopy and recompile() rebuild the forward from a graph that knows of no SE block."""
+
+    class Traced(nn.Sequential):
+        pass
+
+    root = Traced(torch.fx.symbolic_trace(AllInOne().eval()), Plain())
+    plan = plan_se(root, example_input=X)
+    assert [site.block for site in plan.sites] == ["1"]
+    assert [(s.block, s.reason) for s in plan.skipped] == [("0", Reason.UNTRACED)]
+    assert "inject into the model that it was traced from" in plan.skipped[0].detail
+
+
+class Taken(Unit):
+    """``se`` is taken by the class, where it would hide a child of the same name."""
+
+    se = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x))
+
+
+def test_an_attribute_of_the_class_is_not_taken_for_free() -> None:
+    root = Root(Taken())
+    assert "block" in same_before_and_after(root)
+    assert isinstance(root.block.se_inject, nn.Module)
+    assert root.block.se is None
 
 
 # --- what fx cannot follow ---------------------------------------------------------------------
