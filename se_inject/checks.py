@@ -57,6 +57,11 @@ def check_model(model: Any) -> None:
             )
         if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
             raise UnsupportedModelError(f"{label} is sharded already. Inject before fully_shard.")
+        quantized = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quant"))
+        if quantized and kind != "FloatFunctional":  # that one waits for quantization
+            raise UnsupportedModelError(
+                f"{label} is quantized. Inject into the float model, then quantize."
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModelError(f"{label} is TorchScript. Inject into the Python model.")
         if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):

@@ -7,12 +7,14 @@ or two lines, 2 wrong usage.
 import json
 import sys
 import warnings
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from se_inject.errors import SEInjectError
+from se_inject.errors import ArgumentError, SEInjectError
 
 
 class _DefaultReport(typer.core.TyperGroup):
@@ -145,6 +147,85 @@ def report_command(
         print_report(console, model, plan, count_costs(plan), verbose=verbose)
 
 
+class Library(StrEnum):
+    timm = "timm"
+    torchvision = "torchvision"
+    all = "all"
+
+
+@app.command()
+def zoo(
+    pattern: Annotated[
+        str,
+        typer.Option("--filter", metavar="GLOB", help="Only models whose name matches this glob."),
+    ] = "*",
+    library: Annotated[Library, typer.Option(help="Whose models.")] = Library.all,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.md", help="Also write the table as Markdown.", show_default=False
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Parallel processes.", show_default="one a processor"),
+    ] = None,
+) -> None:
+    """Plan and inject every model of timm and torchvision, and count what was found by family.
+
+    The models are built on the meta device: no weights, no download, nothing is run.
+
+    Examples:
+
+    - `se-inject zoo --library torchvision`
+
+    - `se-inject zoo --filter 'resnet*' --output resnets.md`
+    """
+    import os
+    import time
+
+    from rich.progress import Progress
+
+    from se_inject.zoo import (
+        coverage_markdown,
+        coverage_table,
+        failures,
+        families,
+        model_names,
+        survey_all,
+    )
+
+    names = model_names(library.value, pattern)
+    if not names:
+        raise ArgumentError(f"--filter {pattern!r} matches no model of {library.value}.")
+    if output is not None and not output.parent.is_dir():
+        raise ArgumentError(f"--output {output}: there is no folder {output.parent}.")
+    start = time.perf_counter()
+    surveys = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("models", total=len(names))
+        for entry in survey_all(names, workers or os.cpu_count() or 1):
+            surveys.append(entry)
+            progress.update(task, advance=1, description=entry.model)
+    surveys.sort(key=lambda entry: names.index(entry.model))
+    seconds = time.perf_counter() - start
+    if as_json:
+        rows = [row.to_dict() for row in families(surveys)]
+        models = [entry.to_dict() for entry in surveys]
+        print(json.dumps({"families": rows, "models": models, "seconds": seconds}, indent=2))
+    else:
+        console = Console()
+        console.print(coverage_table(families(surveys)))
+        console.print(f"\nNot planned ({len(names)} models in {seconds:.0f} s):", highlight=False)
+        for line in failures(surveys):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if output is not None:
+        command = "se-inject zoo" + (f" --library {library.value}" if library != "all" else "")
+        command += f" --filter {pattern!r}" if pattern != "*" else ""
+        output.write_text(coverage_markdown(surveys, f"{command} --output {output}", seconds))
+
+
 def _example_input(name: str, network: Any, img_size: int | None, in_chans: int | None) -> Any:
     """Two images of the size asked for; None where the model's own default serves."""
     import torch
@@ -152,12 +233,12 @@ def _example_input(name: str, network: Any, img_size: int | None, in_chans: int 
     from se_inject.models import default_input_size
 
     size = default_input_size(name, network)
-    if img_size is None and in_chans is None and size is None:
+    if size is None and img_size is None and in_chans is None:
         return None
-    channels, height, width = size or (3, 224, 224)
+    channels, *space = size or (3, 224, 224)
     if img_size is not None:
-        height = width = img_size
-    return torch.empty(2, in_chans or channels, height, width, device="meta")
+        space[-2:] = [img_size, img_size]
+    return torch.empty(2, in_chans or channels, *space, device="meta")
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -1,5 +1,11 @@
 """The errors a user can meet: one family, each message says what to do."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from se_inject.plan import Skipped
+
 
 class SEInjectError(Exception):
     """Base of every error that se_inject raises on purpose.
@@ -25,4 +31,11 @@ class ForwardError(SEInjectError, RuntimeError):
 
 
 class NoSiteError(SEInjectError):
-    """No residual addition of the model can take an SE block; the message counts the reasons."""
+    """No residual addition of the model can take an SE block; the message counts the reasons.
+
+    ``skipped`` has the additions of the model, each with its reason, as in ``Plan.skipped``.
+    """
+
+    def __init__(self, message: str, skipped: Sequence["Skipped"] = ()) -> None:
+        super().__init__(message)
+        self.skipped = tuple(skipped)

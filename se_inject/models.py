@@ -72,19 +72,19 @@ class ParametersOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def default_input_size(name: str, model: nn.Module) -> tuple[int, int, int] | None:
-    """(C, H, W) of the images that a library model was trained on; None for other models."""
+def default_input_size(name: str, model: nn.Module) -> tuple[int, ...] | None:
+    """[C, H, W] (video: [C, T, H, W]) that a library model was trained on; None for others."""
     config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, Mapping) and "input_size" in config:
-        channels, height, width = config["input_size"]
-        return channels, height, width
+        return tuple(config["input_size"])
     if type(model).__module__.startswith("torchvision."):
-        from torchvision.models import get_model_weights, list_models
+        from torchvision.models import get_model_weights, list_models, video
 
         name = name.removeprefix("torchvision/")
         for weights in get_model_weights(name) if name in list_models() else ():
             if crop := getattr(weights.transforms(), "crop_size", None):
-                return 3, crop[0], crop[-1]
+                clip = (16,) if name in list_models(module=video) else ()
+                return (3, *clip, crop[0], crop[-1])
     return None
 
 

@@ -101,20 +101,20 @@ def adds_equal_shapes(
 class OpLog(TorchFunctionMode):
     """Logs the functions that run on live tensors and follows where their channels are.
 
-    Live is what is computed from ``inputs``; parameters, buffers and constants are not. The
-    channel dim is known from convolutions and batch or group norm (dim 1) and from Linear and
-    layer norm (the last dim), and is followed through what comes after them.
+    Live is what is computed from the inputs, which are given with their channel dims (None: not
+    known); parameters, buffers and constants are not. The channel dim is known from convolutions
+    and batch or group norm (dim 1) and from Linear and layer norm (the last dim), and is followed
+    through what comes after them.
     """
 
-    def __init__(self, inputs: Iterable[Any]) -> None:
+    def __init__(self, inputs: Iterable[tuple[Tensor, int | None]]) -> None:
         super().__init__()
         self.ops: list[Op] = []
         self.additions = 0  # of two equal shapes, live or not
         # By id, with the tensor itself so that no id is used twice.
         self._live: dict[int, tuple[Tensor, int | None]] = {}
-        for value in inputs:
-            if isinstance(value, Tensor):
-                self._follow(value, None)
+        for tensor, dim in inputs:
+            self._follow(tensor, dim)
 
     def channel_dim(self, tensor: Tensor) -> int | None:
         """Which dim of a live tensor holds the channels, if known."""

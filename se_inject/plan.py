@@ -20,7 +20,15 @@ from se_inject.checks import Placement, check_arguments, check_model
 from se_inject.errors import ArgumentError, NoSiteError, UnsupportedModelError
 from se_inject.record import Arguments, block_label
 from se_inject.sites import Reason, ResidualSite, find_sites
-from se_inject.squeeze_excite import Init, SECost, SqueezeExcite, bottleneck_width, se_cost
+from se_inject.squeeze_excite import (
+    IMAGES,
+    Init,
+    Layout,
+    SECost,
+    SqueezeExcite,
+    bottleneck_width,
+    se_cost,
+)
 from se_inject.trace import TracedBlock, UntracedBlock, trace_blocks
 
 if TYPE_CHECKING:
@@ -40,7 +48,8 @@ class Site:
     channels: int
     r: int
     bottleneck: int | None  # None: a user's se_layer, which has none that we know of
-    shape: tuple[int, int, int]  # (C, H, W) of the branch map, of the block's first call
+    shape: tuple[int, ...]  # (C, H, W) or (C, T, H, W) of the branch map in the first call
+    layout: Layout
     cost: SECost
     device: torch.device
     dtype: torch.dtype
@@ -117,6 +126,7 @@ class Plan:
         return SqueezeExcite(
             site.channels,
             site.bottleneck,
+            layout=site.layout,
             init=self.init,
             device=site.device,
             dtype=site.dtype,
@@ -199,7 +209,7 @@ def plan_se(
         if isinstance(block, UntracedBlock):
             skipped += _untraced(block)
             continue
-        pairs, others = _sites_of(block, modules[block.name])
+        pairs, others = _sites_of(block, modules[block.name], images_only=se_layer is not None)
         blocks[block.name] = block
         found += [(block.name, *pair) for pair in pairs]
         skipped += others
@@ -212,7 +222,7 @@ def plan_se(
     skipped += [Skipped(name, Reason.EXCLUDED) for name, *_ in found if name not in wanted]
     found = [entry for entry in found if entry[0] in wanted]
     if not found:
-        raise NoSiteError(_no_site_message(model, skipped))
+        raise NoSiteError(_no_site_message(model, skipped), skipped)
 
     ratios = _ratios([name for name, *_ in found], names, r)
     taken: Counter[str] = Counter()
@@ -244,21 +254,28 @@ def is_injected(module: nn.Module) -> bool:
 
 
 def _sites_of(
-    block: TracedBlock, module: nn.Module
+    block: TracedBlock, module: nn.Module, *, images_only: bool
 ) -> tuple[list[tuple[ResidualSite, ResidualSite]], list[Skipped]]:
-    """The sites of a block, each in its eval and train graph, and its other additions."""
+    """The sites of a block, each in its eval and train graph, and its other additions.
+
+    ``images_only``: a user's ``se_layer`` takes [N, C, H, W], so other layouts are skipped.
+    """
     sites, rejected = find_sites(block.eval.graph, block.eval.calls, module)
     facts = block.eval.calls[0]
     seen = sum(facts[n].additions == 1 for n in facts if n.op in ("call_function", "call_method"))
     hidden = block.additions - seen
     skipped = [Skipped(block.name, rejection.reason) for rejection in rejected]
     skipped += [Skipped(block.name, Reason.HIDDEN)] * hidden
-    if block.train is block.eval:
-        return [(site, site) for site in sites], skipped
-    in_train, _ = find_sites(block.train.graph, block.train.calls, module)
+    in_train = sites
+    if block.train is not block.eval:
+        in_train, _ = find_sites(block.train.graph, block.train.calls, module)
     if [site.channels for site in sites] != [site.channels for site in in_train]:
         return [], skipped + [Skipped(block.name, Reason.MODES_DIFFER)] * len(sites)
-    return list(zip(sites, in_train, strict=True)), skipped
+    pairs = list(zip(sites, in_train, strict=True))
+    if images_only:
+        skipped += [Skipped(block.name, Reason.LAYOUT) for s in sites if s.layout != IMAGES]
+        pairs = [pair for pair in pairs if pair[0].layout == IMAGES]
+    return pairs, skipped
 
 
 def _untraced(block: UntracedBlock) -> list[Skipped]:
@@ -280,7 +297,8 @@ def _make_site(
     in_train: ResidualSite,
 ) -> Site:
     channels = in_eval.channels
-    spaces = [shape[2:] for shape in in_eval.shapes]
+    layout = in_eval.layout
+    spaces = [tuple(shape[d] for d in layout.space) for shape in in_eval.shapes]
     if se_layer is None:
         bottleneck = bottleneck_width(channels, r, divisor)
         cost = se_cost(channels, bottleneck, spaces)
@@ -288,14 +306,14 @@ def _make_site(
         bottleneck = None
         cost = _layer_cost(se_layer, channels, in_eval.dtype, spaces)
     tensors = itertools.chain(module.parameters(), module.buffers(), model.parameters())
-    height, width = spaces[0]
     return Site(
         block=name,
         child=_free_name(module, number),
         channels=channels,
         r=r,
         bottleneck=bottleneck,
-        shape=(channels, height, width),
+        shape=(channels, *spaces[0]),
+        layout=layout,
         cost=cost,
         device=next((t.device for t in tensors), torch.device("cpu")),
         dtype=in_eval.dtype,

@@ -6,6 +6,7 @@ is neither run nor changed.
 
 import copy
 import functools
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from se_inject.errors import ForwardError
-from se_inject.ops import adds_equal_shapes, run_on_meta
+from se_inject.ops import OpLog, adds_equal_shapes
 
 Shape = tuple[int, ...]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -30,7 +30,12 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    channel_dims: tuple[int | None, ...]  # of its tensors, where the forward has shown them
     additions: list[Shape] = field(default_factory=list)
+
+    def log(self) -> OpLog:
+        """A fresh log that follows the tensors of this call."""
+        return OpLog(zip(tensors_in((self.args, self.kwargs)), self.channel_dims, strict=True))
 
     @functools.cached_property
     def signature(self) -> Hashable:
@@ -38,6 +43,7 @@ class Call:
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
         return (
             str(spec),
+            self.channel_dims,
             tuple(
                 (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
                 for leaf in leaves
@@ -54,11 +60,11 @@ class Recording:
     example: Arguments
 
 
-class _Recorder(TorchFunctionMode):
+class _Recorder(OpLog):
     """Attributes each addition of two equal shapes to the innermost module that runs."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module, inputs: Arguments) -> None:
+        super().__init__((tensor, None) for tensor in tensors_in(inputs))
         self.calls: dict[str, list[Call]] = {}
         self.running: list[tuple[str, Call]] = []
         self.hooks: list[RemovableHandle] = []
@@ -72,11 +78,14 @@ class _Recorder(TorchFunctionMode):
     def _enter(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        call = Call(*rebuilt(args, kwargs))
+        args, kwargs = rebuilt(args, kwargs)
+        dims = tuple(self.channel_dim(tensor) for tensor in tensors_in((args, kwargs)))
+        call = Call(args, kwargs, dims)
         self.calls.setdefault(name, []).append(call)
         self.running.append((name, call))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.ensure_followed(output, args)
         self.running.pop()
 
     def __torch_function__(
@@ -89,7 +98,12 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.running and (shape := adds_equal_shapes(func, args, kwargs)) is not None:
             self.running[-1][1].additions.append(shape)
-        return run_on_meta(func, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested containers."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def rebuilt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -121,7 +135,7 @@ def record(twin: nn.Module, examples: Sequence[Arguments]) -> Recording:
 
 
 def _record(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
-    recorder = _Recorder(twin)
+    recorder = _Recorder(twin, (args, kwargs))
     stopped = None
     try:
         with torch.no_grad(), torch.device("meta"), recorder:
@@ -201,18 +215,31 @@ def example_inputs(model: nn.Module, example_input: Any = None) -> list[Argument
         return [(on_meta if isinstance(on_meta, tuple) else (on_meta,), {})]
     config = getattr(model, "pretrained_cfg", None)
     size = config.get("input_size") if isinstance(config, Mapping) else None
+    first_conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
+    spaces: list[tuple[int, ...]]
+    if size:
+        spaces = [tuple(size[1:])]
+    elif isinstance(first_conv, nn.Conv3d):
+        spaces = [(16, side, side) for side in (112, 224, 64)]
+    else:
+        # A hand-written network for small images flattens to a fixed size and rejects 224 pixels.
+        spaces = [(side, side) for side in (224, 32, 64, 28, 96, 128, 256, 512)]
     channels = [size[0] if size else 3]
-    first_conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first_conv is not None and first_conv.in_channels not in channels:
         channels.append(first_conv.in_channels)
-    # A hand-written network for small images flattens to a fixed size and rejects 224 pixels.
-    sides = [tuple(size[1:])] if size else [(s, s) for s in (224, 32, 64, 28, 96, 128, 256, 512)]
-    # Two images, so that a batch norm in train mode has more than one value for a 1x1 map.
+    # Two images, so that a batch norm in train mode has more than one value for a 1x1 map; and
+    # as many such arguments as the forward requires (optical flow takes two frames).
     return [
-        ((torch.empty(2, c, *hw, dtype=dtype, device="meta"),), {})
-        for hw in sides
+        ((torch.empty(2, c, *space, dtype=dtype, device="meta"),) * _required_arguments(model), {})
+        for space in spaces
         for c in channels
     ]
+
+
+def _required_arguments(model: nn.Module) -> int:
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return max(1, sum(p.default is p.empty for p in positional))
 
 
 def _floating_dtype(model: nn.Module) -> torch.dtype:
@@ -225,8 +252,7 @@ def block_label(name: str) -> str:
 
 
 def _describe_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    return ", ".join(str(list(t.shape)) for t in leaves) or "no tensor"
+    return ", ".join(str(list(t.shape)) for t in tensors_in((args, kwargs))) or "no tensor"
 
 
 def first_line(error: BaseException) -> str:

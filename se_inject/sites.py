@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from se_inject.ops import Op
 from se_inject.record import Shape
+from se_inject.squeeze_excite import Layout
 from se_inject.trace import NodeFacts
 
 
@@ -28,8 +29,7 @@ class Reason(StrEnum):
     TOKENS = "tokens, not a feature map"
     INNER = "inside the branch of another residual addition"
     SCALED = "scaled addition (alpha is not 1)"
-    CHANNELS_LAST = "channels-last map"
-    VIDEO = "video map [N, C, T, H, W]"
+    LAYOUT = "se_layer takes [N, C, H, W], and this map has another layout"
     CHANNELS_UNKNOWN = "cannot tell which dim holds the channels"
     SHARED_IN_PLACE = "changes in place a map that is read again"
     HIDDEN = "inside a function that fx does not enter"
@@ -50,7 +50,7 @@ class ResidualSite:
     shortcut: fx.Node  # the other operand of the addition
     fused: bool  # nothing stands between: the SE block takes over the addition
     channels: int
-    channel_dim: int
+    layout: Layout
     dtype: torch.dtype
     shapes: tuple[Shape, ...]  # of the branch map, one a recorded call
 
@@ -262,20 +262,17 @@ def _site(
     facts = flow.facts[branch]
     assert facts.shape is not None
     assert facts.dtype is not None
-    if facts.channel_dim is None:
+    channel_dim = _channel_dim(flow, residual, branch)
+    if channel_dim not in (1, len(facts.shape) - 1):
         return Reason.CHANNELS_UNKNOWN
-    if facts.channel_dim != 1:
-        return Reason.CHANNELS_LAST
-    if len(facts.shape) == 5:
-        return Reason.VIDEO
     return ResidualSite(
         addition=node,
         branch=branch,
         reader=reader,
         shortcut=residual.shortcut,
         fused=fused,
-        channels=facts.shape[facts.channel_dim],
-        channel_dim=facts.channel_dim,
+        channels=facts.shape[channel_dim],
+        layout=Layout(len(facts.shape), channel_dim),
         dtype=facts.dtype,
         shapes=tuple(shape for call in calls if (shape := call[branch].shape) is not None),
     )
@@ -339,6 +336,14 @@ def _insertion_point(
         if any(flow.order[user] > flow.order[node] for user in readers):
             return Reason.SHARED_IN_PLACE
     return branch, reader, bare and not mutates_shortcut
+
+
+def _channel_dim(flow: _Flow, residual: _Residual, branch: fx.Node) -> int | None:
+    """Of the branch map; where it is lost in a reshape, what it is added to has the same."""
+    known = flow.facts[branch].channel_dim
+    if known is None and branch is residual.branch:
+        known = flow.facts[residual.shortcut].channel_dim
+    return known
 
 
 def _is_tail(flow: _Flow, node: fx.Node) -> bool:

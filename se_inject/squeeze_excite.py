@@ -24,17 +24,44 @@ def bottleneck_width(channels: int, r: int, divisor: int = 8) -> int:
     return max(divisor, int(channels / r + divisor / 2) // divisor * divisor)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which dims of a feature map are which; dim 0 is the batch.
+
+    >>> Layout(4, 1).space, Layout(5, 1).space, Layout(4, 3).space
+    ((2, 3), (2, 3, 4), (1, 2))
+    """
+
+    ndim: int  # 4: images, 5: video
+    channel_dim: int  # 1: channels first, ndim - 1: channels last
+
+    @property
+    def space(self) -> tuple[int, ...]:
+        """The dims that the squeeze averages over."""
+        return tuple(d for d in range(1, self.ndim) if d != self.channel_dim)
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether Linear layers act on the channels."""
+        return self.channel_dim == self.ndim - 1
+
+
+IMAGES = Layout(4, 1)
+
+
 class SqueezeExcite(nn.Module):
     """Squeeze-and-Excitation (Hu et al., arXiv 1709.01507, eq. 2 to 4) for maps [N, C, H, W].
 
     squeeze ``z = mean of x over H, W``; excite ``s = gate(fc2(relu(fc1(z))))``; scale ``x * s``.
 
     The children are named and shaped as in ``timm.layers.SEModule``: ``fc1`` [rd, C, 1, 1] and
-    ``fc2`` [C, rd, 1, 1], 1x1 convolutions with bias, so that timm's checkpoints fit.
+    ``fc2`` [C, rd, 1, 1], 1x1 convolutions with bias, so that timm's checkpoints fit. For video
+    maps [N, C, T, H, W] they are 1x1x1 convolutions, for channels-last maps [N, H, W, C] Linears.
 
     Args:
         channels: C, the channels of the map.
         bottleneck: rd, the width between the two layers (see :func:`bottleneck_width`).
+        layout: of the map; [N, C, H, W] by default.
         init: ``"identity"`` zeroes ``fc2`` and uses the gate ``2 * sigmoid``: every gate is
             exactly 1 at the start, so a pretrained network computes what it did before.
             ``"paper"`` is the paper's plain sigmoid over randomly initialised layers.
@@ -46,16 +73,18 @@ class SqueezeExcite(nn.Module):
         channels: int,
         bottleneck: int,
         *,
+        layout: Layout = IMAGES,
         init: Init = "identity",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.init = init
+        self.layout = layout
         # A power of two, so that folding it into the layer before loses no bit.
         self.gate_scale = 2.0 if init == "identity" else 1.0
-        self.fc1 = nn.Conv2d(channels, bottleneck, 1, device=device, dtype=dtype)
-        self.fc2 = nn.Conv2d(bottleneck, channels, 1, device=device, dtype=dtype)
+        self.fc1 = _pointwise(layout, channels, bottleneck, device, dtype)
+        self.fc2 = _pointwise(layout, bottleneck, channels, device, dtype)
         if init == "identity":
             self._close_fc2()
 
@@ -71,12 +100,12 @@ class SqueezeExcite(nn.Module):
             nn.init.zeros_(p)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Scale the branch map ``x`` [N, C, H, W]; with ``residual``, also add it.
+        """Scale the branch map ``x``, such as [N, C, H, W]; with ``residual``, also add it.
 
         Returns ``x * s``, or ``residual + x * s`` in one pass (``torch.addcmul``), which never
         writes ``x * s`` to memory.
         """
-        s = x.mean((2, 3), keepdim=True)
+        s = x.mean(self.layout.space, keepdim=True)
         s = self.fc2(torch.relu(self.fc1(s))).sigmoid()
         if self.gate_scale != 1.0:
             s = s * self.gate_scale
@@ -84,7 +113,21 @@ class SqueezeExcite(nn.Module):
 
     def extra_repr(self) -> str:
         gate = "sigmoid" if self.gate_scale == 1.0 else f"{self.gate_scale:g} * sigmoid"
-        return f"gate={gate}"
+        return f"gate={gate}, space={self.layout.space}"
+
+
+def _pointwise(
+    layout: Layout,
+    width_in: int,
+    width_out: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Conv2d | nn.Conv3d | nn.Linear:
+    """A layer over the channels alone."""
+    if layout.channels_last:
+        return nn.Linear(width_in, width_out, device=device, dtype=dtype)
+    convolution = nn.Conv3d if layout.ndim == 5 else nn.Conv2d
+    return convolution(width_in, width_out, 1, device=device, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -92,7 +135,8 @@ class SECost:
     """What one SE block adds. MACs are for one image; 1 MAC = 2 FLOPs.
 
     ``layers`` are those of the two 1x1 convolutions, C*rd + rd*C; ``squeeze`` and ``scale`` are
-    one operation each an element of the map, C*H*W. Biases, ReLU and the gate are not counted.
+    one operation each an element of the map, C*H*W (video: C*T*H*W). Biases, ReLU and the gate
+    are not counted.
     """
 
     params: int
@@ -110,7 +154,7 @@ def se_cost(channels: int, bottleneck: int, spaces: Sequence[Sequence[int]]) -> 
 
     Args:
         channels, bottleneck: C and rd.
-        spaces: the (H, W) of the map, one for each call of the block in a forward.
+        spaces: the (H, W) or (T, H, W) of the map, one for each call of the block in a forward.
     """
     elements = sum(channels * math.prod(space) for space in spaces)
     return SECost(

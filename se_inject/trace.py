@@ -305,11 +305,11 @@ def _run(module: nn.Module, graph: fx.Graph, calls: Sequence[Call]) -> TracedFor
 
 def _facts(module: nn.Module, graph: fx.Graph, call: Call) -> Mapping[fx.Node, NodeFacts]:
     with torch.no_grad(), torch.device("meta"):
-        own = OpLog(pytree.tree_leaves((call.args, call.kwargs)))
+        own = call.log()
         args, kwargs = rebuilt(call.args, call.kwargs)
         with own:
             type(module).forward(module, *args, **kwargs)
-        log = OpLog(pytree.tree_leaves((call.args, call.kwargs)))
+        log = call.log()
         interpreter = _FactFinder(module, graph, log, call)
         with log:
             interpreter.run()
