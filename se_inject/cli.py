@@ -4,14 +4,17 @@ Tables go to stdout, warnings and errors to stderr. Exit status: 0 done, 1 a cle
 or two lines, 2 wrong usage.
 """
 
+import contextlib
+import io
 import json
 import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 from rich.console import Console
 
 from se_inject.errors import ArgumentError, SEInjectError
@@ -33,8 +36,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="`se-inject MODEL` is short for `se-inject report MODEL`;"
-    " its options: `se-inject report --help`.",
+    pretty_exceptions_enable=False,
+    epilog="`se-inject MODEL` is short for `se-inject report MODEL`: `se-inject resnet50 --r 16`,"
+    " `se-inject torchvision/mobilenet_v2 --json`. Its options: `se-inject report --help`.",
 )
 
 
@@ -97,7 +101,7 @@ def report_command(
     ] = None,
     in_chans: Annotated[
         int | None,
-        typer.Option(min=1, help="Input channels, for timm models.", show_default="the model's"),
+        typer.Option(min=1, help="Input channels.", show_default="the model's own"),
     ] = None,
     show: Annotated[
         str | None,
@@ -114,7 +118,7 @@ def report_command(
 ) -> None:
     """Report what SE blocks would add to MODEL: parameters and MACs, block by block.
 
-    The model is built without weights or downloads and is not run.
+    The model is built without weights and is not run (hf-hub: fetches the model's config).
 
     Examples:
 
@@ -124,27 +128,34 @@ def report_command(
 
     - `se-inject my_pkg.nets:build --include 'stage3.*' --show stage3.0`
     """
+    if as_json and show is not None:
+        raise typer.BadParameter("--json and --show exclude each other")
+    import torch
+
     from se_inject.cost import count_costs
-    from se_inject.models import load_model
+    from se_inject.models import input_size, load_model
     from se_inject.plan import plan_se
     from se_inject.report import block_code, print_report, report_dict
 
-    network = load_model(model, in_chans=in_chans, meta=True)
-    plan = plan_se(
-        network,
-        r,
-        divisor=divisor,
-        include=include or None,
-        exclude=exclude or None,
-        example_input=_example_input(model, network, img_size, in_chans),
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # what a user's builder prints is no report
+        network = load_model(model, in_chans=in_chans, meta=True)
+        size = input_size(model, network, img_size, in_chans)
+        plan = plan_se(
+            network,
+            r,
+            divisor=divisor,
+            include=include or None,
+            exclude=exclude or None,
+            example_input=None if size is None else torch.empty(2, *size, device="meta"),
+        )
+        costs = None if show is not None else count_costs(plan)
     console = Console()
-    if show is not None:
-        console.print(block_code(plan, show))
+    if costs is None:
+        console.print(block_code(plan, show or ""))
     elif as_json:
-        print(json.dumps(report_dict(model, plan, count_costs(plan)), indent=2))
+        print(json.dumps(report_dict(model, plan, costs), indent=2))
     else:
-        print_report(console, model, plan, count_costs(plan), verbose=verbose)
+        print_report(console, model, plan, costs, verbose=verbose)
 
 
 class Library(StrEnum):
@@ -226,21 +237,6 @@ def zoo(
         output.write_text(coverage_markdown(surveys, f"{command} --output {output}", seconds))
 
 
-def _example_input(name: str, network: Any, img_size: int | None, in_chans: int | None) -> Any:
-    """Two images of the size asked for; None where the model's own default serves."""
-    import torch
-
-    from se_inject.models import default_input_size
-
-    size = default_input_size(name, network)
-    if size is None and img_size is None and in_chans is None:
-        return None
-    channels, *space = size or (3, 224, 224)
-    if img_size is not None:
-        space[-2:] = [img_size, img_size]
-    return torch.empty(2, in_chans or channels, *space, device="meta")
-
-
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
@@ -248,8 +244,18 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
 def main() -> None:
     """Entry point of the ``se-inject`` script."""
     warnings.showwarning = _warn
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows "?" for "×"
+            stream.reconfigure(errors="replace")
     try:
         app()
+        sys.stdout.flush()
     except SEInjectError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:  # a full disk, a closed pipe
+        _fail(f"cannot write: {error}")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)

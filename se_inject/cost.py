@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from se_inject.plan import Plan
-from se_inject.record import Arguments, meta_copy
+from se_inject.record import Arguments, meta_copy, needs_values
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ def count_model(model: nn.Module, example: Arguments) -> Count:
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         try:
             twin(*args, **kwargs)
-        except (NotImplementedError, RuntimeError):  # it needs values, as the plan has said
-            return Count(params, None)
+        except Exception as error:
+            if needs_values(error):  # as the plan has said
+                return Count(params, None)
+            raise
     return Count(params, counter.get_total_flops() // (2 * batch))

@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from se_inject.errors import ArgumentError, UnknownModelError
+from se_inject.record import first_line
 
 
 def load_model(name: str, *, in_chans: int | None = None, meta: bool = False) -> nn.Module:
@@ -23,33 +24,49 @@ def load_model(name: str, *, in_chans: int | None = None, meta: bool = False) ->
             ``torchvision/NAME``, or ``module:callable``, imported from the current directory
             too and called without arguments. A bare name that timm does not know is looked for
             in torchvision.
-        in_chans: input channels, for timm models.
-        meta: build on the meta device, without memory or random numbers.
+        in_chans: input channels, for timm models; a callable builds what it builds.
+        meta: build on the meta device, without memory or random numbers (what a callable builds
+            goes there afterwards).
 
     Raises:
         UnknownModelError: nothing has that name (near names are shown), or it cannot be built.
         ArgumentError: ``in_chans`` for a model that cannot take it.
     """
-    if meta:
-        try:
-            with ParametersOnMeta():
-                model = load_model(name, in_chans=in_chans)
-            return model.to("meta")
-        except UnknownModelError as error:
-            if not isinstance(error.__cause__, RuntimeError):
-                raise
-        # timm's hybrids run their backbone on a tensor of zeros, which has to be on meta too.
-        with torch.device("meta"):
-            return load_model(name, in_chans=in_chans)
-    if ":" in name and not name.startswith(("hf-hub:", "local-dir:")):
-        return _from_callable(name, in_chans)
+    if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        # A user's builder may load weights or read them, which meta tensors cannot serve.
+        model = _from_callable(name)
+        return model.to("meta") if meta else model
+    if not meta:
+        return _from_library(name, in_chans)
+    try:
+        with ParametersOnMeta():
+            return _from_library(name, in_chans).to("meta")
+    except UnknownModelError as error:
+        if not isinstance(error.__cause__, RuntimeError):
+            raise
+    # timm's hybrids run their backbone on a tensor of zeros, which has to be on meta too.
+    with torch.device("meta"):
+        return _from_library(name, in_chans)
+
+
+def _from_library(name: str, in_chans: int | None) -> nn.Module:
     if name.startswith("torchvision/"):
         return _from_torchvision(name.removeprefix("torchvision/"), in_chans)
     import timm
 
-    if name.startswith(("hf-hub:", "local-dir:")) or timm.is_model(name):
+    name = name.removeprefix("timm/")
+    architecture, _, tag = name.partition(".")
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return _build(name, timm.create_model, name, pretrained=False, in_chans=in_chans)
-    return _from_torchvision(name, in_chans, also=timm.list_models())
+    if not timm.is_model(architecture):
+        return _from_torchvision(architecture, in_chans, also=timm.list_models())
+    tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        near = difflib.get_close_matches(tag, tags, n=4, cutoff=0) or ["(none)"]
+        raise UnknownModelError(
+            f"timm's {architecture} has no tag {tag!r}. Near tags: {', '.join(near)}."
+        )
+    return _build(name, timm.create_model, name, pretrained=False, in_chans=in_chans)
 
 
 class ParametersOnMeta(TorchFunctionMode):
@@ -72,8 +89,26 @@ class ParametersOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def default_input_size(name: str, model: nn.Module) -> tuple[int, ...] | None:
-    """[C, H, W] (video: [C, T, H, W]) that a library model was trained on; None for others."""
+def input_size(
+    name: str, model: nn.Module, img_size: int | None, in_chans: int | None
+) -> tuple[int, ...] | None:
+    """[C, H, W] (video: [C, T, H, W]) of the images to plan with.
+
+    A library model's own size, with ``img_size`` as its sides and ``in_chans`` as its channels
+    where given; None where nothing is known or given, and the planner finds out.
+    """
+    size = _trained_size(name, model)
+    if size is None and img_size is None and in_chans is None:
+        return None
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
+    own_channels = first.in_channels if first is not None else 3
+    channels, *space = size or (own_channels, 224, 224)
+    if img_size is not None:
+        space[-2:] = [img_size, img_size]
+    return (in_chans or channels, *space)
+
+
+def _trained_size(name: str, model: nn.Module) -> tuple[int, ...] | None:
     config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, Mapping) and "input_size" in config:
         return tuple(config["input_size"])
@@ -109,16 +144,15 @@ def _takes(name: str, argument: str) -> bool:
     return argument in inspect.signature(get_model_builder(name)).parameters
 
 
-def _from_callable(name: str, in_chans: int | None) -> nn.Module:
+def _from_callable(name: str) -> nn.Module:
     module_name, _, attribute = name.partition(":")
-    if in_chans is not None:
-        raise ArgumentError(f"--in-chans is for timm models; let {name} build what it should.")
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    except Exception as error:  # importing runs foreign code
         raise UnknownModelError(
-            f"cannot import {module_name!r} for {name!r}: {error}. Write module:callable."
+            f"cannot import {module_name!r} for {name!r} ({type(error).__name__}:"
+            f" {first_line(error)}). Write module:callable, such as my_pkg.nets:build."
         ) from error
     finally:
         sys.path.pop(0)
@@ -134,9 +168,8 @@ def _build(name: str, builder: Callable[..., Any], *args: Any, **kwargs: Any) ->
     try:
         model = builder(*args, **kwargs)
     except Exception as error:  # a foreign builder may raise anything
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise UnknownModelError(
-            f"building {name!r} failed: {type(error).__name__}: {reason}"
+            f"building {name!r} failed: {type(error).__name__}: {first_line(error)}"
         ) from error
     if not isinstance(model, nn.Module):
         raise UnknownModelError(f"{name} returned {type(model).__name__}, not an nn.Module.")

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from se_inject.checks import Placement, check_arguments, check_model
-from se_inject.errors import ArgumentError, NoSiteError, UnsupportedModelError
-from se_inject.record import Arguments, block_label
+from se_inject.errors import ArgumentError, NoSiteError
+from se_inject.record import Arguments, block_label, meta_copy
 from se_inject.sites import Reason, ResidualSite, find_sites
 from se_inject.squeeze_excite import (
     IMAGES,
@@ -83,7 +83,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Skipped:
-    """An addition of two maps that gets no SE block."""
+    """An addition of two maps that gets no SE block (once, however often its block is called).
+
+    With ``Reason.NOT_REACHED`` it is no addition, but what comes after the point where the
+    recorded forward stopped.
+    """
 
     block: str
     reason: str
@@ -215,6 +219,10 @@ def plan_se(
         skipped += others
     if trace.stopped:
         skipped.append(Skipped("", Reason.NOT_REACHED, trace.stopped))
+        warnings.warn(
+            f"{trace.stopped}: blocks that would run after that are not planned.",
+            stacklevel=2,
+        )
 
     names = [*dict.fromkeys([name for name, *_ in found] + [s.block for s in skipped])]
     wanted = _matching(names, include, "include") if include is not None else set(names)
@@ -268,7 +276,9 @@ def _sites_of(
     skipped += [Skipped(block.name, Reason.HIDDEN)] * hidden
     in_train = sites
     if block.train is not block.eval:
-        in_train, _ = find_sites(block.train.graph, block.train.calls, module)
+        in_train, rejected_in_train = find_sites(block.train.graph, block.train.calls, module)
+        more = Counter(r.reason for r in rejected_in_train) - Counter(r.reason for r in rejected)
+        skipped += [Skipped(block.name, reason, "in train mode") for reason in more.elements()]
     if [site.channels for site in sites] != [site.channels for site in in_train]:
         return [], skipped + [Skipped(block.name, Reason.MODES_DIFFER)] * len(sites)
     pairs = list(zip(sites, in_train, strict=True))
@@ -327,11 +337,14 @@ def _free_name(module: nn.Module, number: int) -> str:
     timm's blocks have the attribute already: None on the instance is free to use, a module is
     not, and an attribute of the class would hide the child.
     """
-    for stem in ("se", "se_inject"):
-        name = stem if number == 1 else f"{stem}{number}"
-        if not hasattr(type(module), name) and getattr(module, name, None) is None:
-            return name
-    raise UnsupportedModelError(f"{type(module).__name__} has attributes 'se' and 'se_inject'.")
+    suffix = "" if number == 1 else str(number)
+    stems = itertools.chain(("se", "se_inject"), (f"se_inject_{i}_" for i in itertools.count(1)))
+    names = (f"{stem}{suffix}" for stem in stems)
+    return next(
+        name
+        for name in names
+        if not hasattr(type(module), name) and getattr(module, name, None) is None
+    )
 
 
 def _layer_cost(
@@ -346,7 +359,7 @@ def _layer_cost(
         raise ArgumentError(
             f"se_layer({channels}) returned {type(layer).__name__}; return an nn.Module."
         )
-    layer = layer.to(device="meta", dtype=dtype).eval()
+    layer = meta_copy(layer).to(dtype)  # the layer itself may be in use elsewhere
     flops = 0
     for space in spaces:
         x = torch.empty(1, channels, *space, dtype=dtype, device="meta")
@@ -423,8 +436,10 @@ def _no_site_message(model: nn.Module, skipped: Sequence[Skipped]) -> str:
         )
     if not skipped:
         return f"no residual site: the forward of {kind} adds no two maps of one shape."
+    examples = {s.reason: s.block or "the model itself" for s in reversed(skipped)}
     return f"no residual site in {kind}: " + "; ".join(
-        f"{count} x {reason}" for reason, count in Counter(s.reason for s in skipped).most_common()
+        f"{count} x {reason} (such as {examples[reason]})"
+        for reason, count in Counter(s.reason for s in skipped).most_common()
     )
 
 

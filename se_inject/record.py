@@ -7,6 +7,8 @@ is neither run nor changed.
 import copy
 import functools
 import inspect
+import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +34,8 @@ class Call:
     kwargs: dict[str, Any]
     channel_dims: tuple[int | None, ...]  # of its tensors, where the forward has shown them
     additions: list[Shape] = field(default_factory=list)
+    output: Any = None
+    children: list[tuple[str, "Call"]] = field(default_factory=list)  # calls that it made, in order
 
     def log(self) -> OpLog:
         """A fresh log that follows the tensors of this call."""
@@ -67,26 +71,34 @@ class _Recorder(OpLog):
         super().__init__((tensor, None) for tensor in tensors_in(inputs))
         self.calls: dict[str, list[Call]] = {}
         self.running: list[tuple[str, Call]] = []
+        self.error: BaseException | None = None
+        self.failed = ""  # the module that raised it
         self.hooks: list[RemovableHandle] = []
         for name, module in model.named_modules():
             enter = functools.partial(self._enter, name)
             self.hooks += [
                 module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
-                module.register_forward_hook(self._leave),
+                module.register_forward_hook(self._leave, always_call=True),
             ]
 
     def _enter(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        args, kwargs = rebuilt(args, kwargs)
+        args, kwargs = rebuilt((args, kwargs))
         dims = tuple(self.channel_dim(tensor) for tensor in tensors_in((args, kwargs)))
         call = Call(args, kwargs, dims)
         self.calls.setdefault(name, []).append(call)
+        if self.running:
+            self.running[-1][1].children.append((name, call))
         self.running.append((name, call))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        name, call = self.running.pop()
+        error = sys.exc_info()[1]
+        if error is not None and error is not self.error:  # the innermost module leaves first
+            self.error, self.failed = error, name
         self.ensure_followed(output, args)
-        self.running.pop()
+        call.output = rebuilt(output)
 
     def __torch_function__(
         self,
@@ -106,11 +118,11 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def rebuilt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+def rebuilt(value: Any) -> Any:
     """The same tensors in new containers: HRNet's modules write into the list they are given."""
-    if any(isinstance(value, list | dict) for value in (*args, *kwargs.values())):
-        args, kwargs = pytree.tree_map(lambda leaf: leaf, (args, kwargs))
-    return args, kwargs
+    if isinstance(value, Tensor) or value is None:
+        return value
+    return pytree.tree_map(lambda leaf: leaf, value)
 
 
 def record(twin: nn.Module, examples: Sequence[Arguments]) -> Recording:
@@ -122,35 +134,37 @@ def record(twin: nn.Module, examples: Sequence[Arguments]) -> Recording:
 
     Raises:
         ForwardError: the forward fails on all examples, for another reason than that it needs
-            values where meta tensors have none; the message is that of the first.
+            values where meta tensors have none; the message is of the one that got furthest.
     """
-    first_error: ForwardError | None = None
+    failures: list[tuple[int, ForwardError]] = []
     for args, kwargs in examples:
+        recorder = _Recorder(twin, (args, kwargs))
         try:
-            return _record(twin, args, kwargs)
+            return _record(twin, recorder, args, kwargs)
         except ForwardError as error:
-            first_error = first_error or error
-    assert first_error is not None
-    raise first_error
+            failures.append((len(recorder.calls), error))
+    # The attempt that got furthest tells most: the others failed at a guess of ours.
+    raise max(failures, key=lambda failure: failure[0])[1]
 
 
-def _record(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
-    recorder = _Recorder(twin, (args, kwargs))
+def _record(
+    twin: nn.Module, recorder: _Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Recording:
     stopped = None
     try:
         with torch.no_grad(), torch.device("meta"), recorder:
             twin(*args, **kwargs)
     except Exception as error:  # whatever a foreign forward may raise
-        where = recorder.running[-1][0] if recorder.running else ""
+        where = recorder.failed
         reason = f"{type(error).__name__}: {first_line(error)}"
-        if not _needs_values(error):
+        if not needs_values(error):
             raise ForwardError(
                 f"the forward of {block_label(where)} failed on an input of shape"
                 f" {_describe_input(args, kwargs)}: {reason}\n"
                 "Pass example_input= (on the command line --img-size, --in-chans) as the model"
                 " expects it."
             ) from error
-        stopped = f"{block_label(where)} needs values, which meta tensors have not ({reason})"
+        stopped = f"{block_label(where)} needs values, which meta tensors have not ({reason[:100]})"
     finally:
         for hook in recorder.hooks:
             hook.remove()
@@ -162,15 +176,20 @@ def _record(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     return Recording(calls, stopped, (args, kwargs))
 
 
-def _needs_values(error: Exception) -> bool:
+def needs_values(error: Exception) -> bool:
     """Whether a forward stopped because meta tensors hold no data (``nonzero`` in a detector)."""
-    return isinstance(error, NotImplementedError | RuntimeError) and "meta" in str(error).lower()
+    return isinstance(error, NotImplementedError | RuntimeError) and bool(
+        re.search(r"(?<![a-z])meta(?![a-z])", str(error).lower())
+    )
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of the model in eval mode whose tensors are all on meta, without the user's hooks.
 
     Hooks of ``torch.nn.utils`` (weight norm, spectral norm) belong to the model and stay.
+
+    Raises:
+        ForwardError: the model cannot be copied.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -178,10 +197,11 @@ def meta_copy(model: nn.Module) -> nn.Module:
             if tensor is not None:
                 memo[id(tensor)] = _to_meta(tensor)
         for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                memo[id(value)] = _to_meta(value)
-            elif "_hooks" in name and isinstance(value, dict):
+            if "_hooks" in name and isinstance(value, dict):
                 memo[id(value)] = _library_hooks(value)
+            elif isinstance(value, Tensor | list | tuple | dict):
+                for tensor in tensors_in(value):  # detectors keep anchors in a plain list
+                    memo.setdefault(id(tensor), _to_meta(tensor))
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a foreign __deepcopy__ may raise

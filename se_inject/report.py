@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +18,10 @@ from se_inject.cost import Costs, Count
 from se_inject.errors import ArgumentError
 from se_inject.inject import edit_graph
 from se_inject.plan import Plan, Site, Skipped, near_names, sum_costs
+from se_inject.sites import Reason
 
+# How the block that is the model itself, whose name is empty, is shown.
+MODEL_ITSELF = "(model)"
 # More sites than this are shown stage by stage.
 _MANY = 24
 
@@ -32,12 +36,22 @@ def print_report(
         name: the model, as the user wrote it.
         verbose: one row a site however many there are, and every skipped addition.
     """
-    console.print(site_table(plan, by_stage=not verbose))
+    _print_table(console, site_table(plan, by_stage=not verbose))
     if plan.skipped:
-        console.print(skipped_table(plan.skipped, verbose=verbose), Text())
+        _print_table(console, skipped_table(plan.skipped, verbose=verbose))
+        console.print()
     for line in (summary(name, costs), *_notes(plan, costs)):
         # Not broken: a terminal wraps it, and a pipe gets one line to search in.
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _print_table(console: Console, table: Table) -> None:
+    """Print with every figure whole: a console that is too narrow wraps the lines."""
+    width = console.width
+    unlimited = console.options.update(max_width=1000)
+    console.width = max(width, Measurement.get(console, unlimited, table).minimum)
+    console.print(table, crop=False)
+    console.width = width
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -83,7 +97,7 @@ def site_table(plan: Plan, *, by_stage: bool = True) -> Table:
     for sites in rows:
         cost = sum_costs(site.cost for site in sites)
         table.add_row(
-            _label(sites),
+            Text(_label(sites)),
             "×".join(map(str, sites[0].shape)),
             f"{sites[0].channels}→{sites[0].bottleneck or 'own'}",
             *(f"{v:,}" for v in (cost.params, cost.layers, cost.squeeze, cost.scale)),
@@ -98,39 +112,38 @@ def _stages(sites: Sequence[Site]) -> list[list[Site]]:
 
 
 def _label(sites: Sequence[Site]) -> str:
-    """``layer3.0``, or ``layer3.0…22 ×23`` for a run."""
-    first, last = _block_text(sites[0]), _block_text(sites[-1])
+    """``layer3.0``, or ``layer3.0…22 ×23`` for a run; the part that differs is shown."""
+    first, last = (site.block or MODEL_ITSELF for site in (sites[0], sites[-1]))
     if len(sites) == 1:
-        return first
-    stem, _, tail = last.rpartition(".")
-    short = tail if stem and first.rpartition(".")[0] == stem else last
-    return f"{first}…{short} ×{len(sites)}"
-
-
-def _block_text(site: Site) -> str:
-    """The block, with the attribute where the block has several sites or took another one."""
-    if not site.block:
-        return f"(model) .{site.child}"
-    return site.block if site.child == "se" else site.name
+        number = re.sub(r"^\D+", "", sites[0].child)  # "2" of "se2", the block's second site
+        return f"{first} #{number}" if number else first
+    a, b = first.split("."), last.split(".")
+    if len(a) == len(b):
+        while len(a) > 1 and a[-1] == b[-1]:
+            a.pop(), b.pop()
+        same = next((i for i in range(len(a)) if a[i] != b[i]), 0)
+        last = ".".join(last.split(".")[same:])
+    return f"{first}…{last} ×{len(sites)}" if first != last else f"{first} ×{len(sites)}"
 
 
 def skipped_table(skipped: Sequence[Skipped], *, verbose: bool = False) -> Table:
     """The additions that get no SE block: counted by reason, or each of them."""
     table = Table(box=None, pad_edge=False, title_justify="left", title_style="bold")
-    table.title = f"{_plural(len(skipped), 'addition')} left alone"
+    additions = sum(entry.reason != Reason.NOT_REACHED for entry in skipped)
+    table.title = f"{_plural(additions, 'addition')} left alone"
     if verbose:
         table.add_column("block", overflow="fold")
         table.add_column("reason", overflow="fold")
         for entry in skipped:
             detail = f" ({entry.detail})" if entry.detail else ""
-            table.add_row(entry.block or "(model)", f"{entry.reason}{detail}")
+            table.add_row(Text(entry.block or MODEL_ITSELF), Text(f"{entry.reason}{detail}"))
         return table
     table.add_column("count", justify="right", no_wrap=True)
     table.add_column("reason", overflow="fold")
     table.add_column("such as", overflow="fold")
-    examples = {entry.reason: entry.block or "(model)" for entry in reversed(skipped)}
+    examples = {entry.reason: entry.block or MODEL_ITSELF for entry in reversed(skipped)}
     for reason, count in Counter(entry.reason for entry in skipped).most_common():
-        table.add_row(str(count), str(reason), examples[reason])
+        table.add_row(str(count), str(reason), Text(examples[reason]))
     return table
 
 
@@ -199,37 +212,43 @@ def _plural(count: int, noun: str) -> str:
 def block_code(plan: Plan, block: str) -> RenderableType:
     """The forward of one block as Python, before and after the injection.
 
+    Both modes are shown where the forward reads ``self.training``.
+
     Raises:
         ArgumentError: the plan has no site in a block of that name.
     """
-    before, after = block_sources(plan, block)
+    block = "" if block == MODEL_ITSELF else block
+    sites = [site for site in plan.sites if site.block == block]
+    if not sites:
+        reasons = [s.reason for s in plan.skipped if s.block == block]
+        why = f": {reasons[0]}" if reasons else ""
+        near = near_names(block, [site.block or MODEL_ITSELF for site in plan.sites])
+        raise ArgumentError(f"block {block!r} gets no SE block{why}. Blocks that do: {near}.")
+    children = tuple(site.child for site in sites)
     kind = type(plan.model.get_submodule(block)).__name__
-    return Group(
-        Text(f"{block or '(model)'}: {kind}.forward before", style="bold"),
-        _python(before),
-        Text(f"\n{block or '(model)'}: SE{kind}.forward after", style="bold"),
-        _python(after),
-    )
+    label = block or MODEL_ITSELF
+    traced = plan.blocks[block]
+    modes = {"": (traced.eval, 0)}
+    if traced.train is not traced.eval:
+        modes = {" in eval mode": (traced.eval, 0), " in train mode": (traced.train, 1)}
+    parts: list[RenderableType] = []
+    for mode, (forward, index) in modes.items():
+        after = edit_graph(forward.graph, [site.where[index] for site in sites], children)
+        parts += [
+            Text(f"{label}: {kind}.forward before{mode}", style="bold"),
+            _python(_source(forward.graph)),
+            Text(f"\n{label}: SE{kind}.forward after{mode}", style="bold"),
+            _python(_source(after)),
+        ]
+    return Group(*parts)
 
 
 def _python(code: str) -> Syntax:
     return Syntax(code, "python", theme="ansi_dark", background_color="default", word_wrap=True)
 
 
-def block_sources(plan: Plan, block: str) -> tuple[str, str]:
-    """The source of a block's forward before and after, as ``torch.fx`` writes it."""
-    sites = [site for site in plan.sites if site.block == block]
-    if not sites:
-        reasons = [s.reason for s in plan.skipped if s.block == block]
-        why = f": {reasons[0]}" if reasons else ""
-        near = near_names(block, [site.block for site in plan.sites])
-        raise ArgumentError(f"block {block!r} gets no SE block{why}. Blocks that do: {near}.")
-    graph = plan.blocks[block].eval.graph
-    after = edit_graph(graph, [s.where[0] for s in sites], tuple(s.child for s in sites))
-    return _source(graph), _source(after)
-
-
 def _source(graph: fx.Graph) -> str:
-    """The code of a graph without fx's notes on which variable is freed where."""
+    """The code of a graph, without checks of flags and fx's notes on what is freed where."""
     lines = graph.python_code("self").src.splitlines()
-    return "\n".join(re.sub(r";  (\w+ = )+None$", "", line) for line in lines if line.strip())
+    shown = (line for line in lines if line.strip() and "_expect(" not in line)
+    return "\n".join(re.sub(r";  (\w+ = )+None$", "", line) for line in shown)

@@ -27,6 +27,7 @@ class Reason(StrEnum):
     FUSION = "fusion, not residual (neither operand is a shortcut)"
     NO_CONVOLUTION = "no convolution on the branch"
     TOKENS = "tokens, not a feature map"
+    NO_MAP = "more than five dims, not a feature map"
     INNER = "inside the branch of another residual addition"
     SCALED = "scaled addition (alpha is not 1)"
     LAYOUT = "se_layer takes [N, C, H, W], and this map has another layout"
@@ -71,7 +72,7 @@ def find_sites(
     Args:
         graph: the block's own forward, every child a leaf.
         calls: what each node computed, one mapping a recorded call.
-        module: the block; only asked for its methods and for which children are ``nn.Identity``.
+        module: the block; only asked whether it has a method that folds its convolutions.
     """
     flow = _Flow(graph, calls[0])
     additions = [n for n in graph.nodes if flow.addition(n) is not None]
@@ -82,7 +83,7 @@ def find_sites(
     for node in additions:
         shape = shapes[node]
         verdict = (
-            _site(flow, module, calls, node, additions, residuals)
+            _site(flow, calls, node, additions, residuals)
             if isinstance(shape, _Residual)
             else shape
         )
@@ -202,7 +203,7 @@ def _shape_verdict(flow: _Flow, module: nn.Module, node: fx.Node) -> _Residual |
     if op.alpha != 1:
         return Reason.SCALED
     if len(op.shape) not in (4, 5):
-        return Reason.TOKENS
+        return Reason.TOKENS if len(op.shape) == 3 else Reason.NO_MAP
     fork = flow.meet(a, b)
     if _collapses(module, flow.ops([*flow.between(fork, a), *flow.between(fork, b)])):
         return Reason.REPARAMETERISABLE
@@ -241,7 +242,6 @@ def _collapses(module: nn.Module, ops: Iterator[Op]) -> bool:
 
 def _site(
     flow: _Flow,
-    module: nn.Module,
     calls: Sequence[Mapping[fx.Node, NodeFacts]],
     node: fx.Node,
     additions: Sequence[fx.Node],
@@ -255,7 +255,7 @@ def _site(
         return Reason.FUSION
     if any(op.gates for op in flow.ops(path)):
         return Reason.GATED
-    point = _insertion_point(flow, module, node, residual)
+    point = _insertion_point(flow, node, residual)
     if isinstance(point, Reason):
         return point
     branch, reader, fused = point
@@ -311,22 +311,18 @@ def _is_sibling(flow: _Flow, node: fx.Node, residual: _Residual, other: fx.Node)
 
 
 def _insertion_point(
-    flow: _Flow, module: nn.Module, node: fx.Node, residual: _Residual
+    flow: _Flow, node: fx.Node, residual: _Residual
 ) -> tuple[fx.Node, fx.Node, bool] | Reason:
     """Walk back from the addition over stochastic depth, dropout, layer scale and gains.
 
     Returns the node whose output the SE block scales, the node that reads it next, and whether
     the SE block can take over the addition.
     """
-    branch, reader, bare, chain = residual.branch, node, True, [residual.branch]
+    branch, reader, chain = residual.branch, node, [residual.branch]
     while _is_tail(flow, branch):
         (before,) = flow.inputs[branch]
-        bare = bare and _is_identity(module, branch)
         branch, reader = before, branch
         chain.append(branch)
-    if bare:
-        # An nn.Identity (DropPath at rate 0) is nothing: the addition may follow it at once.
-        branch, reader = residual.branch, node
     in_place = _is_in_place(node)
     # ``x += F(x)`` changes the caller's x; only the addition itself can go on doing so.
     mutates_shortcut = in_place and node.args[0] is residual.shortcut
@@ -335,7 +331,7 @@ def _insertion_point(
         readers = {user for link in chain for user in link.users}
         if any(flow.order[user] > flow.order[node] for user in readers):
             return Reason.SHARED_IN_PLACE
-    return branch, reader, bare and not mutates_shortcut
+    return branch, reader, reader is node and not mutates_shortcut
 
 
 def _channel_dim(flow: _Flow, residual: _Residual, branch: fx.Node) -> int | None:
@@ -354,10 +350,6 @@ def _is_tail(flow: _Flow, node: fx.Node) -> bool:
     facts = flow.facts[node]
     same = facts.shape is not None and facts.shape == flow.facts[source].shape
     return same and all(op.is_dropout or op.scales for op in facts.ops)
-
-
-def _is_identity(module: nn.Module, node: fx.Node) -> bool:
-    return node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Identity
 
 
 def _is_in_place(node: fx.Node) -> bool:

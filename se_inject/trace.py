@@ -9,12 +9,11 @@ A graph is kept only if it runs, operation by operation, what the module's own f
 expects (``isinstance(x, Tensor)``), and such a graph would be another network.
 """
 
-import contextlib
 import enum
 import functools
 import inspect
 import operator
-import unittest.mock
+import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,25 +145,47 @@ class BlockTracer(fx.Tracer):
     def __init__(self, call: Call) -> None:
         super().__init__()
         self.call = call
+        self.children = iter(call.children)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace; tensors that the forward makes are made anew in every call of the graph.
 
         fx itself cannot see ``torch.rand(x.shape[0], 1, 1, 1)`` and would freeze ``torch.ones(1)``.
         """
-        with contextlib.ExitStack() as stack:
-            for name in _FACTORIES:
-                stack.enter_context(
-                    unittest.mock.patch.object(torch, name, self._recorded(getattr(torch, name)))
-                )
+        originals = {name: getattr(torch, name) for name in _FACTORIES}
+        try:
+            for name, function in originals.items():
+                setattr(torch, name, self._recorded(function))
             return super().trace(root, concrete_args)
+        finally:
+            for name, function in originals.items():
+                setattr(torch, name, function)
 
     def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        tracing_thread = threading.get_ident()
+
         @functools.wraps(function)
         def record(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != tracing_thread:  # a data loader's, say
+                return function(*args, **kwargs)
             return self.create_proxy("call_function", function, args, kwargs)
 
         return record
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """A child's output: a proxy, or a container of proxies where the child returned one."""
+        proxy = super().call_module(m, forward, args, kwargs)
+        _, call = next(self.children, (None, None))
+        if call is None:
+            return proxy
+
+        def leaf(proxy: Any, value: Any) -> Any:
+            # Names beside the tensors (of a pyramid's levels) are what the code iterates over.
+            return value if value is None or isinstance(value, str | list) else proxy
+
+        return _unpacked(proxy, call.output, leaf)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -187,35 +208,46 @@ class BlockTracer(fx.Tracer):
             parameter = parameters[name]
             if parameter.kind is parameter.VAR_POSITIONAL:
                 proxy: Any = self.create_proxy("placeholder", f"*{name}", (), {})
-                positional += [self._stand_in(proxy[i], v, name) for i, v in enumerate(value)]
+                positional += [self._argument(proxy[i], v, name) for i, v in enumerate(value)]
             elif parameter.kind is parameter.VAR_KEYWORD:
                 proxy = self.create_proxy("placeholder", f"**{name}", (), {})
-                keyword |= {k: self._stand_in(proxy[k], v, name) for k, v in value.items()}
+                keyword |= {k: self._argument(proxy[k], v, name) for k, v in value.items()}
             else:
                 default = () if parameter.default is parameter.empty else (parameter.default,)
                 proxy = self.create_proxy("placeholder", name, default, {})
-                stand_in = self._stand_in(proxy, value, name)
+                stand_in = self._argument(proxy, value, name)
                 if parameter.kind is parameter.KEYWORD_ONLY:
                     keyword[name] = stand_in
                 else:
                     positional.append(stand_in)
         return lambda: root_fn(*positional, **keyword), []
 
-    def _stand_in(self, proxy: Any, value: Any, name: str) -> Any:
-        """What the forward sees in place of ``value``: a proxy, or the value where Python asks it.
+    def _argument(self, proxy: Any, value: Any, name: str) -> Any:
+        """What the forward sees in place of an argument: a proxy, or the value if Python asks it.
 
         Flags and absent arguments decide which way the code goes, so they are made concrete, and
         the graph checks them; numbers and sizes stay symbolic, so that other sizes work too.
         """
-        if isinstance(value, list | tuple) and _holds_tensor(value):
-            items = [self._stand_in(proxy[i], v, name) for i, v in enumerate(value)]
-            return type(value)(items) if type(value) in (list, tuple) else tuple(items)
-        if isinstance(value, dict) and _holds_tensor(value):
-            return type(value)((k, self._stand_in(proxy[k], v, name)) for k, v in value.items())
-        if value is None or isinstance(value, bool | str):
-            self.create_proxy("call_function", expect, (proxy, value, name), {})
-            return value
-        return proxy if isinstance(value, Tensor) or _is_symbolic(value) else value
+
+        def leaf(proxy: Any, value: Any) -> Any:
+            if value is None or isinstance(value, bool | str):
+                self.create_proxy("call_function", expect, (proxy, value, name), {})
+                return value
+            return proxy if isinstance(value, Tensor) or _is_symbolic(value) else value
+
+        return _unpacked(proxy, value, leaf)
+
+
+def _unpacked(proxy: Any, value: Any, leaf: Callable[[Any, Any], Any]) -> Any:
+    """A container of tensors with each item of it read from the proxy; else ``leaf``."""
+    if isinstance(value, list | tuple) and _holds_tensor(value):
+        items = [_unpacked(proxy[i], v, leaf) for i, v in enumerate(value)]
+        if isinstance(value, list):
+            return items
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, dict) and _holds_tensor(value):
+        return type(value)((k, _unpacked(proxy[k], v, leaf)) for k, v in value.items())
+    return leaf(proxy, value)
 
 
 def expect(value: Any, recorded: Any, argument: str) -> None:
@@ -306,7 +338,7 @@ def _run(module: nn.Module, graph: fx.Graph, calls: Sequence[Call]) -> TracedFor
 def _facts(module: nn.Module, graph: fx.Graph, call: Call) -> Mapping[fx.Node, NodeFacts]:
     with torch.no_grad(), torch.device("meta"):
         own = call.log()
-        args, kwargs = rebuilt(call.args, call.kwargs)
+        args, kwargs = rebuilt((call.args, call.kwargs))
         with own:
             type(module).forward(module, *args, **kwargs)
         log = call.log()

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -171,12 +172,19 @@ NAMES = [
     ("no_such_pkg:build", r"cannot import 'no_such_pkg' for .*Write module:callable"),
     ("torchvision.models:resnet5O", r"has no callable 'resnet5O'\. Near names: resnet50"),
     ("timm:list_models", r"returned list, not an nn\.Module"),
-    ("resnet50.no_such_tag", r"building 'resnet50\.no_such_tag' failed"),
+    ("resnet50.a1_in1", r"timm's resnet50 has no tag 'a1_in1'\. Near tags: .*a1_in1k"),
+    (":build", r"cannot import '' for ':build' \(ValueError: .*Write module:callable"),
+    ("./nets.py:build", r"cannot import './nets.py' .*Write module:callable"),
+    ("broken_at_import:build", r"cannot import 'broken_at_import' .*RuntimeError: at import"),
 ]
 
 
 @pytest.mark.parametrize(("name", "message"), NAMES, ids=[n for n, _ in NAMES])
-def test_an_unknown_model_gets_near_names(name: str, message: str) -> None:
+def test_an_unknown_model_gets_near_names(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_at_import.py").write_text("raise RuntimeError('at import')\n")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UnknownModelError, match=message) as caught:
         load_model(name)
     assert len(str(caught.value).splitlines()) <= 2

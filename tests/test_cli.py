@@ -1,6 +1,7 @@
 """The command line, mostly in this process; once each as a real process."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,10 +16,14 @@ from se_inject import cli
 ROOT = Path(__file__).parents[1]
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
+def run(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """``se-inject ARGS`` as a user's shell runs it, in a pipe."""
     return subprocess.run(
-        [sys.executable, "-m", "se_inject", *args], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "se_inject", *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **(env or {})},
     )
 
 
@@ -67,6 +72,27 @@ def test_columns_sum_to_the_printed_totals(call, name: str) -> None:  # type: ig
     total = next(numbers(line)[-4:] for line in table if re.match(r"\d+ sites", line))
     assert len(rows) >= 4
     assert [sum(column) for column in zip(*rows, strict=True)] == total
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+@pytest.mark.parametrize("name", ["resnet50", "resnet152", "hrnet_w18_small"])
+def test_figures_are_whole_at_every_width(  # type: ignore[no-untyped-def]
+    call, monkeypatch: pytest.MonkeyPatch, name: str, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    _, out, _ = call(name)
+    table = out.split("left alone")[0]
+    assert "block" in table
+    assert not re.search(r"\d…(\s|$)", table)
+    if width >= 80:
+        lines = table.splitlines()[: -1 if "parameters" not in table else None]
+        assert all(len(line) <= width for line in lines if "parameters" not in line)
+
+
+def test_a_second_site_of_a_block_is_numbered(call) -> None:  # type: ignore[no-untyped-def]
+    _, out, _ = call("caformer_s18")
+    assert re.search(r"^stages\.0\.blocks\.0 +64×56×56", out, re.M)
+    assert re.search(r"^stages\.0\.blocks\.0 #2 +64×56×56", out, re.M)
 
 
 def test_many_sites_are_grouped_by_stage_and_verbose_shows_each(call) -> None:  # type: ignore[no-untyped-def]
@@ -158,12 +184,17 @@ def test_a_module_in_the_current_directory_is_found(
     tmp_path: Path,  # type: ignore[no-untyped-def]
 ) -> None:
     (tmp_path / "my_nets.py").write_text(
-        "import timm\ndef build():\n    return timm.create_model('resnet18', num_classes=3)\n"
+        "import timm\n"
+        "def build():\n"
+        "    print('building')\n"
+        "    return timm.create_model('resnet18', num_classes=3, in_chans=1)\n"
     )
     monkeypatch.chdir(tmp_path)
-    status, out, _ = call("my_nets:build")
+    status, out, _ = call("my_nets:build", "--img-size", "96", "--in-chans", "1", "--json")
     assert status == 0
-    assert "my_nets:build: 11.18 M" in out
+    data = json.loads(out)  # what the builder printed is not in it
+    assert data["input_size"] == [1, 96, 96]
+    assert data["base"]["params"] == 11_171_779
 
 
 # --- errors: one or two lines on stderr, nothing on stdout, no traceback ------------------------
@@ -202,7 +233,15 @@ def test_a_clear_error_and_exit_status_1(call, args: list[str], message: str) ->
     assert len(err.splitlines()) <= 2
 
 
-@pytest.mark.parametrize("args", [["resnet18", "--r", "abc"], ["resnet18", "--r", "2.5"], ["--no"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["resnet18", "--r", "abc"],
+        ["resnet18", "--r", "2.5"],
+        ["--no"],
+        ["resnet18", "--json", "--show", "layer1.0"],
+    ],
+)
 def test_wrong_usage_has_exit_status_2(call, args: list[str]) -> None:  # type: ignore[no-untyped-def]
     status, out, err = call(*args)
     assert (status, out) == (2, "")
@@ -250,3 +289,23 @@ def test_warnings_go_to_stderr() -> None:
     assert result.returncode == 0
     json.loads(result.stdout)
     assert result.stderr.startswith("warning: r=1000000 is more than the channels of any block")
+
+
+def test_a_terminal_without_unicode_still_gets_the_report() -> None:
+    result = run("resnet18", env={"PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0
+    assert "64?56?56" in result.stdout
+
+
+def test_a_full_disk_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "se_inject", "resnet18"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: cannot write: ")
+    assert len(result.stderr.splitlines()) == 1

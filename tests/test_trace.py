@@ -1,7 +1,9 @@
 """What the tracer must not get wrong in silence, and what it must say where it cannot follow."""
 
+import contextlib
 import copy
 import inspect
+import threading
 from typing import Any
 
 import numpy
@@ -291,7 +293,8 @@ def test_what_cannot_be_traced_is_named_and_the_rest_is_served(block: type[nn.Mo
 
 def test_a_forward_that_needs_values_is_served_until_there() -> None:
     """Detection models stop so on meta; the blocks before the stop are recorded."""
-    plan = plan_se(Root(ControlFlow()), example_input=X)
+    with pytest.warns(UserWarning, match=r"'block' needs values.*run after that are not planned"):
+        plan = plan_se(Root(ControlFlow()), example_input=X)
     assert [site.block for site in plan.sites] == ["plain"]
     (skipped,) = plan.skipped
     assert skipped.reason == "not reached by the recorded forward"
@@ -335,6 +338,125 @@ def test_an_example_may_be_positional_or_named_arguments() -> None:
         assert len(plan_se(Two(), example_input=example).sites) == 1
 
 
+def test_the_attempt_that_got_furthest_is_reported() -> None:
+    """A network for one channel with a bug: not that it rejects three channels."""
+
+    class Bug(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError("my own bug")
+
+    with pytest.raises(ForwardError, match=r"'1' failed .* KeyError: 'my own bug'"):
+        plan_se(nn.Sequential(nn.Conv2d(1, 16, 3), Bug()))
+
+
+def test_an_ordinary_error_that_speaks_of_meta_data_is_no_missing_value() -> None:
+    class Bug(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("metadata table not loaded")
+
+    with pytest.raises(ForwardError, match="metadata table not loaded"):
+        plan_se(nn.Sequential(Plain(), Bug()), example_input=X)
+
+
+class OnTheCPU(Unit):
+    """Tensors that a copy to meta could miss: in a list, and made on a device by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = [torch.ones(1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x)) * self.scales[0] * torch.ones(1, device="cpu")
+
+
+def test_tensors_in_lists_and_on_named_devices_do_not_stop_the_recording() -> None:
+    assert [s.block for s in plan_se(Root(OnTheCPU()), example_input=X).sites][-1] == "plain"
+
+
+class Caught(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        with contextlib.suppress(KeyError):
+            x = self.broken(x)
+        return x + self.norm(self.conv(x))
+
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broken = self.Broken()
+
+
+def test_a_child_that_raises_and_is_caught_does_not_confuse_whose_addition_it_is() -> None:
+    plan = plan_se(Root(Caught()), example_input=X)
+    assert [site.block for site in plan.sites] == ["plain"]
+    assert {s.block for s in plan.skipped} == {"block"}
+
+
+class Levels(Unit):
+    """A child returns a dict of tensors and a list of names, as torchvision's pyramids do."""
+
+    class Split(nn.Module):
+        def forward(self, x: Tensor) -> tuple[dict[str, Tensor], list[str]]:
+            return {"a": x * 2, "b": x * 3}, ["a", "b"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.split = self.Split()
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels, names = self.split(x)
+        out = sum(levels[name] for name in names)
+        return x + self.norm(self.conv(out))
+
+
+def test_containers_that_children_return_can_be_iterated_over() -> None:
+    assert "block" in same_before_and_after(Root(Levels()))
+
+
+def test_planning_leaves_torch_and_the_random_numbers_alone() -> None:
+    dropping, untraceable = Root(Dropping()), Root(ShapeControlFlow())
+    before, zeros = torch.get_rng_state(), torch.zeros
+    plan_se(dropping, example_input=X)
+    plan_se(untraceable, example_input=X)
+    assert torch.zeros is zeros
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_another_thread_is_not_traced() -> None:
+    seen: list[type] = []
+    done = threading.Event()
+
+    def other() -> None:
+        while not done.is_set():
+            seen.append(type(torch.zeros(2)))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        for _ in range(5):
+            plan_se(Root(Dropping()), example_input=X)
+    finally:
+        done.set()
+        thread.join()
+    assert set(seen) == {Tensor}
+
+
+class MoreInTraining(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        out = x + self.norm(self.conv(x))
+        if self.training:
+            out = out + x
+        return out
+
+
+def test_additions_of_train_mode_alone_are_listed() -> None:
+    plan = plan_se(Root(MoreInTraining()), example_input=X)
+    assert {site.block for site in plan.sites} == {"block", "plain"}
+    assert [(s.block, s.detail) for s in plan.skipped] == [("block", "in train mode")]
+
+
 @pytest.mark.parametrize(
     ("example", "message"),
     [
@@ -351,8 +473,6 @@ def test_a_forward_that_fails_says_where_and_what_to_pass(example: Any, message:
 
 
 def test_a_model_that_cannot_be_copied_says_so() -> None:
-    import threading
-
     model = Plain()
     model.lock = threading.Lock()
     with pytest.raises(SEInjectError, match=r"copy\.deepcopy of the model fails \(TypeError"):
