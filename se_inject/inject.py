@@ -18,12 +18,11 @@ subclass with this forward; nothing else of the model changes.
 """
 
 import functools
-import itertools
-import linecache
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from se_inject.checks import Placement
@@ -32,7 +31,7 @@ from se_inject.plan import Patterns, Plan, Ratio, SELayer, Site, is_injected, pl
 from se_inject.record import block_label
 from se_inject.sites import ResidualSite
 from se_inject.squeeze_excite import Init
-from se_inject.trace import TracedBlock
+from se_inject.trace import TracedBlock, compile_forward
 
 
 def inject_se(
@@ -78,7 +77,8 @@ def apply_plan(plan: Plan) -> nn.Module:
     for site in plan.sites:
         by_block.setdefault(site.block, []).append(site)
     classes: dict[tuple[Any, ...], type[nn.Module]] = {}
-    edits = [_prepare(plan, name, sites, classes) for name, sites in by_block.items()]
+    with torch.inference_mode(False):  # weights made in inference mode could never learn
+        edits = [_prepare(plan, name, sites, classes) for name, sites in by_block.items()]
     done: list[nn.Module] = []
     try:
         for module, new_class, layers in edits:
@@ -153,10 +153,10 @@ def _prepare(
     classes: dict[tuple[Any, ...], type[nn.Module]],
 ) -> tuple[nn.Module, type[nn.Module], dict[str, nn.Module]]:
     """Everything for one block that can fail, made before the model is touched."""
-    module = plan.model.get_submodule(name)
-    if is_injected(module):
+    module = plan.modules[name]
+    if dict(plan.model.named_modules()).get(name) is not module or is_injected(module):
         raise UnsupportedModelError(
-            f"{block_label(name)} has got an SE block since the plan was made. Plan anew."
+            f"{block_label(name)} was replaced or injected since the plan was made. Plan anew."
         )
     layers = {site.child: plan.make_layer(site).train(module.training) for site in sites}
     children = tuple(layers)
@@ -195,11 +195,13 @@ def _edited_class(
     name = f"SE{record.base.__name__}"
     children = record.children
     in_eval = [site.where[0] for site in sites]
-    forward = _compile(edit_graph(block.eval.graph, in_eval, children, fuse), f"{name}.forward")
+    forward = compile_forward(
+        edit_graph(block.eval.graph, in_eval, children, fuse), f"{name}.forward"
+    )
     if block.train is not block.eval:
         in_train = [site.where[1] for site in sites]
         forward_eval = forward
-        forward_train = _compile(
+        forward_train = compile_forward(
             edit_graph(block.train.graph, in_train, children, fuse), f"{name}.forward (train)"
         )
 
@@ -207,16 +209,18 @@ def _edited_class(
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return (forward_train if self.training else forward_eval)(self, *args, **kwargs)
 
-    return type(
-        name,
-        (record.base,),
-        {
-            "__module__": record.base.__module__,
-            "__doc__": record.base.__doc__,
-            "_se_inject": record,
-            "forward": forward,
-        },
-    )
+    members = {
+        "__module__": record.base.__module__,
+        "__doc__": record.base.__doc__,
+        "_se_inject": record,
+        "forward": forward,
+    }
+    try:
+        return type(name, (record.base,), members)
+    except TypeError as error:  # an __init_subclass__ that wants arguments
+        raise UnsupportedModelError(
+            f"{record.base.__name__} cannot be subclassed ({error}): exclude {sites[0].block!r}."
+        ) from error
 
 
 def edit_graph(
@@ -244,17 +248,3 @@ def edit_graph(
             reader.replace_input_with(branch, se)
     edited.lint()
     return edited
-
-
-_numbers = itertools.count(1)
-
-
-def _compile(graph: fx.Graph, label: str) -> Callable[..., Any]:
-    """The forward of a graph as a function whose source tracebacks and ``inspect`` can show."""
-    code = graph.python_code("self")
-    filename = f"<se_inject {next(_numbers)} {label}>"
-    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
-    namespace = dict(code.globals)
-    exec(compile(code.src, filename, "exec", dont_inherit=True), namespace)
-    function: Callable[..., Any] = namespace["forward"]
-    return function

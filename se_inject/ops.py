@@ -26,6 +26,11 @@ _DROPOUT = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "featu
 _PERMUTE = {"permute", "transpose", "transpose_", "swapaxes", "swapdims", "movedim", "moveaxis"}
 _RESHAPE = {"view", "reshape", "flatten", "unflatten", "unfold", "view_as", "reshape_as", "fold"}
 _MATRIX_PRODUCT = {"matmul", "__matmul__", "bmm", "einsum", "scaled_dot_product_attention"}
+_SIGMOID = {"sigmoid", "sigmoid_", "hardsigmoid", "softmax", "tanh", "logsigmoid"}
+# Take only the shape or dtype from their second tensor.
+_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
+# What an excitation passes; the reciprocal deviation of a norm does not.
+_EXCITE = _SIGMOID | _CONVOLUTION | {"conv1d", "linear"} | _MATRIX_PRODUCT
 _SUBTRACT = {"sub", "sub_", "subtract", "__sub__", "__isub__", "__rsub__"}
 _JOIN = {"cat", "concat", "concatenate", "stack"}
 # Take only shape, dtype and device from their tensor: random masks are made so.
@@ -102,6 +107,17 @@ def adds_equal_shapes(
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is followed of one live tensor."""
+
+    tensor: Tensor  # held, so that no id is used twice
+    channel_dim: int | None = None
+    flat: bool = False  # the same at every position: pooled, or computed from what was pooled
+    excited: bool = False  # flat, and came through a layer or a sigmoid since
+    sigmoid_of: int | None = None  # the id of the tensor that it is the sigmoid of
+
+
 class OpLog(TorchFunctionMode):
     """Logs the functions that run on live tensors and follows where their channels are.
 
@@ -115,14 +131,14 @@ class OpLog(TorchFunctionMode):
         super().__init__()
         self.ops: list[Op] = []
         self.additions = 0  # of two equal shapes, live or not
-        # By id, with the tensor itself so that no id is used twice.
-        self._live: dict[int, tuple[Tensor, int | None]] = {}
+        self._live: dict[int, _Known] = {}
         for tensor, dim in inputs:
-            self._follow(tensor, dim)
+            self._live[id(tensor)] = _Known(tensor, dim)
 
     def channel_dim(self, tensor: Tensor) -> int | None:
         """Which dim of a live tensor holds the channels, if known."""
-        return self._live.get(id(tensor), (tensor, None))[1]
+        known = self._live.get(id(tensor))
+        return known.channel_dim if known else None
 
     def is_live(self, value: Any) -> bool:
         """Whether ``value`` is a tensor computed from the inputs."""
@@ -134,10 +150,8 @@ class OpLog(TorchFunctionMode):
         for tensor in pytree.tree_leaves(value):
             if isinstance(tensor, Tensor) and sources and not self.is_live(tensor):
                 same = [s for s in sources if s.shape == tensor.shape]
-                self._follow(tensor, self.channel_dim(same[0]) if same else None)
-
-    def _follow(self, tensor: Tensor, channel_dim: int | None) -> None:
-        self._live[id(tensor)] = (tensor, channel_dim)
+                dim = self.channel_dim(same[0]) if same else None
+                self._live[id(tensor)] = _Known(tensor, dim)
 
     def __torch_function__(
         self,
@@ -153,14 +167,20 @@ class OpLog(TorchFunctionMode):
         sources = [t for t in _leaves((args, kwargs)) if self.is_live(t)] if outputs else []
         name = getattr(func, "__name__", str(func))
         if sources and name not in _CREATION:
-            self.ops.append(self._describe(name, args, kwargs, outputs[0]))
-            dims = [self._channel_dim_after(func, name, args, kwargs, sources, o) for o in outputs]
-            for tensor, dim in zip(outputs, dims, strict=True):
-                self._follow(tensor, dim)
+            self.ops.append(self._describe(name, args, kwargs, sources, outputs[0]))
+            known = [self._live[id(t)] for t in sources]
+            new = [self._after(func, name, args, kwargs, known, o) for o in outputs]
+            for entry in new:
+                self._live[id(entry.tensor)] = entry
         return out
 
     def _describe(
-        self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        sources: list[Tensor],
+        out: Tensor,
     ) -> Op:
         shape = tuple(out.shape)
         a, b = _operands(args, kwargs)
@@ -169,10 +189,43 @@ class OpLog(TorchFunctionMode):
                 alpha = kwargs.get("alpha", 1)
                 return Op(name, shape, adds_maps=True, alpha=float(alpha))
         elif name in _MULTIPLY or name in _DIVIDE:
-            if self.is_live(a) and self.is_live(b):
-                return Op(name, shape, gates=_is_gate(a, b) or _is_gate(b, a))
-            return Op(name, shape, scales=True)
+            if not (self.is_live(a) and self.is_live(b)):
+                return Op(name, shape, scales=True)
+            if name in _MULTIPLY:
+                return Op(name, shape, gates=self._gates(a, b) or self._gates(b, a))
+        elif name == "einsum" and len(sources) == 2 and out.shape == sources[0].shape:
+            return Op(name, shape, gates=self._gates(sources[0], sources[1]))
         return Op(name, shape)
+
+    def _gates(self, x: Tensor, gate: Tensor) -> bool:
+        """Whether ``x * gate`` scales the channels of the map ``x`` alike at every position."""
+        of_x, of_gate = self._live[id(x)], self._live[id(gate)]
+        if x.dim() < 4 or not of_gate.excited or _is_spatial_gate(x, gate):
+            return False
+        if of_x.flat or _is_single(x):
+            # A 1x1 map (of a small image) is flat itself: only a sigmoid tells a gate from a
+            # product of two maps, and x * sigmoid(x) is an activation.
+            return of_gate.sigmoid_of is not None and of_gate.sigmoid_of != id(x)
+        return True
+
+    def _after(
+        self,
+        func: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        sources: list[_Known],
+        out: Tensor,
+    ) -> _Known:
+        if name in _LIKE:
+            sources = sources[:1]
+        flat = out.dim() <= 2 or _is_single(out) or all(s.flat for s in sources)
+        excited = flat and (name in _EXCITE or any(s.excited and s.flat for s in sources))
+        sigmoid_of = id(sources[0].tensor) if name in _SIGMOID else None
+        if sigmoid_of is None and name not in _ADD and len(sources) == 1:
+            sigmoid_of = sources[0].sigmoid_of  # through a view, an expansion, a factor
+        dim = self._channel_dim_after(func, name, args, kwargs, [s.tensor for s in sources], out)
+        return _Known(out, dim, flat, excited, sigmoid_of)
 
     def _channel_dim_after(
         self,
@@ -213,28 +266,18 @@ def _moved(
     return tuple(func(*args, **kwargs).shape).index(dim + 1)
 
 
-def _is_gate(x: Tensor, gate: Tensor) -> bool:
-    """Whether ``gate`` scales the channels of the map ``x`` alike at every position.
+def _is_single(x: Tensor) -> bool:
+    """Whether a map has one position only (channels first or last)."""
+    return x.dim() >= 4 and (
+        all(size == 1 for size in x.shape[2:]) or all(size == 1 for size in x.shape[1:-1])
+    )
 
-    Its two last dims (channels last: the two in the middle) are 1, or expanded from 1, where
-    those of ``x`` are not.
-    """
-    if x.dim() < 4 or gate.dim() != x.dim():
-        return False
 
-    def flat(dims: tuple[int, ...]) -> bool:
-        return all(gate.shape[d] == 1 or gate.stride(d) == 0 for d in dims)
-
-    def spread(dims: tuple[int, ...]) -> bool:
-        return any(x.shape[d] > 1 for d in dims)
-
-    space, channels = tuple(range(2, x.dim())), 1
-    if x.dim() == 5 and not flat(space):  # [N, radix, C, H, W] of split attention
-        space, channels = (3, 4), 2
-    if flat(space) and spread(space) and gate.shape[channels] == x.shape[channels] > 1:
-        return True
-    last, middle = x.dim() - 1, tuple(range(1, x.dim() - 1))
-    return flat(middle) and spread(middle) and gate.shape[last] == x.shape[last] > 1
+def _is_spatial_gate(x: Tensor, gate: Tensor) -> bool:
+    """Whether ``gate`` is one number for all channels of ``x``: a path weight, say."""
+    if gate.dim() != x.dim():
+        return gate.dim() < 2
+    return all(size == 1 for size in gate.shape[1:])
 
 
 def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -110,6 +110,7 @@ class Plan:
     skipped: tuple[Skipped, ...]
     example: Arguments = field(repr=False, compare=False)  # what the recorded forward was given
     blocks: Mapping[str, TracedBlock] = field(repr=False, compare=False)
+    modules: Mapping[str, nn.Module] = field(repr=False, compare=False)  # that have a site
 
     @property
     def input_size(self) -> list[int]:
@@ -252,7 +253,16 @@ def plan_se(
         )
     _warn_of_floor(sites, divisor)
     return Plan(
-        model, r, divisor, init, se_layer, tuple(sites), tuple(skipped), trace.example, blocks
+        model=model,
+        r=r,
+        divisor=divisor,
+        init=init,
+        se_layer=se_layer,
+        sites=tuple(sites),
+        skipped=tuple(skipped),
+        example=trace.example,
+        blocks=blocks,
+        modules={site.block: modules[site.block] for site in sites},
     )
 
 
@@ -269,23 +279,27 @@ def _sites_of(
     ``images_only``: a user's ``se_layer`` takes [N, C, H, W], so other layouts are skipped.
     """
     sites, rejected = find_sites(block.eval.graph, block.eval.calls, module)
-    facts = block.eval.calls[0]
-    seen = sum(facts[n].additions == 1 for n in facts if n.op in ("call_function", "call_method"))
-    hidden = block.additions - seen
     skipped = [Skipped(block.name, rejection.reason) for rejection in rejected]
-    skipped += [Skipped(block.name, Reason.HIDDEN)] * hidden
     in_train = sites
     if block.train is not block.eval:
         in_train, rejected_in_train = find_sites(block.train.graph, block.train.calls, module)
         more = Counter(r.reason for r in rejected_in_train) - Counter(r.reason for r in rejected)
         skipped += [Skipped(block.name, reason, "in train mode") for reason in more.elements()]
-    if [site.channels for site in sites] != [site.channels for site in in_train]:
+    if [_position(site) for site in sites] != [_position(site) for site in in_train]:
         return [], skipped + [Skipped(block.name, Reason.MODES_DIFFER)] * len(sites)
+    if not (block.eval.returns_same and block.train.returns_same):
+        why = "its outputs would change their types"
+        return [], skipped + [Skipped(block.name, Reason.UNTRACED, why)] * len(sites)
     pairs = list(zip(sites, in_train, strict=True))
     if images_only:
         skipped += [Skipped(block.name, Reason.LAYOUT) for s in sites if s.layout != IMAGES]
         pairs = [pair for pair in pairs if pair[0].layout == IMAGES]
     return pairs, skipped
+
+
+def _position(site: ResidualSite) -> tuple[str, int]:
+    """What tells sites of one block apart in both of its graphs."""
+    return str(site.branch.target), site.channels
 
 
 def _untraced(block: UntracedBlock) -> list[Skipped]:
@@ -436,7 +450,10 @@ def _no_site_message(model: nn.Module, skipped: Sequence[Skipped]) -> str:
         )
     if not skipped:
         return f"no residual site: the forward of {kind} adds no two maps of one shape."
-    examples = {s.reason: s.block or "the model itself" for s in reversed(skipped)}
+    examples = {
+        s.reason: (s.block or "the model itself") + (f": {s.detail}" if s.detail else "")
+        for s in reversed(skipped)
+    }
     return f"no residual site in {kind}: " + "; ".join(
         f"{count} x {reason} (such as {examples[reason]})"
         for reason, count in Counter(s.reason for s in skipped).most_common()

@@ -35,6 +35,7 @@ class Call:
     channel_dims: tuple[int | None, ...]  # of its tensors, where the forward has shown them
     additions: list[Shape] = field(default_factory=list)
     output: Any = None
+    sets: tuple[str, ...] = ()  # attributes that the forward set on its module
     children: list[tuple[str, "Call"]] = field(default_factory=list)  # calls that it made, in order
 
     def log(self) -> OpLog:
@@ -71,6 +72,7 @@ class _Recorder(OpLog):
         super().__init__((tensor, None) for tensor in tensors_in(inputs))
         self.calls: dict[str, list[Call]] = {}
         self.running: list[tuple[str, Call]] = []
+        self.states: list[dict[str, Any]] = []
         self.error: BaseException | None = None
         self.failed = ""  # the module that raised it
         self.hooks: list[RemovableHandle] = []
@@ -91,6 +93,7 @@ class _Recorder(OpLog):
         if self.running:
             self.running[-1][1].children.append((name, call))
         self.running.append((name, call))
+        self.states.append(state_of(module))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         name, call = self.running.pop()
@@ -99,6 +102,7 @@ class _Recorder(OpLog):
             self.error, self.failed = error, name
         self.ensure_followed(output, args)
         call.output = rebuilt(output)
+        call.sets = changed(self.states.pop(), state_of(module))
 
     def __torch_function__(
         self,
@@ -111,6 +115,20 @@ class _Recorder(OpLog):
         if self.running and (shape := adds_equal_shapes(func, args, kwargs)) is not None:
             self.running[-1][1].additions.append(shape)
         return super().__torch_function__(func, types, args, kwargs)
+
+
+def state_of(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module, its parameters, buffers and children among them."""
+    return {**vars(module), **module._parameters, **module._buffers, **module._modules}
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
+    """The names that are bound to another object than before."""
+    names = dict.fromkeys([*before, *after])
+    missing = object()
+    return tuple(
+        name for name in names if before.get(name, missing) is not after.get(name, missing)
+    )
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -209,7 +227,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
             f"copy.deepcopy of the model fails ({type(error).__name__}: {first_line(error)});"
             " se_inject plans on a copy. Remove what cannot be copied from the modules first."
         ) from error
-    return twin.eval()
+    twin.eval()  # not `return twin.eval()`: a train() of the user's may return None
+    return twin
 
 
 def _to_meta(tensor: Tensor) -> Tensor:

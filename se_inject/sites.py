@@ -27,7 +27,8 @@ class Reason(StrEnum):
     FUSION = "fusion, not residual (neither operand is a shortcut)"
     NO_CONVOLUTION = "no convolution on the branch"
     TOKENS = "tokens, not a feature map"
-    NO_MAP = "more than five dims, not a feature map"
+    NO_MAP = "more than five dims or not real numbers, no feature map"
+    WIDTHS = "called with different numbers of channels"
     INNER = "inside the branch of another residual addition"
     SCALED = "scaled addition (alpha is not 1)"
     LAYOUT = "se_layer takes [N, C, H, W], and this map has another layout"
@@ -77,6 +78,13 @@ def find_sites(
     flow = _Flow(graph, calls[0])
     additions = [n for n in graph.nodes if flow.addition(n) is not None]
     shapes = {n: _shape_verdict(flow, module, n) for n in additions}
+    for node in additions:
+        # ``x + a(x) + b(x)``: neither addition has the whole branch on one side.
+        for part in flow.operands(node):
+            inner = shapes.get(part)
+            same_fork = isinstance(inner, _Residual) and inner.fork is flow.dominator[node]
+            if same_fork and shapes[node] is Reason.FUSION:
+                shapes[part] = Reason.FUSION
     residuals = {n: r for n in additions if isinstance(r := shapes[n], _Residual)}
     sites: list[ResidualSite] = []
     rejected: list[Rejection] = []
@@ -91,6 +99,10 @@ def find_sites(
             sites.append(verdict)
         else:
             rejected.append(Rejection(node, verdict))
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method") and flow.addition(node) is None:
+            inside = sum(op.adds_maps for op in calls[0][node].ops)
+            rejected += [Rejection(node, Reason.HIDDEN)] * inside
     return sites, rejected
 
 
@@ -160,6 +172,32 @@ class _Flow:
             deepest[node] = before + sum(op.adds_depth for op in self.facts[node].ops)
         return deepest.get(end, 0)
 
+    def read_again(self, step: fx.Node) -> bool:
+        """Whether the tensor that an in-place step changes is read later by another name."""
+        changed = step.args[0]
+        assert isinstance(changed, fx.Node)
+        storage = self.facts[changed].storage
+        return any(
+            self.order[user] > self.order[step]
+            for node, facts in self.facts.items()
+            if facts.storage == storage and self.order[node] < self.order[step]
+            for user in node.users
+        )
+
+    def always_convolves(self, fork: fx.Node | None, end: fx.Node) -> bool:
+        """Whether no term of ``end`` is the fork itself: each passed a convolution.
+
+        Where paths are added or concatenated, all must have; where they are multiplied, a gate
+        that is computed from the fork leaves nothing of it in the product.
+        """
+        covered: dict[fx.Node, bool] = {}
+        for node in self.between(fork, end):
+            own = any(op.is_convolution for op in self.facts[node].ops)
+            inputs = [covered.get(i, False) for i in self.inputs[node]]
+            joins = any(op.joins for op in self.facts[node].ops)
+            covered[node] = own or (all(inputs) and bool(inputs) if joins else any(inputs))
+        return covered.get(end, False)
+
     def joins_after(self, node: fx.Node) -> set[fx.Node]:
         """The concatenations that ``node`` flows into without passing another addition."""
         found: set[fx.Node] = set()
@@ -173,15 +211,21 @@ class _Flow:
             stack += user.users
         return found
 
+    def operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+        addition = self.addition(node)
+        assert addition is not None
+        return addition[:2]
+
     def addition(self, node: fx.Node) -> tuple[fx.Node, fx.Node, Op] | None:
         """The operands, if the node itself adds two maps computed from the inputs."""
         if node.op not in ("call_function", "call_method"):
             return None
         op = next((op for op in self.facts[node].ops if op.adds_maps), None)
-        operands = [v for v in (*node.args, *node.kwargs.values()) if isinstance(v, fx.Node)]
-        if op is None or len(operands) != 2 or len(self.facts[node].ops) != 1:
+        named = [node.kwargs[k] for k in ("input", "other") if k in node.kwargs]
+        a, b = [*node.args[:2], *named, None, None][:2]
+        if op is None or len(self.facts[node].ops) != 1 or "out" in node.kwargs:
             return None
-        return operands[0], operands[1], op
+        return (a, b, op) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
 
 
 # --- the shape of the flow: branch and shortcut ------------------------------------------------
@@ -213,6 +257,8 @@ def _shape_verdict(flow: _Flow, module: nn.Module, node: fx.Node) -> _Residual |
         return Reason.NO_CONVOLUTION
     if depth[branch] == depth[shortcut] or not _is_shortcut(flow, fork, shortcut):
         return Reason.FUSION
+    if not flow.always_convolves(fork, branch):
+        return Reason.FUSION  # a part of the sum is the shortcut: the SE block would scale it
     return _Residual(fork, branch, shortcut)
 
 
@@ -228,7 +274,9 @@ def _is_shortcut(flow: _Flow, fork: fx.Node | None, end: fx.Node) -> bool:
     return straight and short and given
 
 
-_COLLAPSING_METHODS = ("reparameterize", "fuse", "switch_to_deploy")
+# Of timm, of the RepVGG and MobileOne repositories, and of Ultralytics.
+_COLLAPSING_METHODS: tuple[str, ...] = ("reparameterize", "fuse", "switch_to_deploy", "fuse_convs")
+_COLLAPSING_METHODS += ("get_equivalent_kernel_bias", "repvgg_convert", "fuse_repvgg_block")
 
 
 def _collapses(module: nn.Module, ops: Iterator[Op]) -> bool:
@@ -262,9 +310,14 @@ def _site(
     facts = flow.facts[branch]
     assert facts.shape is not None
     assert facts.dtype is not None
+    if not facts.dtype.is_floating_point:
+        return Reason.NO_MAP
     channel_dim = _channel_dim(flow, residual, branch)
     if channel_dim not in (1, len(facts.shape) - 1):
         return Reason.CHANNELS_UNKNOWN
+    shapes = tuple(shape for call in calls if (shape := call[branch].shape) is not None)
+    if len({shape[channel_dim] for shape in shapes}) > 1:
+        return Reason.WIDTHS
     return ResidualSite(
         addition=node,
         branch=branch,
@@ -274,7 +327,7 @@ def _site(
         channels=facts.shape[channel_dim],
         layout=Layout(len(facts.shape), channel_dim),
         dtype=facts.dtype,
-        shapes=tuple(shape for call in calls if (shape := call[branch].shape) is not None),
+        shapes=shapes,
     )
 
 
@@ -323,15 +376,14 @@ def _insertion_point(
         (before,) = flow.inputs[branch]
         branch, reader = before, branch
         chain.append(branch)
-    in_place = _is_in_place(node)
     # ``x += F(x)`` changes the caller's x; only the addition itself can go on doing so.
-    mutates_shortcut = in_place and node.args[0] is residual.shortcut
-    if in_place and not mutates_shortcut:
+    mutates_shortcut = _is_in_place(node) and node.args[0] is residual.shortcut
+    for step in {node, reader}:
         # Who reads ``out`` after ``out += x`` reads the sum; after the SE block it would not.
-        readers = {user for link in chain for user in link.users}
-        if any(flow.order[user] > flow.order[node] for user in readers):
+        if _is_in_place(step) and step.args[0] in chain and flow.read_again(step):
             return Reason.SHARED_IN_PLACE
-    return branch, reader, reader is node and not mutates_shortcut
+    same_strides = flow.facts[branch].strides == flow.facts[residual.shortcut].strides
+    return branch, reader, reader is node and same_strides and not mutates_shortcut
 
 
 def _channel_dim(flow: _Flow, residual: _Residual, branch: fx.Node) -> int | None:
@@ -354,4 +406,6 @@ def _is_tail(flow: _Flow, node: fx.Node) -> bool:
 
 def _is_in_place(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in ("iadd", "add_", "__iadd__")
+    return name in ("iadd", "imul", "isub", "itruediv") or (
+        node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+    )

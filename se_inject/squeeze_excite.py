@@ -29,7 +29,7 @@ class Layout:
     """Which dims of a feature map are which; dim 0 is the batch.
 
     >>> Layout(4, 1).space, Layout(5, 1).space, Layout(4, 3).space
-    ((2, 3), (2, 3, 4), (1, 2))
+    ((-2, -1), (-3, -2, -1), (-3, -2))
     """
 
     ndim: int  # 4: images, 5: video
@@ -37,8 +37,8 @@ class Layout:
 
     @property
     def space(self) -> tuple[int, ...]:
-        """The dims that the squeeze averages over."""
-        return tuple(d for d in range(1, self.ndim) if d != self.channel_dim)
+        """The dims that the squeeze averages over, from the end: an image without batch works."""
+        return tuple(d - self.ndim for d in range(1, self.ndim) if d != self.channel_dim)
 
     @property
     def channels_last(self) -> bool:
@@ -80,7 +80,7 @@ class SqueezeExcite(nn.Module):
     ) -> None:
         super().__init__()
         self.init = init
-        self.layout = layout
+        self.space = layout.space
         # A power of two, so that folding it into the layer before loses no bit.
         self.gate_scale = 2.0 if init == "identity" else 1.0
         self.fc1 = _pointwise(layout, channels, bottleneck, device, dtype)
@@ -105,7 +105,7 @@ class SqueezeExcite(nn.Module):
         Returns ``x * s``, or ``residual + x * s`` in one pass (``torch.addcmul``), which never
         writes ``x * s`` to memory.
         """
-        s = x.mean(self.layout.space, keepdim=True)
+        s = x.mean(self.space, keepdim=True)
         s = self.fc2(torch.relu(self.fc1(s))).sigmoid()
         if self.gate_scale != 1.0:
             s = s * self.gate_scale
@@ -113,7 +113,7 @@ class SqueezeExcite(nn.Module):
 
     def extra_repr(self) -> str:
         gate = "sigmoid" if self.gate_scale == 1.0 else f"{self.gate_scale:g} * sigmoid"
-        return f"gate={gate}, space={self.layout.space}"
+        return f"gate={gate}, space={self.space}"
 
 
 def _pointwise(

@@ -9,16 +9,23 @@ A graph is kept only if it runs, operation by operation, what the module's own f
 expects (``isinstance(x, Tensor)``), and such a graph would be another network.
 """
 
+import contextlib
 import enum
 import functools
 import inspect
+import itertools
+import linecache
+import math
 import operator
+import random
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -27,11 +34,13 @@ from se_inject.record import (
     Arguments,
     Call,
     Shape,
+    changed,
     example_inputs,
     first_line,
     meta_copy,
     rebuilt,
     record,
+    state_of,
 )
 
 
@@ -43,7 +52,8 @@ class NodeFacts:
     dtype: torch.dtype | None
     channel_dim: int | None  # None: not known
     live: bool  # computed from the block's inputs
-    additions: int  # of two equal shapes, whatever they were computed from
+    strides: Shape | None
+    storage: int | None  # equal for tensors that share memory
     ops: tuple[Op, ...]  # what ran in it, inside children too
 
 
@@ -53,6 +63,7 @@ class TracedForward:
 
     graph: fx.Graph
     calls: tuple[Mapping[fx.Node, NodeFacts], ...]  # the facts of each recorded call
+    returns_same: bool  # the types of its outputs too: fx turns an OrderedDict into a dict
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,6 @@ class TracedBlock:
     name: str
     eval: TracedForward
     train: TracedForward
-    additions: int  # of two equal shapes that its own forward ran, in one call
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,15 @@ def trace_blocks(model: nn.Module, example_input: Any = None) -> Trace:
         ForwardError: the forward failed before its end, for another reason than that it needs
             values where meta tensors have none.
     """
+    with _LOCK:
+        return _trace_blocks(model, example_input)
+
+
+# Tracing replaces functions of torch for a moment, which two threads must not do at once.
+_LOCK = threading.RLock()
+
+
+def _trace_blocks(model: nn.Module, example_input: Any) -> Trace:
     twin = meta_copy(model)
     recording = record(twin, example_inputs(model, example_input))
     modules = dict(twin.named_modules())
@@ -111,10 +130,10 @@ def trace_blocks(model: nn.Module, example_input: Any = None) -> Trace:
             traced[key] = _trace_block(module, calls)
         result = traced[key]
         if isinstance(result, str):
-            additions = tuple(shape for shape in calls[0].additions)
-            blocks.append(UntracedBlock(name, result, additions))
+            additions = max((call.additions for call in calls), key=len)
+            blocks.append(UntracedBlock(name, result, tuple(additions)))
         else:
-            blocks.append(TracedBlock(name, *result, additions=len(calls[0].additions)))
+            blocks.append(TracedBlock(name, *result))
     return Trace(tuple(blocks), recording.stopped, recording.example)
 
 
@@ -137,29 +156,67 @@ _FACTORIES: tuple[str, ...] = ("arange", "empty", "eye", "full", "linspace", "on
 _FACTORIES += ("randint", "randn", "randperm", "tensor", "zeros")
 
 
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _refusing(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """``function``, but an error in the thread that traces."""
+    tracing_thread = threading.get_ident()
+
+    @functools.wraps(function)
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == tracing_thread:
+            raise _OtherNetworkError(f"its forward {what}")
+        return function(*args, **kwargs)
+
+    return refuse
+
+
+class _OtherNetworkError(Exception):
+    """The graph would not do what the forward does."""
+
+
 class BlockTracer(fx.Tracer):
     """Traces one module's own forward for one recorded call; every child is a leaf."""
 
     proxy_buffer_attributes = True
 
     def __init__(self, call: Call) -> None:
-        super().__init__()
+        # A checkpointed part becomes an argument that fx refuses; inlined, it would be no longer.
+        super().__init__(autowrap_modules=(math, torch.utils.checkpoint))
         self.call = call
         self.children = iter(call.children)
+        self.grad_mode = torch.is_grad_enabled()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace; tensors that the forward makes are made anew in every call of the graph.
 
-        fx itself cannot see ``torch.rand(x.shape[0], 1, 1, 1)`` and would freeze ``torch.ones(1)``.
+        fx itself cannot see ``torch.rand(x.shape[0], 1, 1, 1)`` and would freeze ``torch.ones(1)``;
+        and it would drop without a word what a graph cannot say: autocast regions, and the
+        backward of an ``autograd.Function``.
         """
-        originals = {name: getattr(torch, name) for name in _FACTORIES}
-        try:
-            for name, function in originals.items():
-                setattr(torch, name, self._recorded(function))
-            return super().trace(root, concrete_args)
-        finally:
-            for name, function in originals.items():
-                setattr(torch, name, function)
+        with contextlib.ExitStack() as stack:
+            for name in _FACTORIES:
+                stack.enter_context(_replaced(torch, name, self._recorded(getattr(torch, name))))
+            enter = _refusing(torch.autocast.__enter__, "enters autocast")
+            stack.enter_context(_replaced(torch.autocast, "__enter__", enter))
+            apply = vars(torch.autograd.Function)["apply"]
+            call = _refusing(
+                lambda cls, *args, **kwargs: apply.__get__(None, cls)(*args, **kwargs),
+                "calls an autograd.Function",
+            )
+            stack.enter_context(_replaced(torch.autograd.Function, "apply", classmethod(call)))
+            graph = super().trace(root, concrete_args)
+        if any("_tensor_constant" in str(n.target) for n in graph.nodes if n.op == "get_attr"):
+            raise _OtherNetworkError("its forward makes a tensor that fx would freeze")
+        return graph
 
     def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         tracing_thread = threading.get_ident()
@@ -171,6 +228,11 @@ class BlockTracer(fx.Tracer):
             return self.create_proxy("call_function", function, args, kwargs)
 
         return record
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if torch.is_grad_enabled() != self.grad_mode:
+            raise _OtherNetworkError("its forward switches gradients on or off")
+        return super().create_node(*args, **kwargs)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
@@ -208,9 +270,11 @@ class BlockTracer(fx.Tracer):
             parameter = parameters[name]
             if parameter.kind is parameter.VAR_POSITIONAL:
                 proxy: Any = self.create_proxy("placeholder", f"*{name}", (), {})
+                self._expect_length(proxy, value, name)
                 positional += [self._argument(proxy[i], v, name) for i, v in enumerate(value)]
             elif parameter.kind is parameter.VAR_KEYWORD:
                 proxy = self.create_proxy("placeholder", f"**{name}", (), {})
+                self._expect_length(proxy, value, name)
                 keyword |= {k: self._argument(proxy[k], v, name) for k, v in value.items()}
             else:
                 default = () if parameter.default is parameter.empty else (parameter.default,)
@@ -233,9 +297,19 @@ class BlockTracer(fx.Tracer):
             if value is None or isinstance(value, bool | str):
                 self.create_proxy("call_function", expect, (proxy, value, name), {})
                 return value
-            return proxy if isinstance(value, Tensor) or _is_symbolic(value) else value
+            if isinstance(value, Tensor) or _is_symbolic(value):
+                return proxy
+            raise _OtherNetworkError(
+                f"its argument {name!r} is a {type(value).__name__}, which may decide its way"
+            )
 
+        if isinstance(value, list | tuple | dict) and _holds_tensor(value):
+            self._expect_length(proxy, value, name)
         return _unpacked(proxy, value, leaf)
+
+    def _expect_length(self, proxy: Any, value: Any, name: str) -> None:
+        length = self.create_proxy("call_function", len, (proxy,), {})
+        self.create_proxy("call_function", expect, (length, len(value), f"len({name})"), {})
 
 
 def _unpacked(proxy: Any, value: Any, leaf: Callable[[Any, Any], Any]) -> Any:
@@ -286,19 +360,20 @@ def _trace_block(
     if isinstance(module, fx.GraphModule):
         # Copying one, or recompiling it, would silently bring back its own graph.
         return "it is a GraphModule: inject into the model that it was traced from"
+    if sets := [name for call in calls for name in call.sets]:
+        return f"its forward sets self.{sets[0]}"
     if len({_flags(module, call) for call in calls}) > 1:
         return "it is called with different flags in one forward"
     try:
-        eval_graph = BlockTracer(calls[0]).trace(module)
-        module.train()
-        train_graph = BlockTracer(calls[0]).trace(module)
+        with _unchanged(module), _no_foreign_random_numbers():
+            eval_graph, train_graph = _graphs(module, calls[0])
+    except _OtherNetworkError as error:
+        return str(error)
     except Exception as error:  # fx runs foreign Python on proxies: anything may come
         return f"fx cannot follow its forward ({type(error).__name__}: {first_line(error)})"
-    finally:
-        module.eval()
     try:
         evaluated = _run(module, eval_graph, calls)
-        if str(train_graph) == str(eval_graph):
+        if train_graph is eval_graph:
             return evaluated, evaluated
         module.train()
         return evaluated, _run(module, train_graph, calls)
@@ -310,6 +385,56 @@ def _trace_block(
         module.eval()
 
 
+def _graphs(module: nn.Module, call: Call) -> tuple[fx.Graph, fx.Graph]:
+    """The graphs in eval and train mode; the same object if the forward reads no mode."""
+    in_eval = BlockTracer(call).trace(module)
+    module.train()
+    in_train = BlockTracer(call).trace(module)
+    if str(in_train) == str(in_eval):
+        return in_eval, in_eval
+    module.eval()
+    module.training = True
+    if str(BlockTracer(call).trace(module)) != str(in_train):
+        raise _OtherNetworkError("its forward reads the mode of a child")
+    return in_eval, in_train
+
+
+@contextlib.contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Put back what a traced forward set on its module (proxies), and refuse such a forward."""
+    inner: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
+    attributes, contents = dict(vars(module)), [dict(d) for d in inner]
+    before = state_of(module)
+    try:
+        yield
+        module.eval()
+        # fx's own constants are found, and refused, in the graph.
+        sets = [n for n in changed(before, state_of(module)) if "_tensor_constant" not in n]
+        if sets:
+            raise _OtherNetworkError(f"its forward sets self.{sets[0]}")
+    finally:
+        vars(module).clear()
+        vars(module).update(attributes)
+        for own, content in zip(inner, contents, strict=True):
+            own.clear()
+            own.update(content)
+        module.eval()
+
+
+@contextlib.contextmanager
+def _no_foreign_random_numbers() -> Iterator[None]:
+    """Refuse a forward that draws from Python or NumPy: a graph would freeze one draw."""
+    before = random.getstate(), numpy.random.get_state(legacy=False)
+    try:
+        yield
+        after = random.getstate(), numpy.random.get_state(legacy=False)
+        if repr(after) != repr(before):
+            raise _OtherNetworkError("its forward draws random numbers outside torch")
+    finally:
+        random.setstate(before[0])
+        numpy.random.set_state(before[1])
+
+
 def _flags(module: nn.Module, call: Call) -> Hashable:
     """The arguments of a call that decide the way through the forward."""
     arguments = bind(type(module).forward, module, call)
@@ -319,35 +444,57 @@ def _flags(module: nn.Module, call: Call) -> Hashable:
     )
 
 
-class _OtherNetworkError(Exception):
-    """The graph does not do what the forward does."""
-
-
 def _run(module: nn.Module, graph: fx.Graph, calls: Sequence[Call]) -> TracedForward:
     """Run the graph on each recorded call, and the forward itself, and compare what ran."""
-    for node in graph.nodes:
-        if node.op == "get_attr" and "_tensor_constant" in str(node.target):
-            raise _OtherNetworkError("its forward makes a tensor that fx would freeze")
     by_signature: dict[Hashable, Mapping[fx.Node, NodeFacts]] = {}
+    returns_same = True
     for call in calls:
         if call.signature not in by_signature:
-            by_signature[call.signature] = _facts(module, graph, call)
-    return TracedForward(graph, tuple(by_signature[call.signature] for call in calls))
+            facts, same = _facts(module, graph, call)
+            by_signature[call.signature] = facts
+            returns_same = returns_same and same
+    facts_of_calls = tuple(by_signature[call.signature] for call in calls)
+    return TracedForward(graph, facts_of_calls, returns_same)
 
 
-def _facts(module: nn.Module, graph: fx.Graph, call: Call) -> Mapping[fx.Node, NodeFacts]:
+def _facts(
+    module: nn.Module, graph: fx.Graph, call: Call
+) -> tuple[Mapping[fx.Node, NodeFacts], bool]:
+    """What the nodes compute, and whether the outputs have the types that the forward's have."""
+    generated = compile_forward(graph, "check")
+    ops, returned = [], []
     with torch.no_grad(), torch.device("meta"):
-        own = call.log()
-        args, kwargs = rebuilt((call.args, call.kwargs))
-        with own:
-            type(module).forward(module, *args, **kwargs)
-        log = call.log()
-        interpreter = _FactFinder(module, graph, log, call)
-        with log:
-            interpreter.run()
-    if own.ops != log.ops:
+        for forward in (type(module).forward, generated):
+            args, kwargs = rebuilt((call.args, call.kwargs))
+            with call.log() as log:
+                output = forward(module, *args, **kwargs)
+            ops.append(log.ops)
+            returned.append((pytree.tree_structure(output), _leaf_types(output)))
+        finder = _FactFinder(module, graph, call.log(), call)
+        with finder.log:
+            finder.run()
+    if ops[0] != ops[1]:
         raise _OtherNetworkError("fx follows another path through its forward than Python does")
-    return interpreter.facts
+    return finder.facts, returned[0] == returned[1]
+
+
+def _leaf_types(value: Any) -> list[type]:
+    return [type(leaf) for leaf in pytree.tree_leaves(value)]
+
+
+_numbers = itertools.count(1)
+
+
+def compile_forward(graph: fx.Graph, label: str) -> Callable[..., Any]:
+    """The forward of a graph as a function whose source tracebacks and ``inspect`` can show."""
+    code = graph.python_code("self")
+    filename = f"<se_inject {next(_numbers)} {label}>"
+    if label != "check":
+        linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
+    namespace = dict(code.globals)
+    exec(compile(code.src, filename, "exec", dont_inherit=True), namespace)
+    function: Callable[..., Any] = namespace["forward"]
+    return function
 
 
 class _FactFinder(fx.Interpreter):
@@ -368,7 +515,7 @@ class _FactFinder(fx.Interpreter):
         return tuple(map(_mutable, args)), {k: _mutable(v) for k, v in kwargs.items()}
 
     def run_node(self, n: fx.Node) -> Any:
-        start, additions = len(self.log.ops), self.log.additions
+        start = len(self.log.ops)
         value = super().run_node(n)
         is_tensor = isinstance(value, Tensor)
         inputs = [self.env[i] for i in n.all_input_nodes if i in self.env]
@@ -378,7 +525,8 @@ class _FactFinder(fx.Interpreter):
             dtype=value.dtype if is_tensor else None,
             channel_dim=self.log.channel_dim(value) if is_tensor else None,
             live=any(self.log.is_live(leaf) for leaf in pytree.tree_leaves(value)),
-            additions=self.log.additions - additions,
+            strides=value.stride() if is_tensor else None,
+            storage=value.untyped_storage()._cdata if is_tensor else None,
             ops=tuple(self.log.ops[start:]),
         )
         return value
@@ -397,8 +545,16 @@ def _mutable(value: Any) -> Any:
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 
 
-def _configuration(module: nn.Module) -> Hashable:
-    """Equal only for modules that trace to the same graph on the same call."""
+def _configuration(module: nn.Module, seen: dict[int, int] | None = None) -> Hashable:
+    """Equal only for modules that trace to the same graph on the same call.
+
+    ``seen`` numbers modules and tensors in the order in which they come up: where two names are
+    one object in one block and two in another, the blocks are not alike.
+    """
+    seen = {} if seen is None else seen
+    if id(module) in seen:
+        return seen[id(module)]
+    seen[id(module)] = len(seen)
     tensors = (*module._parameters.items(), *module._buffers.items())
     return (
         type(module),
@@ -407,9 +563,12 @@ def _configuration(module: nn.Module) -> Hashable:
             for name, value in vars(module).items()
             if name not in _MODULE_INTERNALS
         ),
-        tuple((name, None if t is None else (tuple(t.shape), t.dtype)) for name, t in tensors),
         tuple(
-            (name, None if child is None else _configuration(child))
+            (name, t if t is None else (*t.shape, t.dtype, seen.setdefault(id(t), len(seen))))
+            for name, t in tensors
+        ),
+        tuple(
+            (name, None if child is None else _configuration(child, seen))
             for name, child in module._modules.items()
         ),
     )
