@@ -366,7 +366,9 @@ def _trace_block(
         return "it is called with different flags in one forward"
     try:
         with _unchanged(module), _no_foreign_random_numbers():
-            eval_graph, train_graph = _graphs(module, calls[0])
+            eval_graph, train_graph, own_graph = _graphs(module, calls[0])
+        if str(own_graph) != str(train_graph):
+            raise _OtherNetworkError("its forward reads the mode of a child")
     except _OtherNetworkError as error:
         return str(error)
     except Exception as error:  # fx runs foreign Python on proxies: anything may come
@@ -385,18 +387,19 @@ def _trace_block(
         module.eval()
 
 
-def _graphs(module: nn.Module, call: Call) -> tuple[fx.Graph, fx.Graph]:
-    """The graphs in eval and train mode; the same object if the forward reads no mode."""
+def _graphs(module: nn.Module, call: Call) -> tuple[fx.Graph, fx.Graph, fx.Graph]:
+    """The graphs in eval and train mode, and with only the module itself in train mode.
+
+    They are one object if the forward reads no mode.
+    """
     in_eval = BlockTracer(call).trace(module)
     module.train()
     in_train = BlockTracer(call).trace(module)
     if str(in_train) == str(in_eval):
-        return in_eval, in_eval
+        return in_eval, in_eval, in_eval
     module.eval()
     module.training = True
-    if str(BlockTracer(call).trace(module)) != str(in_train):
-        raise _OtherNetworkError("its forward reads the mode of a child")
-    return in_eval, in_train
+    return in_eval, in_train, BlockTracer(call).trace(module)
 
 
 @contextlib.contextmanager
