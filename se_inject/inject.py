@@ -77,6 +77,13 @@ def apply_plan(plan: Plan) -> nn.Module:
     for site in plan.sites:
         by_block.setdefault(site.block, []).append(site)
     classes: dict[tuple[Any, ...], type[nn.Module]] = {}
+    modules = dict(plan.model.named_modules())
+    for name in by_block:
+        module = modules.get(name)
+        if module is not plan.modules[name] or is_injected(module):
+            raise UnsupportedModelError(
+                f"{block_label(name)} was replaced or injected since the plan was made. Plan anew."
+            )
     with torch.inference_mode(False):  # weights made in inference mode could never learn
         edits = [_prepare(plan, name, sites, classes) for name, sites in by_block.items()]
     done: list[nn.Module] = []
@@ -154,10 +161,6 @@ def _prepare(
 ) -> tuple[nn.Module, type[nn.Module], dict[str, nn.Module]]:
     """Everything for one block that can fail, made before the model is touched."""
     module = plan.modules[name]
-    if dict(plan.model.named_modules()).get(name) is not module or is_injected(module):
-        raise UnsupportedModelError(
-            f"{block_label(name)} was replaced or injected since the plan was made. Plan anew."
-        )
     layers = {site.child: plan.make_layer(site).train(module.training) for site in sites}
     children = tuple(layers)
     before = tuple(_state_of(module, child) for child in children)

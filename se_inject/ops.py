@@ -163,8 +163,8 @@ class OpLog(TorchFunctionMode):
         kwargs = kwargs or {}
         self.additions += adds_equal_shapes(func, args, kwargs) is not None
         out = run_on_meta(func, args, kwargs)
-        outputs = [t for t in _leaves(out) if isinstance(t, Tensor)]
-        sources = [t for t in _leaves((args, kwargs)) if self.is_live(t)] if outputs else []
+        outputs = [t for t in leaves(out) if isinstance(t, Tensor)]
+        sources = [t for t in leaves((args, kwargs)) if self.is_live(t)] if outputs else []
         name = getattr(func, "__name__", str(func))
         if sources and name not in _CREATION:
             self.ops.append(self._describe(name, args, kwargs, sources, outputs[0]))
@@ -286,10 +286,10 @@ def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, An
     return (values[0], values[1]) if len(values) >= 2 else (None, None)
 
 
-def _leaves(value: Any) -> list[Any]:
+def leaves(value: Any) -> list[Any]:
     """The leaves of nested tuples, lists and dicts (a fast ``pytree.tree_leaves``)."""
     if isinstance(value, tuple | list):
-        return [leaf for v in value for leaf in _leaves(v)]
+        return [leaf for v in value for leaf in leaves(v)]
     if isinstance(value, Mapping):
-        return [leaf for v in value.values() for leaf in _leaves(v)]
+        return [leaf for v in value.values() for leaf in leaves(v)]
     return [value]

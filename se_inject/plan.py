@@ -29,7 +29,7 @@ from se_inject.squeeze_excite import (
     bottleneck_width,
     se_cost,
 )
-from se_inject.trace import TracedBlock, UntracedBlock, trace_blocks
+from se_inject.trace import Trace, TracedBlock, UntracedBlock, trace_blocks
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Ratio = int | Mapping[str, int]
 Patterns = str | Sequence[str] | None
 SELayer = Callable[[int], nn.Module]
+_Found = tuple[str, ResidualSite, ResidualSite]
 
 
 @dataclass(frozen=True)
@@ -198,28 +199,11 @@ def plan_se(
     check_arguments(r, divisor, placement, init, se_layer)
     r = {k: int(v) for k, v in r.items()} if isinstance(r, Mapping) else int(r)
     check_model(model)
-    skipped = [
-        Skipped(name, Reason.INJECTED)
-        for name, module in model.named_modules()
-        if is_injected(module)
-    ]
-    injected = {s.block for s in skipped}
-    trace = trace_blocks(model, example_input)
     modules = dict(model.named_modules())
-    found: list[tuple[str, ResidualSite, ResidualSite]] = []
-    blocks: dict[str, TracedBlock] = {}
-    for block in trace.blocks:
-        if block.name in injected:
-            continue
-        if isinstance(block, UntracedBlock):
-            skipped += _untraced(block)
-            continue
-        pairs, others = _sites_of(block, modules[block.name], images_only=se_layer is not None)
-        blocks[block.name] = block
-        found += [(block.name, *pair) for pair in pairs]
-        skipped += others
+    trace, found, skipped = _find(modules, model, example_input, se_layer, follow=False)
+    if any(entry.reason == Reason.CHANNELS_UNKNOWN for entry in skipped):
+        trace, found, skipped = _find(modules, model, example_input, se_layer, follow=True)
     if trace.stopped:
-        skipped.append(Skipped("", Reason.NOT_REACHED, trace.stopped))
         warnings.warn(
             f"{trace.stopped}: blocks that would run after that are not planned.",
             stacklevel=2,
@@ -261,9 +245,36 @@ def plan_se(
         sites=tuple(sites),
         skipped=tuple(skipped),
         example=trace.example,
-        blocks=blocks,
+        blocks={block.name: block for block in trace.blocks if isinstance(block, TracedBlock)},
         modules={site.block: modules[site.block] for site in sites},
     )
+
+
+def _find(
+    modules: Mapping[str, nn.Module],
+    model: nn.Module,
+    example_input: Any,
+    se_layer: SELayer | None,
+    *,
+    follow: bool,
+) -> tuple[Trace, list[_Found], list[Skipped]]:
+    """Trace the model: its sites (block, in eval, in train), and all other additions."""
+    injected = [name for name, module in modules.items() if is_injected(module)]
+    skipped = [Skipped(name, Reason.INJECTED) for name in injected]
+    found: list[_Found] = []
+    trace = trace_blocks(model, example_input, follow=follow)
+    for block in trace.blocks:
+        if block.name in injected:
+            continue
+        if isinstance(block, UntracedBlock):
+            skipped += _untraced(block)
+            continue
+        pairs, others = _sites_of(block, modules[block.name], images_only=se_layer is not None)
+        found += [(block.name, *pair) for pair in pairs]
+        skipped += others
+    if trace.stopped:
+        skipped.append(Skipped("", Reason.NOT_REACHED, trace.stopped))
+    return trace, found, skipped
 
 
 def is_injected(module: nn.Module) -> bool:

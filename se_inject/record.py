@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from se_inject.errors import ForwardError
-from se_inject.ops import OpLog, adds_equal_shapes
+from se_inject.ops import OpLog, adds_equal_shapes, leaves, run_on_meta
 
 Shape = tuple[int, ...]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -36,7 +36,7 @@ class Call:
     additions: list[Shape] = field(default_factory=list)
     output: Any = None
     sets: tuple[str, ...] = ()  # attributes that the forward set on its module
-    children: list[tuple[str, "Call"]] = field(default_factory=list)  # calls that it made, in order
+    children: dict[str, list["Call"]] = field(default_factory=dict)  # calls that it made
 
     def log(self) -> OpLog:
         """A fresh log that follows the tensors of this call."""
@@ -68,8 +68,9 @@ class Recording:
 class _Recorder(OpLog):
     """Attributes each addition of two equal shapes to the innermost module that runs."""
 
-    def __init__(self, model: nn.Module, inputs: Arguments) -> None:
+    def __init__(self, model: nn.Module, inputs: Arguments, follow: bool) -> None:
         super().__init__((tensor, None) for tensor in tensors_in(inputs))
+        self.follow = follow
         self.calls: dict[str, list[Call]] = {}
         self.running: list[tuple[str, Call]] = []
         self.states: list[dict[str, Any]] = []
@@ -77,6 +78,8 @@ class _Recorder(OpLog):
         self.failed = ""  # the module that raised it
         self.hooks: list[RemovableHandle] = []
         for name, module in model.named_modules():
+            if type(module).__module__.startswith("torch.nn.modules.") and not module._modules:
+                continue  # a plain layer: it adds no maps, and most modules are one
             enter = functools.partial(self._enter, name)
             self.hooks += [
                 module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
@@ -86,12 +89,12 @@ class _Recorder(OpLog):
     def _enter(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        args, kwargs = rebuilt((args, kwargs))
+        args, kwargs = rebuilt(args), rebuilt(kwargs) if kwargs else {}
         dims = tuple(self.channel_dim(tensor) for tensor in tensors_in((args, kwargs)))
         call = Call(args, kwargs, dims)
         self.calls.setdefault(name, []).append(call)
         if self.running:
-            self.running[-1][1].children.append((name, call))
+            self.running[-1][1].children.setdefault(name, []).append(call)
         self.running.append((name, call))
         self.states.append(state_of(module))
 
@@ -100,7 +103,8 @@ class _Recorder(OpLog):
         error = sys.exc_info()[1]
         if error is not None and error is not self.error:  # the innermost module leaves first
             self.error, self.failed = error, name
-        self.ensure_followed(output, args)
+        if self.follow:
+            self.ensure_followed(output, args)
         call.output = rebuilt(output)
         call.sets = changed(self.states.pop(), state_of(module))
 
@@ -114,6 +118,8 @@ class _Recorder(OpLog):
         kwargs = kwargs or {}
         if self.running and (shape := adds_equal_shapes(func, args, kwargs)) is not None:
             self.running[-1][1].additions.append(shape)
+        if not self.follow:
+            return run_on_meta(func, args, kwargs)
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -133,22 +139,25 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in nested containers."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
 
 
 def rebuilt(value: Any) -> Any:
     """The same tensors in new containers: HRNet's modules write into the list they are given."""
     if isinstance(value, Tensor) or value is None:
         return value
+    if isinstance(value, tuple) and all(isinstance(v, Tensor) for v in value):
+        return value
     return pytree.tree_map(lambda leaf: leaf, value)
 
 
-def record(twin: nn.Module, examples: Sequence[Arguments]) -> Recording:
+def record(twin: nn.Module, examples: Sequence[Arguments], *, follow: bool = False) -> Recording:
     """Record one forward, with the first of the examples that it accepts.
 
     Args:
         twin: a :func:`meta_copy` of the model.
         examples: (args, kwargs) on meta, as :func:`example_inputs` gives them.
+        follow: find out the channel dims of what modules are called with; it takes its time.
 
     Raises:
         ForwardError: the forward fails on all examples, for another reason than that it needs
@@ -156,7 +165,7 @@ def record(twin: nn.Module, examples: Sequence[Arguments]) -> Recording:
     """
     failures: list[tuple[int, ForwardError]] = []
     for args, kwargs in examples:
-        recorder = _Recorder(twin, (args, kwargs))
+        recorder = _Recorder(twin, (args, kwargs), follow)
         try:
             return _record(twin, recorder, args, kwargs)
         except ForwardError as error:
@@ -232,7 +241,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
-    meta = tensor.detach().to("meta")
+    meta = torch.empty_like(tensor, device="meta", requires_grad=False)
     return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
 
 

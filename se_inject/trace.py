@@ -15,8 +15,8 @@ import functools
 import inspect
 import itertools
 import linecache
-import math
 import operator
+import pickle
 import random
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -96,7 +96,7 @@ class Trace:
     example: Arguments  # what the forward was given, on meta
 
 
-def trace_blocks(model: nn.Module, example_input: Any = None) -> Trace:
+def trace_blocks(model: nn.Module, example_input: Any = None, *, follow: bool = False) -> Trace:
     """Record one forward of ``model`` on meta tensors and trace the blocks that add maps.
 
     Args:
@@ -104,22 +104,24 @@ def trace_blocks(model: nn.Module, example_input: Any = None) -> Trace:
         example_input: a tensor, a tuple of positional or a dict of keyword arguments. Only shapes
             and dtypes matter. By default [2, 3, 224, 224], or what a timm model's
             ``pretrained_cfg`` says, and a few other sizes where the forward rejects that.
+        follow: know the channel dims of block inputs from the blocks before; takes longer, and is
+            needed only where a block itself does not show them.
 
     Raises:
         ForwardError: the forward failed before its end, for another reason than that it needs
             values where meta tensors have none.
     """
-    with _LOCK:
-        return _trace_blocks(model, example_input)
+    with _LOCK, _foreign_random_numbers():
+        return _trace_blocks(model, example_input, follow)
 
 
 # Tracing replaces functions of torch for a moment, which two threads must not do at once.
 _LOCK = threading.RLock()
 
 
-def _trace_blocks(model: nn.Module, example_input: Any) -> Trace:
+def _trace_blocks(model: nn.Module, example_input: Any, follow: bool) -> Trace:
     twin = meta_copy(model)
-    recording = record(twin, example_inputs(model, example_input))
+    recording = record(twin, example_inputs(model, example_input), follow=follow)
     modules = dict(twin.named_modules())
     traced: dict[Hashable, tuple[TracedForward, TracedForward] | str] = {}
     blocks: list[TracedBlock | UntracedBlock] = []
@@ -127,7 +129,7 @@ def _trace_blocks(model: nn.Module, example_input: Any) -> Trace:
         module = modules[name]
         key = (_configuration(module), tuple(call.signature for call in calls))
         if key not in traced:
-            traced[key] = _trace_block(module, calls)
+            traced[key] = _trace_block(name, module, calls)
         result = traced[key]
         if isinstance(result, str):
             additions = max((call.additions for call in calls), key=len)
@@ -188,11 +190,12 @@ class BlockTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, name: str, call: Call) -> None:
         # A checkpointed part becomes an argument that fx refuses; inlined, it would be no longer.
-        super().__init__(autowrap_modules=(math, torch.utils.checkpoint))
+        super().__init__(autowrap_functions=(torch.utils.checkpoint.checkpoint,))
+        self.name = name
         self.call = call
-        self.children = iter(call.children)
+        self.children = {child: iter(calls) for child, calls in call.children.items()}
         self.grad_mode = torch.is_grad_enabled()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -207,6 +210,8 @@ class BlockTracer(fx.Tracer):
                 stack.enter_context(_replaced(torch, name, self._recorded(getattr(torch, name))))
             enter = _refusing(torch.autocast.__enter__, "enters autocast")
             stack.enter_context(_replaced(torch.autocast, "__enter__", enter))
+            checkpoint = _refusing(torch.utils.checkpoint.checkpoint, "is checkpointed")
+            stack.enter_context(_replaced(torch.utils.checkpoint, "checkpoint", checkpoint))
             apply = vars(torch.autograd.Function)["apply"]
             call = _refusing(
                 lambda cls, *args, **kwargs: apply.__get__(None, cls)(*args, **kwargs),
@@ -239,7 +244,8 @@ class BlockTracer(fx.Tracer):
     ) -> Any:
         """A child's output: a proxy, or a container of proxies where the child returned one."""
         proxy = super().call_module(m, forward, args, kwargs)
-        _, call = next(self.children, (None, None))
+        name = f"{self.name}.{self.path_of_module(m)}".lstrip(".")
+        call = next(self.children.get(name, iter(())), None)
         if call is None:
             return proxy
 
@@ -352,7 +358,7 @@ def _is_symbolic(value: Any) -> bool:
 
 
 def _trace_block(
-    module: nn.Module, calls: Sequence[Call]
+    name: str, module: nn.Module, calls: Sequence[Call]
 ) -> tuple[TracedForward, TracedForward] | str:
     """The eval and train graphs of a block, or in words why there are none."""
     if "forward" in vars(module):
@@ -365,8 +371,10 @@ def _trace_block(
     if len({_flags(module, call) for call in calls}) > 1:
         return "it is called with different flags in one forward"
     try:
-        with _unchanged(module), _no_foreign_random_numbers():
-            eval_graph, train_graph, own_graph = _graphs(module, calls[0])
+        with _unchanged(module), _foreign_random_numbers() as drawn:
+            eval_graph, train_graph, own_graph = _graphs(name, module, calls[0])
+            if drawn():  # a graph would freeze one draw
+                raise _OtherNetworkError("its forward draws random numbers outside torch")
         if str(own_graph) != str(train_graph):
             raise _OtherNetworkError("its forward reads the mode of a child")
     except _OtherNetworkError as error:
@@ -387,19 +395,19 @@ def _trace_block(
         module.eval()
 
 
-def _graphs(module: nn.Module, call: Call) -> tuple[fx.Graph, fx.Graph, fx.Graph]:
+def _graphs(name: str, module: nn.Module, call: Call) -> tuple[fx.Graph, fx.Graph, fx.Graph]:
     """The graphs in eval and train mode, and with only the module itself in train mode.
 
     They are one object if the forward reads no mode.
     """
-    in_eval = BlockTracer(call).trace(module)
+    in_eval = BlockTracer(name, call).trace(module)
     module.train()
-    in_train = BlockTracer(call).trace(module)
+    in_train = BlockTracer(name, call).trace(module)
     if str(in_train) == str(in_eval):
         return in_eval, in_eval, in_eval
     module.eval()
     module.training = True
-    return in_eval, in_train, BlockTracer(call).trace(module)
+    return in_eval, in_train, BlockTracer(name, call).trace(module)
 
 
 @contextlib.contextmanager
@@ -425,17 +433,18 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_foreign_random_numbers() -> Iterator[None]:
-    """Refuse a forward that draws from Python or NumPy: a graph would freeze one draw."""
-    before = random.getstate(), numpy.random.get_state(legacy=False)
+def _foreign_random_numbers() -> Iterator[Callable[[], bool]]:
+    """Puts back the random states of Python and NumPy; yields whether any number was drawn."""
+    before, of_numpy = random.getstate(), _numpy_state()
     try:
-        yield
-        after = random.getstate(), numpy.random.get_state(legacy=False)
-        if repr(after) != repr(before):
-            raise _OtherNetworkError("its forward draws random numbers outside torch")
+        yield lambda: random.getstate() != before or _numpy_state() != of_numpy
     finally:
-        random.setstate(before[0])
-        numpy.random.set_state(before[1])
+        random.setstate(before)
+        numpy.random.set_state(pickle.loads(of_numpy))
+
+
+def _numpy_state() -> bytes:
+    return pickle.dumps(numpy.random.get_state())
 
 
 def _flags(module: nn.Module, call: Call) -> Hashable:

@@ -67,6 +67,11 @@ class Checkpointed(Body):
         return x + checkpoint(self.body, x, use_reentrant=False)
 
 
+class CheckpointedByModule(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
+
+
 class PythonRandom(Body):
     def forward(self, x: Tensor) -> Tensor:
         return x + (random.random() if self.training else 0.5) * self.body(x)
@@ -133,6 +138,7 @@ REFUSED: dict[type[nn.Module], str] = {
     Decorated: "enters autocast",
     Binary: "calls an autograd.Function",
     Checkpointed: "fx cannot follow its forward",
+    CheckpointedByModule: "is checkpointed",
     PythonRandom: "draws random numbers outside torch",
     NumpyRandom: "draws random numbers outside torch",
     Remembers: "sets self.last",
@@ -427,7 +433,7 @@ def test_a_class_that_cannot_be_subclassed_is_named() -> None:
     model = Root(Strict())
     keys = list(model.state_dict())
     with pytest.raises(
-        UnsupportedModelError, match="Strict cannot be subclassed .*exclude 'block'"
+        UnsupportedModelError, match=r"Strict cannot be subclassed .*exclude 'block'"
     ):
         inject_se(model, example_input=X)
     assert list(model.state_dict()) == keys
