@@ -20,6 +20,7 @@ the same outputs to the last bit, until training moves the new weights.
     cost.py             parameters and MACs of the whole network
     report.py           Plan + cost -> rich table, JSON
     models.py           "resnet50", "torchvision/resnet50", "my_pkg.nets:build" -> nn.Module
+    zoo.py              every model of timm and torchvision -> what can be injected
     cli.py              Typer: parse, call, print
 """
 

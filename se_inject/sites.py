@@ -184,19 +184,21 @@ class _Flow:
             for user in node.users
         )
 
-    def always_convolves(self, fork: fx.Node | None, end: fx.Node) -> bool:
-        """Whether no term of ``end`` is the fork itself: each passed a convolution.
+    def keeps_fork(self, fork: fx.Node | None, end: fx.Node) -> bool:
+        """Whether a term of ``end`` is the fork itself, through no convolution or Linear.
 
-        Where paths are added or concatenated, all must have; where they are multiplied, a gate
-        that is computed from the fork leaves nothing of it in the product.
+        Where paths are added or concatenated, all must pass one; where they are multiplied, a
+        gate that is computed from the fork leaves nothing of it in the product.
         """
-        covered: dict[fx.Node, bool] = {}
+        kept: dict[fx.Node, bool] = {}
         for node in self.between(fork, end):
-            own = any(op.is_convolution for op in self.facts[node].ops)
-            inputs = [covered.get(i, False) for i in self.inputs[node]]
-            joins = any(op.joins for op in self.facts[node].ops)
-            covered[node] = own or (all(inputs) and bool(inputs) if joins else any(inputs))
-        return covered.get(end, False)
+            ops = self.facts[node].ops
+            inputs = [kept.get(i, True) for i in self.inputs[node]] or [True]
+            joined = any(op.joins for op in ops)
+            kept[node] = not any(op.adds_depth for op in ops) and (
+                any(inputs) if joined else all(inputs)
+            )
+        return kept.get(end, True)
 
     def joins_after(self, node: fx.Node) -> set[fx.Node]:
         """The concatenations that ``node`` flows into without passing another addition."""
@@ -257,7 +259,7 @@ def _shape_verdict(flow: _Flow, module: nn.Module, node: fx.Node) -> _Residual |
         return Reason.NO_CONVOLUTION
     if depth[branch] == depth[shortcut] or not _is_shortcut(flow, fork, shortcut):
         return Reason.FUSION
-    if not flow.always_convolves(fork, branch):
+    if flow.keeps_fork(fork, branch):
         return Reason.FUSION  # a part of the sum is the shortcut: the SE block would scale it
     return _Residual(fork, branch, shortcut)
 

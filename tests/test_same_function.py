@@ -9,7 +9,7 @@ import torchvision
 from helpers import first_tensor, open_gates, randomize
 from torch import nn
 
-from se_inject import inject_se, plan_se
+from se_inject import inject_se, plan_se, remove_se
 
 DROP_PATH = {"drop_path_rate": 0.3}
 TIMM: dict[str, dict[str, Any]] = {
@@ -75,6 +75,33 @@ def test_outputs_are_equal_to_the_bit(
     assert torch.equal(before, after)
     open_gates(model)
     assert not torch.equal(before, run()), "the SE blocks are not in the path of the output"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "layer"),
+    [
+        ("timm/mambaout_femto", (2, 3, 64, 64), nn.Linear),
+        ("timm/caformer_s18", (2, 3, 64, 64), nn.Conv2d),
+        ("torchvision/r3d_18", (2, 3, 4, 32, 32), nn.Conv3d),
+        ("torchvision/mc3_18", (2, 3, 4, 32, 32), nn.Conv3d),
+        ("torchvision/r2plus1d_18", (2, 3, 4, 32, 32), nn.Conv3d),
+    ],
+)
+def test_channels_last_and_video_outputs_are_equal_to_the_bit(
+    name: str, shape: tuple[int, ...], layer: type[nn.Module], device: str
+) -> None:
+    library, _, name = name.partition("/")
+    make = timm.create_model if library == "timm" else torchvision.models.get_model
+    model = randomize(make(name)).to(device).eval()
+    x = torch.randn(shape, device=device)
+    with torch.no_grad():
+        before = model(x)
+        plan = plan_se(model, example_input=x)
+        assert torch.equal(before, plan.apply()(x))
+        assert all(isinstance(model.get_submodule(f"{s.name}.fc1"), layer) for s in plan.sites)
+        open_gates(model)
+        assert not torch.equal(before, model(x))
+        assert torch.equal(before, remove_se(model)(x))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

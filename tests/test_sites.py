@@ -340,7 +340,10 @@ COUNTS = {
     "hrnet_w18_small": 23,
     "inception_resnet_v2": 40,
     "res2net50_26w_4s": 16,
+    "mambaout_tiny": 18,
     "torchvision/deeplabv3_resnet50": 16,
+    "torchvision/r3d_18": 8,
+    "torchvision/raft_small": 12,
 }
 
 

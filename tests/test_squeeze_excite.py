@@ -5,7 +5,7 @@ import torch
 from timm.layers import SEModule
 
 from se_inject import SqueezeExcite
-from se_inject.squeeze_excite import Init
+from se_inject.squeeze_excite import Init, Layout
 
 
 def formula(se: SqueezeExcite, x: torch.Tensor) -> torch.Tensor:
@@ -13,7 +13,7 @@ def formula(se: SqueezeExcite, x: torch.Tensor) -> torch.Tensor:
     z = x.flatten(2).mean(2)
     h = torch.relu(z @ se.fc1.weight.flatten(1).T + se.fc1.bias)
     s = torch.sigmoid(h @ se.fc2.weight.flatten(1).T + se.fc2.bias) * se.gate_scale
-    return x * s[:, :, None, None]
+    return x * s[:, :, *[None] * (x.dim() - 2)]
 
 
 @pytest.mark.parametrize("init", ["identity", "paper"])
@@ -67,3 +67,24 @@ def test_a_residual_of_another_dtype_is_promoted_as_by_an_addition(device: str) 
 def test_the_repr_says_which_gate() -> None:
     assert "gate=2 * sigmoid" in repr(SqueezeExcite(16, 8))
     assert "gate=sigmoid" in repr(SqueezeExcite(16, 8, init="paper"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        (Layout(4, 3), (2, 5, 6, 16)),
+        (Layout(5, 1), (2, 16, 3, 5, 4)),
+        (Layout(5, 4), (2, 3, 5, 4, 16)),
+    ],
+    ids=["channels last", "video", "video, channels last"],
+)
+def test_other_layouts_are_the_formula_on_a_permuted_map(
+    layout: Layout, shape: tuple[int, ...]
+) -> None:
+    se = SqueezeExcite(16, 8, layout=layout, dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64)
+    assert torch.equal(se(x), x)
+    torch.nn.init.normal_(se.fc2.weight)
+    dims = (0, layout.channel_dim, *(d % len(shape) for d in layout.space))
+    expected = formula(se, x.permute(dims))
+    torch.testing.assert_close(se(x).permute(dims), expected, rtol=1e-12, atol=1e-12)
