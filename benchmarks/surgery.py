@@ -81,7 +81,7 @@ def main() -> None:
     if options.json:
         environment = {
             "date": datetime.now(UTC).date().isoformat(),
-            "command": "OMP_NUM_THREADS=1 python benchmarks/surgery.py",
+            "command": f"OMP_NUM_THREADS=1 python benchmarks/surgery.py --pairs {options.pairs}",
             "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -372,11 +372,9 @@ def _trace_block(
         return "it is called with different flags in one forward"
     try:
         with _unchanged(module), _foreign_random_numbers() as drawn:
-            eval_graph, train_graph, own_graph = _graphs(name, module, calls[0])
+            eval_graph, train_graph = _graphs(name, module, calls[0])
             if drawn():  # a graph would freeze one draw
                 raise _OtherNetworkError("its forward draws random numbers outside torch")
-        if str(own_graph) != str(train_graph):
-            raise _OtherNetworkError("its forward reads the mode of a child")
     except _OtherNetworkError as error:
         return str(error)
     except Exception as error:  # fx runs foreign Python on proxies: anything may come
@@ -395,19 +393,38 @@ def _trace_block(
         module.eval()
 
 
-def _graphs(name: str, module: nn.Module, call: Call) -> tuple[fx.Graph, fx.Graph, fx.Graph]:
-    """The graphs in eval and train mode, and with only the module itself in train mode.
+def _graphs(name: str, module: nn.Module, call: Call) -> tuple[fx.Graph, fx.Graph]:
+    """The graphs in eval and train mode; one object if the forward reads no mode."""
+    with _mode_reads() as readers:
+        in_eval = BlockTracer(name, call).trace(module)
+        if not readers:
+            return in_eval, in_eval
+        module.train()
+        in_train = BlockTracer(name, call).trace(module)
+    if any(reader is not module for reader in readers):
+        raise _OtherNetworkError("its forward reads the mode of a child")
+    return in_eval, in_train
 
-    They are one object if the forward reads no mode.
-    """
-    in_eval = BlockTracer(name, call).trace(module)
-    module.train()
-    in_train = BlockTracer(name, call).trace(module)
-    if str(in_train) == str(in_eval):
-        return in_eval, in_eval, in_eval
-    module.eval()
-    module.training = True
-    return in_eval, in_train, BlockTracer(name, call).trace(module)
+
+@contextlib.contextmanager
+def _mode_reads() -> Iterator[list[nn.Module]]:
+    """Collects the modules whose ``training`` is read, by a property that stands before it."""
+    readers: list[nn.Module] = []
+    tracing_thread = threading.get_ident()
+
+    def read(module: nn.Module) -> Any:
+        if threading.get_ident() == tracing_thread:
+            readers.append(module)
+        return vars(module)["training"]
+
+    def write(module: nn.Module, value: bool) -> None:
+        vars(module)["training"] = value
+
+    nn.Module.training = property(read, write)  # type: ignore[assignment]
+    try:
+        yield readers
+    finally:
+        del nn.Module.training
 
 
 @contextlib.contextmanager

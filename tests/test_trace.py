@@ -378,6 +378,7 @@ def test_planning_leaves_torch_and_the_random_numbers_alone() -> None:
     plan_se(dropping, example_input=X)
     plan_se(untraceable, example_input=X)
     assert torch.zeros is zeros
+    assert "training" not in vars(nn.Module)
     assert torch.equal(before, torch.get_rng_state())
 
 
