@@ -39,7 +39,7 @@ def invoke(
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("COLUMNS", "80")
     return lambda *args: invoke(monkeypatch, capsys, *args)
 
@@ -52,7 +52,7 @@ def numbers(line: str) -> list[int]:
 # --- the report --------------------------------------------------------------------------------
 
 
-def test_the_report_of_resnet50(call) -> None:  # type: ignore[no-untyped-def]
+def test_the_report_of_resnet50(call) -> None:
     status, out, err = call("resnet50", "--r", "16")
     assert (status, err) == (0, "")
     assert (
@@ -65,7 +65,7 @@ def test_the_report_of_resnet50(call) -> None:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("name", ["resnet50", "resnet152", "mobilenetv2_100", "hrnet_w18_small"])
-def test_columns_sum_to_the_printed_totals(call, name: str) -> None:  # type: ignore[no-untyped-def]
+def test_columns_sum_to_the_printed_totals(call, name: str) -> None:
     _, out, _ = call(name)
     table = out.split("left alone")[0].splitlines()
     rows = [numbers(line)[-4:] for line in table if re.search(r"\d→\d", line)]
@@ -76,7 +76,7 @@ def test_columns_sum_to_the_printed_totals(call, name: str) -> None:  # type: ig
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 @pytest.mark.parametrize("name", ["resnet50", "resnet152", "hrnet_w18_small"])
-def test_figures_are_whole_at_every_width(  # type: ignore[no-untyped-def]
+def test_figures_are_whole_at_every_width(
     call, monkeypatch: pytest.MonkeyPatch, name: str, width: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
@@ -89,20 +89,20 @@ def test_figures_are_whole_at_every_width(  # type: ignore[no-untyped-def]
         assert all(len(line) <= width for line in lines if "parameters" not in line)
 
 
-def test_a_second_site_of_a_block_is_numbered(call) -> None:  # type: ignore[no-untyped-def]
+def test_a_second_site_of_a_block_is_numbered(call) -> None:
     _, out, _ = call("caformer_s18")
     assert re.search(r"^stages\.0\.blocks\.0 +64×56×56", out, re.M)
     assert re.search(r"^stages\.0\.blocks\.0 #2 +64×56×56", out, re.M)
 
 
-def test_many_sites_are_grouped_by_stage_and_verbose_shows_each(call) -> None:  # type: ignore[no-untyped-def]
+def test_many_sites_are_grouped_by_stage_and_verbose_shows_each(call) -> None:
     _, grouped, _ = call("resnet101")
     assert re.search(r"^layer3\.0…22 ×23 +1024×14×14 +1024→64 +3,039,680 ", grouped, re.M)
     _, verbose, _ = call("resnet101", "--verbose")
     assert re.search(r"^layer3\.22 ", verbose, re.M)
 
 
-def test_skipped_additions_are_counted_by_reason_and_verbose_lists_all(call) -> None:  # type: ignore[no-untyped-def]
+def test_skipped_additions_are_counted_by_reason_and_verbose_lists_all(call) -> None:
     _, out, _ = call("hrnet_w18_small")
     assert re.search(r"^ +23 +fusion, not residual", out, re.M)
     _, verbose, _ = call("hrnet_w18_small", "-v")
@@ -111,7 +111,7 @@ def test_skipped_additions_are_counted_by_reason_and_verbose_lists_all(call) -> 
     )
 
 
-def test_json_is_one_object_with_the_promised_keys(call) -> None:  # type: ignore[no-untyped-def]
+def test_json_is_one_object_with_the_promised_keys(call) -> None:
     status, out, err = call("resnet50", "--json", "--exclude", "layer4.*", "--img-size", "192")
     data = json.loads(out)
     assert (status, err) == (0, "")
@@ -163,13 +163,13 @@ def test_json_is_one_object_with_the_promised_keys(call) -> None:  # type: ignor
         (["test_resnet", "--r", "16"], r"kept at width 8, where C/r is less \(--divisor 1 gives"),
     ],
 )
-def test_options(call, args: list[str], line: str) -> None:  # type: ignore[no-untyped-def]
+def test_options(call, args: list[str], line: str) -> None:
     status, out, _ = call(*args)
     assert status == 0
     assert re.search(line, out, re.M), out
 
 
-def test_show_prints_the_forward_before_and_after(call) -> None:  # type: ignore[no-untyped-def]
+def test_show_prints_the_forward_before_and_after(call) -> None:
     status, out, _ = call("resnet18", "--show", "layer1.0")
     before, after = out.split("SEBasicBlock.forward after")
     assert status == 0
@@ -181,7 +181,7 @@ def test_show_prints_the_forward_before_and_after(call) -> None:  # type: ignore
 def test_a_module_in_the_current_directory_is_found(
     call,
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,  # type: ignore[no-untyped-def]
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "my_nets.py").write_text(
         "import timm\n"
@@ -226,7 +226,7 @@ def test_a_module_in_the_current_directory_is_found(
         (["hf-hub:no/such"], r"^error: building 'hf-hub:no/such' failed"),
     ],
 )
-def test_a_clear_error_and_exit_status_1(call, args: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_clear_error_and_exit_status_1(call, args: list[str], message: str) -> None:
     status, out, err = call(*args)
     assert (status, out) == (1, "")
     assert re.search(message, err, re.M)
@@ -242,7 +242,7 @@ def test_a_clear_error_and_exit_status_1(call, args: list[str], message: str) ->
         ["resnet18", "--json", "--show", "layer1.0"],
     ],
 )
-def test_wrong_usage_has_exit_status_2(call, args: list[str]) -> None:  # type: ignore[no-untyped-def]
+def test_wrong_usage_has_exit_status_2(call, args: list[str]) -> None:
     status, out, err = call(*args)
     assert (status, out) == (2, "")
     assert "Usage" in err
