@@ -18,8 +18,6 @@ _ADD = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 _MULTIPLY = {"mul", "mul_", "multiply", "multiply_", "__mul__", "__imul__", "__rmul__"}
 _DIVIDE = {"div", "div_", "true_divide", "divide", "__truediv__", "__itruediv__"}
 _CONVOLUTION = {"conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d"}
-_UPSAMPLE = {"interpolate", "upsample", "pixel_shuffle", "fold", "grid_sample"}
-_UPSAMPLE |= {"conv_transpose2d", "conv_transpose3d", "max_unpool2d"}
 _CHANNELS_FIRST_NORM = {"batch_norm", "instance_norm", "group_norm"}
 _CHANNELS_LAST_LAYER = {"linear", "layer_norm", "rms_norm"}
 _DROPOUT = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
@@ -65,10 +63,6 @@ class Op:
     @property
     def is_dropout(self) -> bool:
         return self.name in _DROPOUT
-
-    @property
-    def upsamples(self) -> bool:
-        return self.name in _UPSAMPLE
 
     @property
     def joins(self) -> bool:
@@ -130,7 +124,6 @@ class OpLog(TorchFunctionMode):
     def __init__(self, inputs: Iterable[tuple[Tensor, int | None]]) -> None:
         super().__init__()
         self.ops: list[Op] = []
-        self.additions = 0  # of two equal shapes, live or not
         self._live: dict[int, _Known] = {}
         for tensor, dim in inputs:
             self._live[id(tensor)] = _Known(tensor, dim)
@@ -161,7 +154,6 @@ class OpLog(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        self.additions += adds_equal_shapes(func, args, kwargs) is not None
         out = run_on_meta(func, args, kwargs)
         outputs = [t for t in leaves(out) if isinstance(t, Tensor)]
         sources = [t for t in leaves((args, kwargs)) if self.is_live(t)] if outputs else []

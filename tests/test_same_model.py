@@ -286,7 +286,7 @@ def test_a_block_by_hand(model: nn.Module, x: torch.Tensor) -> None:
 def test_a_plan_is_frozen(model: nn.Module) -> None:
     plan = plan_se(model)
     with pytest.raises(AttributeError):
-        plan.r = 8  # type: ignore[misc]
+        plan.r = 8
 
 
 # --- undo --------------------------------------------------------------------------------------

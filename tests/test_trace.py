@@ -225,7 +225,7 @@ class ForeignTensor(Unit):
 class OnTheInstance(Unit):
     def __init__(self) -> None:
         super().__init__()
-        self.forward = lambda x: x + self.norm(self.conv(x))  # type: ignore[method-assign]
+        self.forward = lambda x: x + self.norm(self.conv(x))
 
 
 UNTRACEABLE = {

@@ -279,6 +279,33 @@ def test_the_identity_in_a_sum_of_three_is_never_scaled() -> None:
     assert [(s.block, s.reason) for s in plan.skipped] == [("block", Reason.FUSION)] * 2
 
 
+class DeepParallel(TwoConvolutions):
+    """One operand of the last addition is deeper, and holds the identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.point = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.conv2(F.relu(self.norm(self.conv(x))))) + self.point(x)
+
+
+class Interpolates(Body):
+    """EfficientViM: x + a * (f(x) - x), where the branch takes the identity away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.3 * (self.body(x) - x)
+
+
+@pytest.mark.parametrize(("block", "additions"), [(DeepParallel, 2), (Interpolates, 1)])
+def test_a_branch_that_holds_the_identity_is_never_scaled(
+    block: type[nn.Module], additions: int
+) -> None:
+    plan = plan_se(Root(block()), example_input=X)
+    assert [site.block for site in plan.sites] == ["plain"]
+    assert [(s.block, s.reason) for s in plan.skipped] == [("block", Reason.FUSION)] * additions
+
+
 class ParallelBranch(Parallel):
     def forward(self, x: Tensor) -> Tensor:
         return x + (self.body(x) + self.point(x))
@@ -368,7 +395,7 @@ def test_activations_on_maps_of_one_position_are_no_gates() -> None:
 
 def test_a_train_method_that_returns_nothing() -> None:
     class Mmdet(Plain):
-        def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        def train(self, mode: bool = True) -> None:
             super().train(mode)
 
     assert len(plan_se(Mmdet(), example_input=X).sites) == 1
