@@ -87,7 +87,7 @@ class Skipped:
     """An addition of two maps that gets no SE block (once, however often its block is called).
 
     With ``Reason.NOT_REACHED`` it is no addition, but what comes after the point where the
-    recorded forward stopped.
+    recorded forward stopped, or a way that it took for no value (``if x.mean() > 0``).
     """
 
     block: str
@@ -208,6 +208,12 @@ def plan_se(
             f"{trace.stopped}: blocks that would run after that are not planned.",
             stacklevel=2,
         )
+    if trace.guessed:
+        warnings.warn(
+            f"{block_label(trace.guessed[0])} asks tensors for their values, which meta tensors have"
+            " not: planned as if they were false or 0; what else it may call is not planned.",
+            stacklevel=2,
+        )
 
     names = [*dict.fromkeys([name for name, *_ in found] + [s.block for s in skipped])]
     wanted = _matching(names, include, "include") if include is not None else set(names)
@@ -274,7 +280,11 @@ def _find(
         skipped += others
     if trace.stopped:
         skipped.append(Skipped("", Reason.NOT_REACHED, trace.stopped))
+    skipped += [Skipped(name, Reason.NOT_REACHED, _GUESSED) for name in trace.guessed]
     return trace, found, skipped
+
+
+_GUESSED = "what it calls where the values of tensors are other than false or 0"
 
 
 def is_injected(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from se_inject.errors import ForwardError
-from se_inject.ops import OpLog, adds_equal_shapes, leaves, run_on_meta
+from se_inject.ops import GUESSES, OpLog, adds_equal_shapes, leaves, run_on_meta
 
 Shape = tuple[int, ...]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -62,15 +62,18 @@ class Recording:
 
     calls: Mapping[str, Sequence[Call]]
     stopped: str | None
+    guessed: tuple[str, ...]  # modules whose way depends on values: taken as false or 0
     example: Arguments
 
 
 class _Recorder(OpLog):
     """Attributes each addition of two equal shapes to the innermost module that runs."""
 
-    def __init__(self, model: nn.Module, inputs: Arguments, follow: bool) -> None:
+    def __init__(self, model: nn.Module, inputs: Arguments, follow: bool, guess: bool) -> None:
         super().__init__((tensor, None) for tensor in tensors_in(inputs))
         self.follow = follow
+        self.guess = guess
+        self.guessed: dict[str, None] = {}
         self.calls: dict[str, list[Call]] = {}
         self.running: list[tuple[str, Call]] = []
         self.states: list[dict[str, Any]] = []
@@ -116,6 +119,10 @@ class _Recorder(OpLog):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self.running and func in GUESSES:
+            if not self.guess:
+                return func(*args, **kwargs)
+            self.guessed[self.running[-1][0]] = None
         if self.running and (shape := adds_equal_shapes(func, args, kwargs)) is not None:
             self.running[-1][1].additions.append(shape)
         if not self.follow:
@@ -164,13 +171,18 @@ def record(twin: nn.Module, examples: Sequence[Arguments], *, follow: bool = Fal
             values where meta tensors have none; the message is of the one that got furthest.
     """
     failures: list[tuple[int, ForwardError]] = []
-    for args, kwargs in examples:
-        recorder = _Recorder(twin, (args, kwargs), follow)
-        try:
-            return _record(twin, recorder, args, kwargs)
-        except ForwardError as error:
-            failures.append((len(recorder.calls), error))
-    # The attempt that got furthest tells most: the others failed at a guess of ours.
+    for guess in (True, False):
+        guessed = False
+        for args, kwargs in examples:
+            recorder = _Recorder(twin, (args, kwargs), follow, guess)
+            try:
+                return _record(twin, recorder, args, kwargs)
+            except ForwardError as error:
+                failures.append((len(recorder.calls), error))
+                guessed = guessed or bool(recorder.guessed)
+        if not guessed:  # otherwise a guess may have led them all astray
+            break
+    # The attempt that got furthest tells most: others failed at a guess of ours.
     raise max(failures, key=lambda failure: failure[0])[1]
 
 
@@ -200,7 +212,7 @@ def _record(
         for name, calls in recorder.calls.items()
         if any(call.additions for call in calls)
     }
-    return Recording(calls, stopped, (args, kwargs))
+    return Recording(calls, stopped, tuple(recorder.guessed), (args, kwargs))
 
 
 def needs_values(error: Exception) -> bool:

@@ -389,11 +389,12 @@ def _insertion_point(
 
 
 def _channel_dim(flow: _Flow, residual: _Residual, branch: fx.Node) -> int | None:
-    """Of the branch map; where it is lost in a reshape, what it is added to has the same."""
+    """Of the branch map; where it is lost in a reshape, what it is added to has the same.
+
+    What stands between the two (stochastic depth, scales) moves no dim.
+    """
     known = flow.facts[branch].channel_dim
-    if known is None and branch is residual.branch:
-        known = flow.facts[residual.shortcut].channel_dim
-    return known
+    return known if known is not None else flow.facts[residual.shortcut].channel_dim
 
 
 def _is_tail(flow: _Flow, node: fx.Node) -> bool:

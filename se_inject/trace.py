@@ -93,6 +93,7 @@ class Trace:
 
     blocks: tuple[TracedBlock | UntracedBlock, ...]
     stopped: str | None  # why the forward did not come to its end, where it did not
+    guessed: tuple[str, ...]  # modules whose way depends on values, which meta tensors have not
     example: Arguments  # what the forward was given, on meta
 
 
@@ -136,7 +137,7 @@ def _trace_blocks(model: nn.Module, example_input: Any, follow: bool) -> Trace:
             blocks.append(UntracedBlock(name, result, tuple(additions)))
         else:
             blocks.append(TracedBlock(name, *result))
-    return Trace(tuple(blocks), recording.stopped, recording.example)
+    return Trace(tuple(blocks), recording.stopped, recording.guessed, recording.example)
 
 
 class _InPlaceProxy(fx.Proxy):

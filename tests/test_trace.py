@@ -248,14 +248,49 @@ def test_what_cannot_be_traced_is_named_and_the_rest_is_served(block: type[nn.Mo
     assert same_before_and_after(Root(block())) == ["plain"]
 
 
-def test_a_forward_that_needs_values_is_served_until_there() -> None:
+class Indices(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x)) * len(x.nonzero())
+
+
+def test_a_forward_that_needs_shapes_from_values_is_served_until_there() -> None:
     """Detection models stop so on meta; the blocks before the stop are recorded."""
     with pytest.warns(UserWarning, match=r"'block' needs values.*run after that are not planned"):
-        plan = plan_se(Root(ControlFlow()), example_input=X)
+        plan = plan_se(Root(Indices()), example_input=X)
     assert [site.block for site in plan.sites] == ["plain"]
     (skipped,) = plan.skipped
     assert skipped.reason == "not reached by the recorded forward"
     assert "'block' needs values" in skipped.detail
+
+
+class AsksForNumber(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.mean().item() > 0 else self.conv(x)
+
+
+@pytest.mark.parametrize("block", [ControlFlow, AsksForNumber])
+def test_what_runs_after_a_value_was_asked_for_is_served(block: type[nn.Module]) -> None:
+    root = nn.Sequential(Root(block()), Plain())
+    with pytest.warns(UserWarning, match=r"'0\.block' asks tensors for their values"):
+        plan = plan_se(root, example_input=X)
+    assert [site.block for site in plan.sites] == ["0.plain", "1"]
+    assert ("0.block", "not reached by the recorded forward") in {
+        (skipped.block, skipped.reason) for skipped in plan.skipped
+    }
+    before = root.eval()(X)
+    plan.apply()
+    assert torch.equal(root(X), before)
+
+
+class SizeFromValue(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(x, 8 // x.argmax().item())
+
+
+def test_where_a_guess_leads_astray_the_forward_is_served_until_there() -> None:
+    with pytest.warns(UserWarning, match=r"'block' needs values"):
+        plan = plan_se(Root(SizeFromValue()), example_input=X)
+    assert [site.block for site in plan.sites] == ["plain"]
 
 
 # --- hidden additions, wrong inputs ------------------------------------------------------------

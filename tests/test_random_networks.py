@@ -1,0 +1,66 @@
+"""Networks from a grammar: the found sites are the written ones, and the function stays.
+
+``SE_INJECT_EXAMPLES=5000 pytest tests/test_random_networks.py`` tries that many.
+"""
+
+import os
+from collections import Counter
+from typing import Any
+
+import torch
+from grammar import Network, networks
+from helpers import open_gates, randomize
+from hypothesis import HealthCheck, given, note, settings
+
+from se_inject import NoSiteError, plan_se, remove_se
+from se_inject.plan import is_injected
+
+EXAMPLES = int(os.environ.get("SE_INJECT_EXAMPLES", "300"))
+X = torch.randn(2, 3, 8, 8)
+
+
+def outputs(model: torch.nn.Module) -> list[torch.Tensor]:
+    """In eval and in train mode, with the same random numbers and statistics each time."""
+    result = []
+    for training in (False, True):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            result.append(model.train(training)(X.clone()))
+    return result
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize="SE_INJECT_EXAMPLES" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(networks())
+def test_sites_are_those_written_and_the_function_stays(network: Network) -> None:
+    note(network.text)
+    torch.manual_seed(0)
+    model = randomize(network.build()).eval()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    before = outputs(model)
+    model.load_state_dict(state)  # train mode has moved the statistics
+
+    try:
+        plan: Any = plan_se(model, r=2, divisor=2, example_input=X)
+    except NoSiteError as error:
+        assert not network.sites
+        assert Counter((s.block, s.reason) for s in error.skipped) == network.skipped
+        return
+    assert Counter((site.block, site.channels) for site in plan.sites) == network.sites
+    assert Counter((s.block, s.reason) for s in plan.skipped) == network.skipped
+
+    plan.apply()
+    for a, b in zip(outputs(model), before, strict=True):
+        assert torch.equal(a, b)
+    model.load_state_dict(state, strict=False)
+    open_gates(model)
+    assert not torch.equal(outputs(model)[0], before[0])
+    remove_se(model)
+    model.load_state_dict(state)
+    assert not any(map(is_injected, model.modules()))
+    for a, b in zip(outputs(model), before, strict=True):
+        assert torch.equal(a, b)
