@@ -204,7 +204,9 @@ def main() -> None:
     console.print(plan)
     console.print("Left alone:")
     for skipped in plan.skipped:
-        console.print(f"  {skipped.block}: {skipped.reason}", skipped.detail and f"({skipped.detail})")
+        console.print(
+            f"  {skipped.block}: {skipped.reason}", skipped.detail and f"({skipped.detail})"
+        )
 
     same = same_in_both_modes(model, images, lambda: inject_se(model, example_input=images))
     console.print(f"in eval and train mode, equal to the last bit: {same}")

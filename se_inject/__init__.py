@@ -17,6 +17,8 @@ the same outputs to the last bit, until training moves the new weights.
     checks.py           arguments and models that are refused
     plan.py             which sites get what: r, include/exclude; what is skipped and why
     inject.py           Plan -> edited model; remove_se. The only file that changes a graph
+    generated.py        forwards made from graphs, and the block classes that carry them
+    checkpoint.py       save_se, load_se: the added weights in one small file
     cost.py             parameters and MACs of the whole network
     report.py           Plan + cost -> rich table, JSON
     models.py           "resnet50", "torchvision/resnet50", "my_pkg.nets:build" -> nn.Module
@@ -24,8 +26,10 @@ the same outputs to the last bit, until training moves the new weights.
     cli.py              Typer: parse, call, print
 """
 
+from se_inject.checkpoint import load_se, save_se
 from se_inject.errors import (
     ArgumentError,
+    CheckpointError,
     ForwardError,
     NoSiteError,
     SEInjectError,
@@ -40,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "CheckpointError",
     "ForwardError",
     "NoSiteError",
     "Plan",
@@ -50,7 +55,9 @@ __all__ = [
     "UnknownModelError",
     "UnsupportedModelError",
     "inject_se",
+    "load_se",
     "plan_se",
     "remove_se",
+    "save_se",
     "se_parameters",
 ]

@@ -30,6 +30,10 @@ class ForwardError(SEInjectError, RuntimeError):
     """The forward of the model failed on the example input, so nothing could be recorded."""
 
 
+class CheckpointError(SEInjectError, ValueError):
+    """A file that cannot be loaded: damaged, foreign, of another version or for another base."""
+
+
 class NoSiteError(SEInjectError):
     """No residual addition of the model can take an SE block; the message counts the reasons.
 

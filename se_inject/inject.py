@@ -17,9 +17,7 @@ becomes ``se = self.se(bn2); drop_path = self.drop_path(se)``. The block's class
 subclass with this forward; nothing else of the model changes.
 """
 
-import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,11 +25,12 @@ from torch import fx, nn
 
 from se_inject.checks import Placement
 from se_inject.errors import NoSiteError, UnsupportedModelError
-from se_inject.plan import Patterns, Plan, Ratio, SELayer, Site, is_injected, plan_se
+from se_inject.generated import Edit, ForwardSource, Settings, edit_of
+from se_inject.plan import Patterns, Plan, Ratio, SELayer, Site, plan_se
 from se_inject.record import block_label
 from se_inject.sites import ResidualSite
 from se_inject.squeeze_excite import Init
-from se_inject.trace import TracedBlock, compile_forward
+from se_inject.trace import TracedBlock, TracedForward
 
 
 def inject_se(
@@ -76,26 +75,26 @@ def apply_plan(plan: Plan) -> nn.Module:
     by_block: dict[str, list[Site]] = {}
     for site in plan.sites:
         by_block.setdefault(site.block, []).append(site)
-    classes: dict[tuple[Any, ...], type[nn.Module]] = {}
+    edits: dict[tuple[Any, ...], Edit] = {}
     modules = dict(plan.model.named_modules())
     for name in by_block:
         module = modules.get(name)
-        if module is not plan.modules[name] or is_injected(module):
+        if module is not plan.modules[name] or edit_of(module):
             raise UnsupportedModelError(
                 f"{block_label(name)} was replaced or injected since the plan was made. Plan anew."
             )
     with torch.inference_mode(False):  # weights made in inference mode could never learn
-        edits = [_prepare(plan, name, sites, classes) for name, sites in by_block.items()]
-    done: list[nn.Module] = []
+        prepared = [_prepare(plan, name, sites, edits) for name, sites in by_block.items()]
+    done = 0
     try:
-        for module, new_class, layers in edits:
-            done.append(module)
+        for module, edit, layers in prepared:
+            done += 1
             for child, layer in layers.items():
                 setattr(module, child, layer)
-            module.__class__ = new_class
+            module.__class__ = edit.block_class
     except BaseException:  # a Ctrl-C too must not leave half a network
-        for module, new_class, _ in edits[: len(done)]:
-            _restore(module, new_class)
+        for module, edit, _ in prepared[:done]:
+            _restore(module, edit)
         raise
     return plan.model
 
@@ -109,67 +108,85 @@ def remove_se(model: nn.Module) -> nn.Module:
     Raises:
         SEInjectError: the model has no SE block that se_inject put there.
     """
-    injected = [module for module in model.modules() if is_injected(module)]
+    injected = [(module, edit) for module in model.modules() if (edit := edit_of(module))]
     if not injected:
         raise NoSiteError(
             f"{type(model).__name__} has no SE block from inject_se, so there is none to remove."
         )
-    for module in injected:
-        if "_se_inject" not in vars(type(module)):
+    for module, edit in injected:
+        if type(module) is not edit.block_class:
             raise UnsupportedModelError(
                 f"a block has become {type(module).__name__} since inject_se (sharded?)."
                 " Remove the SE blocks before that step."
             )
-    for module in injected:
-        _restore(module, type(module))
+    for module, edit in injected:
+        _restore(module, edit)
     return model
 
 
 def se_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters that :func:`inject_se` added, block by block (weights and biases)."""
     for module in model.modules():
-        if is_injected(module):
-            for child in _record_of(type(module)).children:
+        if edit := edit_of(module):
+            for child in edit.children:
                 yield from module.get_submodule(child).parameters()
 
 
 # --- one block ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Record:
-    """What an edited class remembers, to undo the edit: it rides on the class, not the instance,
-    so that copies and checkpoints of the instance need to know nothing of it.
-    """
-
-    base: type[nn.Module]
-    children: tuple[str, ...]
-    # How the attribute was before: "absent", None in "__dict__", or None in "_modules".
-    before: tuple[str, ...]
-
-
-def _record_of(cls: type[nn.Module]) -> _Record:
-    record: _Record = cls._se_inject  # type: ignore[attr-defined]
-    return record
-
-
 def _prepare(
-    plan: Plan,
-    name: str,
-    sites: list[Site],
-    classes: dict[tuple[Any, ...], type[nn.Module]],
-) -> tuple[nn.Module, type[nn.Module], dict[str, nn.Module]]:
+    plan: Plan, name: str, sites: list[Site], edits: dict[tuple[Any, ...], Edit]
+) -> tuple[nn.Module, Edit, dict[str, nn.Module]]:
     """Everything for one block that can fail, made before the model is touched."""
     module = plan.modules[name]
     layers = {site.child: plan.make_layer(site).train(module.training) for site in sites}
     children = tuple(layers)
     before = tuple(_state_of(module, child) for child in children)
     block = plan.blocks[name]
-    key = (type(module), id(block.eval), id(block.train), children, before)
-    if key not in classes:
-        record = _Record(type(module), children, before)
-        classes[key] = _edited_class(record, block, sites, plan.se_layer is None)
-    return module, classes[key], layers
+    ratios = tuple(site.r for site in sites)
+    key = (type(module), id(block.eval), id(block.train), children, before, ratios)
+    if key not in edits:
+        edits[key] = _edit(plan, type(module), block, sites, children, before)
+    return module, edits[key], layers
+
+
+def _edit(
+    plan: Plan,
+    base: type[nn.Module],
+    block: TracedBlock,
+    sites: list[Site],
+    children: tuple[str, ...],
+    before: tuple[str, ...],
+) -> Edit:
+    fuse = plan.se_layer is None
+
+    def source(forward: TracedForward, mode: int, label: str) -> ForwardSource:
+        where = [site.where[mode] for site in sites]
+        graph = edit_graph(forward.graph, where, children, fuse)
+        return ForwardSource.of(graph, f"SE{base.__name__}.{label}")
+
+    edit = Edit(
+        base,
+        children,
+        before,
+        eval=source(block.eval, 0, "forward"),
+        train=None if block.train is block.eval else source(block.train, 1, "forward (train)"),
+        settings=Settings(
+            r=tuple(site.r for site in sites),
+            divisor=plan.divisor,
+            placement=plan.placement,
+            init=plan.init,
+            example=plan.example,
+        ),
+    )
+    try:
+        _ = edit.block_class  # made here, where nothing is touched if it fails
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"{base.__name__} cannot be subclassed ({error}): exclude {sites[0].block!r}."
+        ) from error
+    return edit
 
 
 def _state_of(module: nn.Module, child: str) -> str:
@@ -178,52 +195,16 @@ def _state_of(module: nn.Module, child: str) -> str:
     return "_modules" if child in module._modules else "absent"
 
 
-def _restore(module: nn.Module, edited: type[nn.Module]) -> None:
+def _restore(module: nn.Module, edit: Edit) -> None:
     """Undo the edit of one block, or the part of it that was done."""
-    record = _record_of(edited)
-    if type(module) is edited:
-        module.__class__ = record.base
-    for child, before in zip(record.children, record.before, strict=True):
+    if type(module) is edit.block_class:
+        module.__class__ = edit.base
+    for child, before in zip(edit.children, edit.before, strict=True):
         module._modules.pop(child, None)
         if before == "__dict__":
             vars(module)[child] = None
         elif before == "_modules":
             module._modules[child] = None
-
-
-def _edited_class(
-    record: _Record, block: TracedBlock, sites: list[Site], fuse: bool
-) -> type[nn.Module]:
-    """A subclass of the block's class whose forward calls the SE children."""
-    name = f"SE{record.base.__name__}"
-    children = record.children
-    in_eval = [site.where[0] for site in sites]
-    forward = compile_forward(
-        edit_graph(block.eval.graph, in_eval, children, fuse), f"{name}.forward"
-    )
-    if block.train is not block.eval:
-        in_train = [site.where[1] for site in sites]
-        forward_eval = forward
-        forward_train = compile_forward(
-            edit_graph(block.train.graph, in_train, children, fuse), f"{name}.forward (train)"
-        )
-
-        @functools.wraps(forward_eval)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return (forward_train if self.training else forward_eval)(self, *args, **kwargs)
-
-    members = {
-        "__module__": record.base.__module__,
-        "__doc__": record.base.__doc__,
-        "_se_inject": record,
-        "forward": forward,
-    }
-    try:
-        return type(name, (record.base,), members)
-    except TypeError as error:  # an __init_subclass__ that wants arguments
-        raise UnsupportedModelError(
-            f"{record.base.__name__} cannot be subclassed ({error}): exclude {sites[0].block!r}."
-        ) from error
 
 
 def edit_graph(

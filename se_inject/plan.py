@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from se_inject.checks import Placement, check_arguments, check_model
 from se_inject.errors import ArgumentError, NoSiteError
+from se_inject.generated import edit_of
 from se_inject.record import Arguments, block_label, meta_copy
 from se_inject.sites import Reason, ResidualSite, find_sites
 from se_inject.squeeze_excite import (
@@ -105,6 +106,7 @@ class Plan:
     model: nn.Module = field(repr=False, compare=False)
     r: Ratio
     divisor: int
+    placement: Placement
     init: Init
     se_layer: SELayer | None
     sites: tuple[Site, ...]
@@ -210,14 +212,14 @@ def plan_se(
         )
     if trace.guessed:
         warnings.warn(
-            f"{block_label(trace.guessed[0])} asks tensors for their values, which meta tensors have"
-            " not: planned as if they were false or 0; what else it may call is not planned.",
+            f"{block_label(trace.guessed[0])} asks tensors for their values, and meta tensors have"
+            " none: planned as if they were false or 0; what else it may call is not planned.",
             stacklevel=2,
         )
 
     names = [*dict.fromkeys([name for name, *_ in found] + [s.block for s in skipped])]
-    wanted = _matching(names, include, "include") if include is not None else set(names)
-    wanted -= _matching(names, exclude, "exclude") if exclude is not None else set()
+    wanted = matching(names, include, "include") if include is not None else set(names)
+    wanted -= matching(names, exclude, "exclude") if exclude is not None else set()
     skipped += [Skipped(name, Reason.EXCLUDED) for name, *_ in found if name not in wanted]
     found = [entry for entry in found if entry[0] in wanted]
     if not found:
@@ -246,6 +248,7 @@ def plan_se(
         model=model,
         r=r,
         divisor=divisor,
+        placement=placement,
         init=init,
         se_layer=se_layer,
         sites=tuple(sites),
@@ -265,7 +268,7 @@ def _find(
     follow: bool,
 ) -> tuple[Trace, list[_Found], list[Skipped]]:
     """Trace the model: its sites (block, in eval, in train), and all other additions."""
-    injected = [name for name, module in modules.items() if is_injected(module)]
+    injected = [name for name, module in modules.items() if edit_of(module)]
     skipped = [Skipped(name, Reason.INJECTED) for name in injected]
     found: list[_Found] = []
     trace = trace_blocks(model, example_input, follow=follow)
@@ -285,11 +288,6 @@ def _find(
 
 
 _GUESSED = "what it calls where the values of tensors are other than false or 0"
-
-
-def is_injected(module: nn.Module) -> bool:
-    """Whether a module is a block whose forward se_inject has edited."""
-    return hasattr(type(module), "_se_inject")
 
 
 def _sites_of(
@@ -419,21 +417,30 @@ def sum_costs(costs: Iterable[SECost]) -> SECost:
 # --- globs -------------------------------------------------------------------------------------
 
 
-def _matching(names: Sequence[str], patterns: str | Sequence[str], argument: str) -> set[str]:
-    """The names that any of the globs matches; each glob must match one."""
+def matching(
+    names: Sequence[str],
+    patterns: str | Sequence[str],
+    argument: str,
+    what: str = "block with an addition",
+) -> set[str]:
+    """The names that any of the globs matches; each glob must match one.
+
+    Raises:
+        ArgumentError: a glob matches none; the message shows near names.
+    """
     matched: set[str] = set()
     if isinstance(patterns, str) or not isinstance(patterns, Iterable):
         patterns = [patterns]
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise ArgumentError(
-                f"{argument} takes a glob or a list of globs on block names, not {pattern!r}."
+                f"{argument} takes a glob or a list of globs on names, not {pattern!r}."
             )
         hits = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
         if not hits:
             raise ArgumentError(
-                f"{argument}={pattern!r} matches no block with an addition."
-                f" Blocks are named like {near_names(pattern, names)}."
+                f"{argument}={pattern!r} matches no {what}."
+                f" Names are like {near_names(pattern, names)}."
             )
         matched |= hits
     return matched
@@ -448,7 +455,7 @@ def near_names(name: str, names: Sequence[str]) -> str:
 def _ratios(wanted: Sequence[str], names: Sequence[str], r: Ratio) -> dict[str, int]:
     if not isinstance(r, Mapping):
         return dict.fromkeys(wanted, r)
-    matches = {pattern: _matching(names, pattern, "r") for pattern in r}
+    matches = {pattern: matching(names, pattern, "r") for pattern in r}
     ratios = {}
     for name in wanted:
         pattern = next((p for p in r if name in matches[p]), None)

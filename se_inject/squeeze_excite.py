@@ -79,6 +79,8 @@ class SqueezeExcite(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.channels = channels
+        self.bottleneck = bottleneck
         self.init = init
         self.space = layout.space
         # A power of two, so that folding it into the layer before loses no bit.

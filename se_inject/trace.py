@@ -13,8 +13,6 @@ import contextlib
 import enum
 import functools
 import inspect
-import itertools
-import linecache
 import operator
 import pickle
 import random
@@ -29,6 +27,7 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from se_inject.generated import ForwardSource
 from se_inject.ops import Op, OpLog
 from se_inject.record import (
     Arguments,
@@ -491,7 +490,7 @@ def _facts(
     module: nn.Module, graph: fx.Graph, call: Call
 ) -> tuple[Mapping[fx.Node, NodeFacts], bool]:
     """What the nodes compute, and whether the outputs have the types that the forward's have."""
-    generated = compile_forward(graph, "check")
+    generated = ForwardSource.of(graph, "check").compile(show=False)
     ops, returned = [], []
     with torch.no_grad(), torch.device("meta"):
         for forward in (type(module).forward, generated):
@@ -510,21 +509,6 @@ def _facts(
 
 def _leaf_types(value: Any) -> list[type]:
     return [type(leaf) for leaf in pytree.tree_leaves(value)]
-
-
-_numbers = itertools.count(1)
-
-
-def compile_forward(graph: fx.Graph, label: str) -> Callable[..., Any]:
-    """The forward of a graph as a function whose source tracebacks and ``inspect`` can show."""
-    code = graph.python_code("self")
-    filename = f"<se_inject {next(_numbers)} {label}>"
-    if label != "check":
-        linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
-    namespace = dict(code.globals)
-    exec(compile(code.src, filename, "exec", dont_inherit=True), namespace)
-    function: Callable[..., Any] = namespace["forward"]
-    return function
 
 
 class _FactFinder(fx.Interpreter):

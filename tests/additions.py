@@ -72,12 +72,17 @@ class _Additions(TorchDispatchMode):
 
 
 def _gates(x: Tensor, gate: Tensor) -> bool:
-    """Whether ``gate`` is [N, C, 1, 1] or [N, 1, 1, C] for a map ``x`` with more positions."""
-    if x.dim() not in (4, 5) or gate.dim() != x.dim() or x.numel() == gate.numel():
+    """Whether ``gate`` is one number a channel for all positions of ``x``: ``[..., C, 1, 1]`` or
+    ``[..., 1, 1, C]``, perhaps expanded to the shape of ``x``.
+    """
+    if x.dim() not in (4, 5) or gate.dim() != x.dim():
         return False
-    first = all(s == 1 for s in gate.shape[2:]) and gate.shape[1] == x.shape[1] > 1
-    last = all(s == 1 for s in gate.shape[1:-1]) and gate.shape[-1] == x.shape[-1] > 1
-    return first or last
+    sizes = [1 if stride == 0 else n for n, stride in zip(gate.shape, gate.stride(), strict=True)]
+    if sizes == list(x.shape):
+        return False
+    first = all(s == 1 for s in sizes[-2:]) and sizes[1:-2] == list(x.shape[1:-2])
+    last = all(s == 1 for s in sizes[1:-1]) and sizes[-1] == x.shape[-1]
+    return (first or last) and max(sizes[1:]) > 1
 
 
 def additions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Frame]:

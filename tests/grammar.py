@@ -156,7 +156,9 @@ def _convolutions(draw: Draw, s: Source, c: int, out: int, stride: int) -> None:
         if norm := _norm(draw, width):
             layers.append(norm)
         if i < count - 1 or _chance(draw, 4):
-            layers.append(draw(st.sampled_from(["nn.ReLU()", "nn.ReLU(inplace=True)", "nn.GELU()"])))
+            layers.append(
+                draw(st.sampled_from(["nn.ReLU()", "nn.ReLU(inplace=True)", "nn.GELU()"]))
+            )
     s.depth += count
     if _chance(draw):
         body = s.child("body", f"nn.Sequential({', '.join(layers)})")
@@ -181,7 +183,9 @@ def _gate(draw: Draw, s: Source, c: int) -> None:
 
 def _tail(draw: Draw, s: Source, c: int) -> None:
     """What may stand between the SE block and the addition."""
-    for kind in draw(st.lists(st.sampled_from(["path", "drop", "scale", "gamma", "gain"]), max_size=2)):
+    for kind in draw(
+        st.lists(st.sampled_from(["path", "drop", "scale", "gamma", "gain"]), max_size=2)
+    ):
         if kind == "path":
             s.forward.append(f"h = {s.child('drop_path', 'DropPath(0.3)')}(h)")
         elif kind == "drop":
@@ -325,4 +329,6 @@ def networks(draw: Draw) -> Network:
         else:
             root.sites["", c] += 1
     root.forward.append("return y.mean((2, 3))")
-    return Network("\n\n".join([HEADER, *root.classes, root.write("Net")]), root.sites, root.skipped)
+    return Network(
+        "\n\n".join([HEADER, *root.classes, root.write("Net")]), root.sites, root.skipped
+    )

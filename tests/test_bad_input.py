@@ -51,8 +51,8 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"include": "layer9.*"}, r"include='layer9\.\*' matches no block .* 'layer\d\.\d'"),
     ({"exclude": ["layer1.*", "stem"]}, r"exclude='stem' matches no block with an addition"),
-    ({"include": 3}, r"include takes a glob or a list of globs on block names, not 3"),
-    ({"include": [3]}, r"include takes a glob or a list of globs on block names, not 3"),
+    ({"include": 3}, r"include takes a glob or a list of globs on names, not 3"),
+    ({"include": [3]}, r"include takes a glob or a list of globs on names, not 3"),
 ]
 
 

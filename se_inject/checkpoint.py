@@ -1,0 +1,457 @@
+"""Small checkpoints: the SE tensors and the whole plan, in one ``.safetensors`` file.
+
+The tensors are named as in the model's ``state_dict``. The header's ``se_inject`` entry is JSON:
+the sites with their settings, what the recorded forward was given, and a fingerprint of the base
+network, tensor by tensor, so that a file never goes silently onto another base. Reading executes
+nothing: safetensors holds bytes and JSON.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from se_inject.checks import check_model
+from se_inject.errors import ArgumentError, CheckpointError, NoSiteError, SEInjectError
+from se_inject.generated import Edit, edit_of
+from se_inject.inject import remove_se
+from se_inject.plan import Patterns, Plan, SELayer, matching, plan_se
+from se_inject.record import Arguments, block_label
+from se_inject.squeeze_excite import SqueezeExcite
+
+FORMAT = 1
+_KEY = "se_inject"
+# Count training steps and nothing else: a base that has seen more batches is the same base.
+_COUNTERS = "num_batches_tracked"
+
+
+def save_se(model: nn.Module, path: str | os.PathLike[str], *, extra: Patterns = None) -> None:
+    """Write the SE blocks of ``model`` to one ``.safetensors`` file.
+
+    Args:
+        model: an injected model, not wrapped for distributed runs and not sharded.
+        path: the file; it is replaced as a whole or not at all, whatever happens on the way.
+        extra: what else goes into the file: a glob or globs on ``state_dict`` keys
+            (``"head.*"``), or ``"trained"`` for every tensor that can have changed: trainable
+            parameters and the statistics of norms. Without it, the file is right only for a base
+            whose own tensors have stayed as they were.
+
+    Raises:
+        NoSiteError: the model has no SE block.
+        ArgumentError: a glob of ``extra`` matches no tensor.
+        UnsupportedModelError: the model is wrapped, compiled or sharded.
+    """
+    check_model(model)
+    state = _tensors(model)
+    sites = _sites(model)
+    if not sites:
+        raise NoSiteError(
+            f"{type(model).__name__} has no SE block to save; inject_se(model) makes them."
+        )
+    ours = _keys_of(sites, state)
+    base = [key for key in state if key not in ours]
+    kept = _extra(model, base, extra)
+    edits = [edit for module in model.modules() if (edit := edit_of(module))]
+    header = {
+        "format": FORMAT,
+        "version": _version(),
+        "model": type(model).__name__,
+        "sites": [asdict(site) for site in sites],
+        "example": _encode_example(edits[0].settings.example),
+        "base": {key: _fingerprint(key, state[key], hashed=key not in kept) for key in base},
+    }
+    # Cloned: tensors that share memory are refused, and each key is to be whole by itself.
+    tensors = {key: state[key].detach().clone() for key in (*ours, *kept)}
+    _write(Path(path), save(tensors, metadata={_KEY: json.dumps(header)}))
+
+
+def load_se(
+    base: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    example_input: Any = None,
+    se_layer: SELayer | None = None,
+) -> nn.Module:
+    """Inject into ``base`` what a file of :func:`save_se` says, in place, and return the model.
+
+    Outputs are then equal to those of the saved model. If anything fails, ``base`` is as it was.
+
+    Args:
+        base: the network that the saved one was made from, with its weights, without SE blocks.
+        example_input: as in :func:`plan_se`; only for a forward whose arguments no file can hold.
+        se_layer: what the saved model was injected with, if it was: code is in no checkpoint.
+
+    Raises:
+        CheckpointError: the file is damaged, foreign or of another version, or ``base`` is not
+            the network that it was made for; the message names the first differences.
+    """
+    header, tensors = _read(Path(path))
+    _check_base(base, header, path)
+    if header.example is None and example_input is None:
+        raise CheckpointError(
+            f"{path}: the file cannot say what the forward takes. Pass example_input= as you did"
+            " to inject_se."
+        )
+    example = header.example if example_input is None else example_input
+    own = {key: tensor for key, tensor in _tensors(base).items() if key in tensors}
+    before = {key: tensor.clone() for key, tensor in own.items()}
+    try:
+        for settings, sites in header.groups().items():
+            plan = _plan(base, settings, sites, example, se_layer, path)
+            plan.apply()
+        _fill(base, tensors, path)
+    except BaseException:
+        if any(edit_of(module) for module in base.modules()):
+            remove_se(base)
+        with torch.no_grad():
+            for key, tensor in before.items():
+                own[key].copy_(tensor)
+        raise
+    return base
+
+
+# --- what is in a file ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What all sites of one ``inject_se`` call share."""
+
+    divisor: int
+    placement: str
+    init: str
+    custom: bool  # made by a user's se_layer
+
+
+@dataclass(frozen=True)
+class _Site:
+    block: str
+    child: str
+    r: int
+    channels: int | None  # None: of a user's se_layer, which need not say
+    bottleneck: int | None
+    settings: _Settings
+
+
+@dataclass(frozen=True)
+class _Header:
+    version: str
+    model: str
+    sites: tuple[_Site, ...]
+    example: Any  # as example_input takes it; None: it could not be written down
+    base: Mapping[str, Sequence[Any]]  # name -> dtype, shape, hash or None
+
+    def groups(self) -> dict[_Settings, list[_Site]]:
+        groups: dict[_Settings, list[_Site]] = {}
+        for site in self.sites:
+            groups.setdefault(site.settings, []).append(site)
+        return groups
+
+
+def _sites(model: nn.Module) -> list[_Site]:
+    """The SE blocks of a model; a block that is reached by two names counts once."""
+    return [
+        _site(name, module, edit, child, r)
+        for name, module in model.named_modules()
+        if (edit := edit_of(module))
+        for child, r in zip(edit.children, edit.settings.r, strict=True)
+    ]
+
+
+def _site(name: str, module: nn.Module, edit: Edit, child: str, r: int) -> _Site:
+    layer = getattr(module, child)
+    ours = type(layer) is SqueezeExcite
+    settings = edit.settings
+    return _Site(
+        block=name,
+        child=child,
+        r=r,
+        channels=layer.channels if ours else None,
+        bottleneck=layer.bottleneck if ours else None,
+        settings=_Settings(settings.divisor, settings.placement, settings.init, not ours),
+    )
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the ``state_dict`` (a ``get_extra_state`` may add other things)."""
+    return {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _keys_of(sites: Iterable[_Site], state: Iterable[str]) -> list[str]:
+    prefixes = tuple(f"{site.block}.{site.child}.".lstrip(".") for site in sites)
+    return [key for key in state if key.startswith(prefixes)]
+
+
+def _extra(model: nn.Module, base: Sequence[str], extra: Patterns) -> set[str]:
+    if extra is None:
+        return set()
+    if extra != "trained":
+        return matching(base, extra, "extra", "tensor of the base")
+    names = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(getattr(module, "running_mean", None), Tensor):
+            names |= {f"{name}.{buffer}".lstrip(".") for buffer in module._buffers}
+    return names & set(base)
+
+
+def _fingerprint(key: str, tensor: Tensor, *, hashed: bool) -> list[Any]:
+    same = hashed and not key.endswith(_COUNTERS)
+    return [_dtype(tensor), list(tensor.shape), _hash(tensor) if same else None]
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _hash(tensor: Tensor) -> str:
+    """Of the bytes; 64 bits, against mistakes and not against forgers."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data.tobytes()).hexdigest()[:16]
+
+
+def _version() -> str:
+    from se_inject import __version__
+
+    return __version__
+
+
+def _encode_example(example: Arguments) -> Any:
+    """As ``example_input`` takes it: positional or keyword arguments."""
+    args, kwargs = example
+    try:
+        return _encode(kwargs or args)
+    except TypeError:  # no JSON for it: load_se will ask for an example_input
+        return None
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"tensor": list(value.shape), "dtype": _dtype(value)}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_encode(v) for v in value]}
+    if type(value) is dict:
+        return {"dict": [[k, _encode(v)] for k, v in value.items()]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    raise TypeError(type(value).__name__)
+
+
+def _decode(value: Any) -> Any:
+    if "tensor" in value:
+        dtype = getattr(torch, value["dtype"])
+        return torch.empty(value["tensor"], dtype=dtype, device="meta")
+    if "list" in value:
+        return [_decode(v) for v in value["list"]]
+    if "tuple" in value:
+        return tuple(_decode(v) for v in value["tuple"])
+    if "dict" in value:
+        return {k: _decode(v) for k, v in value["dict"]}
+    return value["value"]
+
+
+# --- writing and reading -------------------------------------------------------------------------
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write beside the target and rename: the target is the old file or the new one, never half."""
+    if path.is_dir():
+        raise ArgumentError(f"{path} is a folder; give the name of a file, such as se.safetensors.")
+    if not path.parent.is_dir():
+        raise ArgumentError(f"{path}: there is no folder {path.parent}.")
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # A file of somebody else's may be large: its header tells before its tensors are read.
+            header = _parse(metadata[_KEY], path) if _KEY in metadata else None
+            tensors = {key: file.get_tensor(key) for key in file.offset_keys()} if header else {}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such file.") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole .safetensors file ({error}). It may be truncated, or no"
+            " checkpoint at all."
+        ) from error
+    if header is None:
+        raise CheckpointError(
+            f"{path}: a .safetensors file, but not one of save_se. load_se reads SE blocks; whole"
+            " networks load with safetensors.torch.load_model."
+        )
+    return header, tensors
+
+
+def _parse(text: str, path: Path) -> _Header:
+    try:
+        data = json.loads(text)
+        version, number = data["version"], data["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: its header is damaged ({error!r}).") from error
+    if number != FORMAT:
+        older = isinstance(number, int) and number < FORMAT
+        raise CheckpointError(
+            f"{path}: made by se-inject {version} in format {number}; this is {_version()}, format"
+            f" {FORMAT}. {'Load it with that version.' if older else 'Upgrade se-inject.'}"
+        )
+    try:
+        return _Header(
+            version=version,
+            model=data["model"],
+            sites=tuple(
+                _Site(**{**site, "settings": _Settings(**site["settings"])})
+                for site in data["sites"]
+            ),
+            example=None if data["example"] is None else _decode(data["example"]),
+            base={str(k): (str(v[0]), list(v[1]), v[2]) for k, v in data["base"].items()},
+        )
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: its header is damaged ({error!r}).") from error
+
+
+# --- onto a base ---------------------------------------------------------------------------------
+
+
+def _check_base(base: nn.Module, header: _Header, path: Any) -> None:
+    """Raise unless ``base`` is the network that the file was made for, to the last bit."""
+    check_model(base)
+    if any(edit_of(module) for module in base.modules()):
+        raise CheckpointError(
+            f"{type(base).__name__} has SE blocks already. load_se puts its own into a plain base:"
+            " remove_se(model) first."
+        )
+    state = _tensors(base)
+    made_for = f"{path} was made for another base ({header.model})"
+    absent = [key for key in header.base if key not in state]
+    unknown = [key for key in state if key not in header.base]
+    if absent or unknown:
+        kind, keys = ("has no", absent) if absent else ("also has", unknown)
+        raise CheckpointError(f"{made_for}: this {type(base).__name__} {kind} {_some(keys)}.")
+    for key, (dtype, shape, _) in header.base.items():
+        own = state[key]
+        if list(own.shape) != list(shape):
+            raise CheckpointError(
+                f"{made_for}: {key} is {list(shape)} there and {list(own.shape)} here. Build the"
+                " base with the same arguments (num_classes, ...)."
+            )
+        if _dtype(own) != dtype:
+            raise CheckpointError(
+                f"{made_for}: {key} is {dtype} there and {_dtype(own)} here. Convert the base."
+            )
+        if own.is_meta:
+            raise CheckpointError(
+                f"{key} of the base is on the meta device and has no values. Load the base first."
+            )
+    differing = [
+        key for key, (*_, digest) in header.base.items() if digest and _hash(state[key]) != digest
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{path}: {len(differing)} of {len(state)} tensors of the base have other values:"
+            f" {_some(differing)}. Load the base's own weights first; what was trained beside the"
+            ' SE blocks must be in the file: save_se(..., extra="trained").'
+        )
+
+
+def _some(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(map(repr, keys[:3])) + more
+
+
+def _plan(
+    base: nn.Module,
+    settings: _Settings,
+    sites: Sequence[_Site],
+    example: Any,
+    se_layer: SELayer | None,
+    path: Any,
+) -> Plan:
+    if settings.custom and se_layer is None:
+        raise CheckpointError(
+            f"{path} was saved from a model with another se_layer. Pass that to load_se too:"
+            " load_se(base, path, se_layer=...)."
+        )
+    blocks = {site.block: site for site in sites}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said when the model was injected
+            plan = plan_se(
+                base,
+                {_literal(block): site.r for block, site in blocks.items()},
+                example_input=example,
+                include=[_literal(block) for block in blocks],
+                divisor=settings.divisor,
+                placement=settings.placement,  # type: ignore[arg-type]  # checked there
+                init=settings.init,  # type: ignore[arg-type]
+                se_layer=se_layer if settings.custom else None,
+            )
+    except SEInjectError as error:
+        raise CheckpointError(f"{path} does not fit this base: {error}") from error
+    found = {(s.block, s.child): (s.channels, s.bottleneck) for s in plan.sites}
+    for site in sites:
+        here = found.pop((site.block, site.child), None)
+        there = (site.channels, site.bottleneck)
+        if here is None or (not settings.custom and here != there):
+            raise CheckpointError(
+                f"{path} does not fit this base: its SE block in {block_label(site.block)} has"
+                f" widths {there}, and here it is {here or 'nowhere'}."
+            )
+    if found:
+        (block, _), *_ = found
+        raise CheckpointError(
+            f"{path} does not fit this base: it has no SE block for {block_label(block)}."
+        )
+    return plan
+
+
+def _literal(name: str) -> str:
+    """A glob that matches only ``name``."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Any) -> None:
+    state = _tensors(model)
+    missing = [key for key in _keys_of(_sites(model), state) if key not in tensors]
+    foreign = [key for key in tensors if key not in state]
+    if missing or foreign:
+        raise CheckpointError(
+            f"{path}: the file lacks {_some(missing)}."
+            if missing
+            else f"{path}: the file has {_some(foreign)}, which the model has not."
+        )
+    for key, tensor in tensors.items():
+        if tensor.shape != state[key].shape:
+            raise CheckpointError(
+                f"{path}: {key} is {list(tensor.shape)} in the file and"
+                f" {list(state[key].shape)} in the model."
+            )
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            state[key].copy_(tensor)

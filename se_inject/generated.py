@@ -1,0 +1,158 @@
+"""Forwards made from graphs, and the block classes that carry them.
+
+An edited block is an instance of a generated subclass of its class. That subclass is in no module,
+so it travels through ``pickle`` (``torch.save(model)``) as the source text of its forwards, and
+is built anew where it arrives; copies made by ``copy.deepcopy`` share it.
+"""
+
+import dataclasses
+import functools
+import importlib
+import itertools
+import linecache
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from se_inject.record import Arguments
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardSource:
+    """The forward of a graph as text, with the functions and modules that it names."""
+
+    text: str
+    names: dict[str, Any]
+    label: str  # for tracebacks: "SEBottleneck.forward"
+
+    @classmethod
+    def of(cls, graph: fx.Graph, label: str) -> "ForwardSource":
+        code = graph.python_code("self")
+        return cls(code.src, dict(code.globals), label)
+
+    def compile(self, *, show: bool = True) -> Callable[..., Any]:
+        """The function; with ``show``, tracebacks and ``inspect.getsource`` have its text."""
+        filename = f"<se_inject {next(_numbers)} {self.label}>"
+        if show:
+            linecache.cache[filename] = (
+                len(self.text),
+                None,
+                self.text.splitlines(True),
+                filename,
+            )
+        namespace = dict(self.names)
+        exec(compile(self.text, filename, "exec", dont_inherit=True), namespace)
+        function: Callable[..., Any] = namespace["forward"]
+        return function
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        used = self.compile(show=False).__code__.co_names
+        names = {k: _portable(v) for k, v in self.names.items() if k in used}
+        return _forward_source, (self.text, names, self.label)
+
+
+def _forward_source(text: str, names: dict[str, Any], label: str) -> ForwardSource:
+    return ForwardSource(text, {k: _restored(v) for k, v in names.items()}, label)
+
+
+@dataclass(frozen=True)
+class _Module:
+    """Stands for an imported module, which pickle cannot carry."""
+
+    name: str
+
+
+def _portable(value: Any) -> Any:
+    return _Module(value.__name__) if isinstance(value, types.ModuleType) else value
+
+
+def _restored(value: Any) -> Any:
+    return importlib.import_module(value.name) if isinstance(value, _Module) else value
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``inject_se`` was told, as a checkpoint of the SE blocks has to say it again."""
+
+    r: tuple[int, ...]  # of each child
+    divisor: int
+    placement: str
+    init: str
+    example: Arguments = field(compare=False)  # on meta
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """What was done to a block: it rides on the generated class, not on the instances, so that
+    copies and checkpoints of an instance need to know nothing of it.
+    """
+
+    base: type[nn.Module]
+    children: tuple[str, ...]  # the attributes that the SE blocks became
+    # How each attribute was before: "absent", None in "__dict__", or None in "_modules".
+    before: tuple[str, ...]
+    eval: ForwardSource
+    train: ForwardSource | None  # None: the forward reads no mode
+    settings: Settings
+
+    def __deepcopy__(self, memo: Any) -> "Edit":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Edit, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    @functools.cached_property
+    def block_class(self) -> type[nn.Module]:
+        """The subclass of ``base`` whose forward calls the SE children.
+
+        Raises:
+            TypeError: the class has an ``__init_subclass__`` that wants arguments.
+        """
+        forward = self.eval.compile()
+        if self.train is not None:
+            forward = _by_mode(forward, self.train.compile())
+        members = {
+            "__module__": self.base.__module__,
+            "__doc__": self.base.__doc__,
+            "__reduce_ex__": _reduce,
+            "_se_inject": self,
+            "forward": forward,
+        }
+        return type(f"SE{self.base.__name__}", (self.base,), members)
+
+
+def edit_of(module: nn.Module) -> Edit | None:
+    """What was done to a block, if it is one that se_inject has edited."""
+    edit: Edit | None = getattr(type(module), "_se_inject", None)
+    return edit
+
+
+def _by_mode(in_eval: Callable[..., Any], in_train: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(in_eval)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (in_train if self.training else in_eval)(self, *args, **kwargs)
+
+    return forward
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    """``__reduce_ex__`` of an edited block: as its base class does, and the edit beside."""
+    edit = edit_of(self)
+    assert edit is not None
+    reduced: Any = super(edit.block_class, self).__reduce_ex__(protocol)
+    if type(self) is not edit.block_class:  # sharded, say: whoever made that class sees to it
+        return reduced
+    make, args, *state = reduced
+    args = tuple(edit.base if arg is edit.block_class else arg for arg in args)
+    return _remake, (edit, make, args), *state
+
+
+def _remake(edit: Edit, make: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
+    module = make(*args)
+    module.__class__ = edit.block_class
+    return module

@@ -1,0 +1,290 @@
+"""Hand-made labels: which additions of which block class must, may or must never get an SE block.
+
+Read from the source of each class, family by family. ``must``: a residual branch with a
+convolution in it; a block of the class that has a gate already gets none. ``never``: attention,
+token and re-parameterisable sums, fusion. ``arguable``: neither a convolutional residual block nor
+clearly something else; what we do is written down, and tested all the same.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Label:
+    verdict: str  # "must", "never", "arguable"
+    sites: tuple[int, ...]  # how many SE blocks a block of the class may get
+    note: str = ""
+    gate_is_elsewhere: bool = False  # a per-channel scale that runs in it does not gate the branch
+    channels_last: bool = False  # it adds maps [N, H, W, C]
+
+
+MUST = Label("must", (1,))
+MUST_LAST = Label("must", (1,), channels_last=True)
+NEVER = Label("never", (0,))
+
+
+def arguable(*sites: int, note: str, last: bool = False) -> Label:
+    return Label("arguable", sites, note, channels_last=last)
+
+
+def beside_gate(note: str) -> Label:
+    return Label("must", (1,), note, gate_is_elsewhere=True)
+
+
+POSITION = "a depthwise convolution that encodes the position: one residual branch, one SE block"
+UNITS = (
+    "attention and a feed-forward of 1x1 convolutions: an SE block for each unit with a convolution"
+)
+WRAPPER = "wraps convolution blocks and attention alike: served wherever there is a convolution"
+
+LABELS: dict[str, dict[str, Label]] = {
+    "timm.layers": {
+        "attention.AttentionRope": NEVER,
+        "bottleneck_attn.PosEmbedRel": NEVER,
+        "grn.GlobalResponseNorm": NEVER,
+        "halo_attn.HaloAttn": NEVER,
+        "halo_attn.PosEmbedRel": NEVER,
+        "lambda_layer.LambdaLayer": NEVER,
+        "non_local_attn.BatNonLocalAttn": arguable(
+            1, note="a residual with a convolution inside an attention module"
+        ),
+    },
+    "timm.models": {
+        "_efficientnet_blocks.CondConvResidual": MUST,
+        "_efficientnet_blocks.ConvBnAct": MUST,
+        "_efficientnet_blocks.DepthwiseSeparableConv": MUST,
+        "_efficientnet_blocks.EdgeResidual": MUST,
+        "_efficientnet_blocks.InvertedResidual": MUST,
+        "_efficientnet_blocks.MobileAttention": arguable(
+            1, note="attention between convolutions, in place of an inverted residual"
+        ),
+        "_efficientnet_blocks.UniversalInvertedResidual": MUST,
+        "byobnet.BasicBlock": MUST,
+        "byobnet.BottleneckBlock": MUST,
+        "byobnet.DarkBlock": MUST,
+        "byobnet.EdgeBlock": MUST,
+        "byobnet.MobileOneBlock": NEVER,
+        "byobnet.RepVggBlock": NEVER,
+        "byobnet.SelfAttnBlock": MUST,
+        "coat.ConvPosEnc": arguable(1, note=POSITION),
+        "coat.FactorAttnConvRelPosEnc": NEVER,
+        "convmixer.Residual": MUST,
+        "convnext.ConvNeXtBlock": beside_gate("GRN is a norm, not a gate"),
+        "cpubone.ResidualBlock": MUST,
+        "csatv2.Block": beside_gate("GRN is a norm, not a gate"),
+        "csatv2.PosConv": arguable(1, note=POSITION),
+        "csatv2.SpatialTransformerBlock": arguable(1, note=UNITS),
+        "csatv2.TransformerBlock": arguable(1, note=UNITS),
+        "cspnet.BottleneckBlock": MUST,
+        "cspnet.DarkBlock": MUST,
+        "cspnet.EdgeBlock": MUST,
+        "cspnext.CspNextBlock": MUST,
+        "davit.ConvPosEnc": arguable(1, note=POSITION),
+        "dla.DlaBasic": MUST,
+        "dla.DlaBottle2neck": MUST,
+        "dla.DlaBottleneck": MUST,
+        "dla.DlaRoot": arguable(
+            1, note="aggregation with a residual (only where residual_root is set): one SE block"
+        ),
+        "dpn.DualPathBlock": arguable(
+            1, note="of the two paths, the one that is added gets the SE block"
+        ),
+        "edgenext.ConvBlock": arguable(
+            0, 1, note="none where the shortcut starts after the convolution (shortcut_after_dw)"
+        ),
+        "edgenext.SplitTransposeBlock": arguable(
+            1, note="split convolutions, then attention: one SE block on the whole branch"
+        ),
+        "efficientformer.MetaBlock2d": arguable(1, note=UNITS),
+        "efficientformer_v2.Attention2d": arguable(
+            0, note="its value branch adds a depthwise convolution; the class cannot be traced"
+        ),
+        "efficientformer_v2.Attention2dDownsample": arguable(
+            0, note="its value branch adds a depthwise convolution; the class cannot be traced"
+        ),
+        "efficientformer_v2.Downsample": arguable(
+            1, note="a convolution and an attention added: the deeper one gets the SE block"
+        ),
+        "efficientformer_v2.EfficientFormerV2Block": arguable(1, 2, note=UNITS),
+        "efficientformer_v2.LocalGlobalQuery": arguable(
+            1, note="a pooled and a convolved query added"
+        ),
+        "efficientvim.EfficientViMBlock": arguable(
+            0, note="x + a (f(x) - x): an SE block would scale the identity"
+        ),
+        "efficientvim.PatchMerging": NEVER,
+        "efficientvit_mit.ResidualBlock": MUST,
+        "efficientvit_msra.CascadedGroupAttention": NEVER,
+        "efficientvit_msra.ResidualDrop": arguable(1, note=WRAPPER),
+        "eva.EvaAttention": NEVER,
+        "fasternet.MLPBlock": MUST,
+        "fastvit.AttentionBlock": arguable(1, note=UNITS),
+        "fastvit.MobileOneBlock": NEVER,
+        "fastvit.RepConditionalPosEnc": NEVER,
+        "fastvit.RepMixer": NEVER,
+        "fastvit.RepMixerBlock": MUST,
+        "fastvit.ReparamLargeKernelConv": NEVER,
+        "focalnet.FocalModulation": NEVER,
+        "focalnet.FocalNetBlock": arguable(
+            2, note="focal modulation is made of convolutions, the feed-forward too"
+        ),
+        "gcvit.GlobalContextVitBlock": NEVER,
+        "gcvit.MbConvBlock": MUST,
+        "gemma4_vit.Gemma4Attention": NEVER,
+        "ghostnet.GhostBottleneck": MUST,
+        "ghostnet.GhostBottleneckV3": MUST,
+        "ghostnet.GhostModuleV3": NEVER,
+        "hgnet.HighPerfGpuBlock": arguable(
+            1, note="aggregates all its layers before the shortcut is added: one SE block"
+        ),
+        "hieradet_sam2.MultiScaleBlock": NEVER,
+        "hrnet.HighResolutionModule": NEVER,
+        "hrnet.HighResolutionNet": NEVER,
+        "iformer.Residual": arguable(1, note=WRAPPER),
+        "inception_next.MetaNeXtBlock": MUST,
+        "inception_resnet_v2.Block17": MUST,
+        "inception_resnet_v2.Block35": MUST,
+        "inception_resnet_v2.Block8": MUST,
+        "lcnetv2.RepDepthwiseSeparable": arguable(
+            0, 1, note="none for its re-parameterisable sums, one where it adds its input"
+        ),
+        "levit.LevitBlock": arguable(2, note=UNITS),
+        "levit.LevitDownsample": arguable(1, note=UNITS),
+        "lowformer.ResidualBlock": MUST,
+        "mambaout.GatedConvBlock": MUST_LAST,
+        "maxxvit.ConvNeXtBlock": MUST,
+        "maxxvit.MbConvBlock": MUST,
+        "maxxvit.ParallelPartitionAttention": NEVER,
+        "maxxvit.PartitionAttentionCl": NEVER,
+        "maxxvit.TransformerBlock2d": arguable(2, note=UNITS),
+        "metaformer.MetaFormerBlock": arguable(
+            1,
+            2,
+            note="a pooling mixer gets none; a convolutional one, the feed-forward one each",
+        ),
+        "mobilevit.LinearTransformerBlock": arguable(2, note=UNITS),
+        "mvitv2.MultiScaleAttention": NEVER,
+        "nasnet.CellStem0": NEVER,
+        "nasnet.CellStem1": NEVER,
+        "nasnet.FirstCell": NEVER,
+        "nasnet.NormalCell": NEVER,
+        "nasnet.ReductionCell0": NEVER,
+        "nasnet.ReductionCell1": NEVER,
+        "nest.TransformerLayer": NEVER,
+        "nextvit.NextConvBlock": arguable(2, note=UNITS),
+        "nextvit.NextTransformerBlock": arguable(2, note=UNITS),
+        "nfnet.NormFreeBlock": MUST,
+        "pnasnet.Cell": NEVER,
+        "pnasnet.CellStem0": NEVER,
+        "regnet.Bottleneck": MUST,
+        "regnet.PreBottleneck": MUST,
+        "repghost.RepGhostBottleneck": MUST,
+        "repghost.RepGhostModule": NEVER,
+        "repvit.RepVggDw": NEVER,
+        "repvit.RepViTBlock": beside_gate("the SE of the token mixer comes before the fork"),
+        "repvit.RepVitDownsample": MUST,
+        "res2net.Bottle2neck": MUST,
+        "resnest.ResNestBottleneck": MUST,
+        "resnet.BasicBlock": MUST,
+        "resnet.Bottleneck": MUST,
+        "resnetv2.Bottleneck": MUST,
+        "resnetv2.PreActBasic": MUST,
+        "resnetv2.PreActBottleneck": MUST,
+        "rexnet.LinearBottleneck": MUST,
+        "senet.SEBottleneck": MUST,
+        "senet.SEResNeXtBottleneck": MUST,
+        "senet.SEResNetBlock": MUST,
+        "senet.SEResNetBottleneck": MUST,
+        "sequencer.Sequencer2dBlock": NEVER,
+        "shvit.Residual": arguable(
+            0, 1, note="none where the wrapper folds into the one convolution in it"
+        ),
+        "sknet.SelectiveKernelBasic": MUST,
+        "sknet.SelectiveKernelBottleneck": MUST,
+        "starnet.Block": MUST,
+        "swiftformer.Block": arguable(1, note=UNITS),
+        "swiftformer.ConvEncoder": MUST,
+        "swiftformer.LocalRepresentation": MUST,
+        "swin_transformer.SwinTransformerBlock": NEVER,
+        "swin_transformer_v2.SwinTransformerV2Block": NEVER,
+        "swin_transformer_v2_cr.SwinTransformerV2CrBlock": NEVER,
+        "tiny_vit.MBConv": MUST,
+        "tiny_vit.TinyVitBlock": NEVER,
+        "tresnet.BasicBlock": MUST,
+        "tresnet.Bottleneck": MUST,
+        "twins.PosConv": arguable(0, note=f"{POSITION}, but the class cannot be traced"),
+        "visformer.Block": arguable(1, 2, note=UNITS),
+        "vision_transformer_sam.Attention": NEVER,
+        "vision_transformer_sam.Block": NEVER,
+        "vitamin.MbConvLNBlock": MUST,
+        "volo.Outlooker": NEVER,
+        "volo.Transformer": NEVER,
+        "vovnet.OsaBlock": MUST,
+        "xception.Block": MUST,
+        "xception_aligned.PreXceptionModule": MUST,
+        "xception_aligned.XceptionModule": MUST,
+    },
+    "torchvision": {
+        "models.convnext.CNBlock": MUST,
+        "models.efficientnet.FusedMBConv": MUST,
+        "models.efficientnet.MBConv": MUST,
+        "models.maxvit.MBConv": MUST,
+        "models.maxvit.PartitionAttentionLayer": NEVER,
+        "models.mnasnet._InvertedResidual": MUST,
+        "models.mobilenetv2.InvertedResidual": MUST,
+        "models.mobilenetv3.InvertedResidual": MUST,
+        "models.optical_flow.raft.BottleneckBlock": MUST,
+        "models.optical_flow.raft.ConvGRU": NEVER,
+        "models.optical_flow.raft.RAFT": NEVER,
+        "models.optical_flow.raft.ResidualBlock": MUST,
+        "models.quantization.mobilenetv2.QuantizableInvertedResidual": MUST,
+        "models.quantization.mobilenetv3.QuantizableInvertedResidual": MUST,
+        "models.quantization.resnet.QuantizableBasicBlock": MUST,
+        "models.quantization.resnet.QuantizableBottleneck": MUST,
+        "models.regnet.ResBottleneckBlock": MUST,
+        "models.resnet.BasicBlock": MUST,
+        "models.resnet.Bottleneck": MUST,
+        "models.segmentation.lraspp.LRASPPHead": NEVER,
+        "models.swin_transformer.SwinTransformerBlock": NEVER,
+        "models.swin_transformer.SwinTransformerBlockV2": NEVER,
+        "models.video.mvit.MultiscaleAttention": NEVER,
+        "models.video.resnet.BasicBlock": MUST,
+        "ops.feature_pyramid_network.FeaturePyramidNetwork": NEVER,
+    },
+}
+
+
+def label_of(kind: str) -> Label | None:
+    """The label of a class by its full name; None if nobody has looked at that class yet."""
+    for package, labels in LABELS.items():
+        if kind.startswith(f"{package}."):
+            return labels.get(kind.removeprefix(f"{package}."))
+    return None
+
+
+def page() -> str:
+    """``docs/arguable.md``: what we do where a residual site is a matter of opinion."""
+    lines = [
+        "# Arguable blocks",
+        "",
+        "Most additions are plainly residual branches with a convolution (they get an SE block)",
+        "or plainly not (they are listed with the reason). These are neither, and this is done,",
+        "unless the branch has a gate already, and `include=` or `exclude=` decides otherwise.",
+        "`tests/labels.py` has all labels; this page is written by `python tests/labels.py`.",
+        "",
+        "| block class | SE blocks | why |",
+        "|---|---|---|",
+    ]
+    for package, labels in LABELS.items():
+        lines += [
+            f"| `{package}.{name}` | {' or '.join(map(str, label.sites))} | {label.note} |"
+            for name, label in labels.items()
+            if label.verdict == "arguable"
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    Path(__file__).parents[1].joinpath("docs", "arguable.md").write_text(page())
