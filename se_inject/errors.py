@@ -34,6 +34,10 @@ class CheckpointError(SEInjectError, ValueError):
     """A file that cannot be loaded: damaged, foreign, of another version or for another base."""
 
 
+class ExportError(SEInjectError, RuntimeError):
+    """A model that cannot be written in a format, or comes out of it with other outputs."""
+
+
 class NoSiteError(SEInjectError):
     """No residual addition of the model can take an SE block; the message counts the reasons.
 

@@ -94,6 +94,8 @@ class Edit:
 
     base: type[nn.Module]
     children: tuple[str, ...]  # the attributes that the SE blocks became
+    # The child whose output each SE block alone reads; None: something else, or others read it too.
+    feeds: tuple[str | None, ...]
     # How each attribute was before: "absent", None in "__dict__", or None in "_modules".
     before: tuple[str, ...]
     eval: ForwardSource

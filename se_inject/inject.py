@@ -169,6 +169,7 @@ def _edit(
     edit = Edit(
         base,
         children,
+        tuple(map(_feed, sites)),
         before,
         eval=source(block.eval, 0, "forward"),
         train=None if block.train is block.eval else source(block.train, 1, "forward (train)"),
@@ -187,6 +188,15 @@ def _edit(
             f"{base.__name__} cannot be subclassed ({error}): exclude {sites[0].block!r}."
         ) from error
     return edit
+
+
+def _feed(site: Site) -> str | None:
+    """The child whose output the SE block alone reads, in both modes."""
+    branches = {(w.branch.op, str(w.branch.target), len(w.branch.users)) for w in site.where}
+    if len(branches) > 1:
+        return None
+    ((kind, target, users),) = branches
+    return target if kind == "call_module" and users == 1 else None
 
 
 def _state_of(module: nn.Module, child: str) -> str:
@@ -220,8 +230,9 @@ def edit_graph(
     for site, child in zip(sites, children, strict=True):
         addition, branch = copies[site.addition], copies[site.branch]
         if site.fused and fuse:
+            order: dict[str, Any] = {"residual_first": True} if site.shortcut_first else {}
             with edited.inserting_after(addition):
-                se = edited.call_module(child, (branch, copies[site.shortcut]))
+                se = edited.call_module(child, (branch, copies[site.shortcut]), order)
             addition.replace_all_uses_with(se)
             edited.erase_node(addition)
             copies[site.addition] = se

@@ -51,6 +51,7 @@ class ResidualSite:
     reader: fx.Node  # what reads the branch next: the addition, or what stands before it
     shortcut: fx.Node  # the other operand of the addition
     fused: bool  # nothing stands between: the SE block takes over the addition
+    shortcut_first: bool  # the sum has the memory format of its first operand
     channels: int
     layout: Layout
     dtype: torch.dtype
@@ -326,6 +327,7 @@ def _site(
         reader=reader,
         shortcut=residual.shortcut,
         fused=fused,
+        shortcut_first=flow.operands(node)[0] is residual.shortcut,
         channels=facts.shape[channel_dim],
         layout=Layout(len(facts.shape), channel_dim),
         dtype=facts.dtype,
@@ -384,8 +386,7 @@ def _insertion_point(
         # Who reads ``out`` after ``out += x`` reads the sum; after the SE block it would not.
         if _is_in_place(step) and step.args[0] in chain and flow.read_again(step):
             return Reason.SHARED_IN_PLACE
-    same_strides = flow.facts[branch].strides == flow.facts[residual.shortcut].strides
-    return branch, reader, reader is node and same_strides and not mutates_shortcut
+    return branch, reader, reader is node and not mutates_shortcut
 
 
 def _channel_dim(flow: _Flow, residual: _Residual, branch: fx.Node) -> int | None:

@@ -101,17 +101,25 @@ class SqueezeExcite(nn.Module):
         for p in self.fc2.parameters():
             nn.init.zeros_(p)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, residual_first: bool = False
+    ) -> Tensor:
         """Scale the branch map ``x``, such as [N, C, H, W]; with ``residual``, also add it.
 
         Returns ``x * s``, or ``residual + x * s`` in one pass (``torch.addcmul``), which never
-        writes ``x * s`` to memory.
+        writes ``x * s`` to memory. ``residual_first`` tells the order of the sum that is replaced:
+        where the two maps have different memory formats, a sum has that of its first operand, and
+        what comes after rounds accordingly.
         """
-        s = x.mean(self.space, keepdim=True)
+        s: Tensor = x.mean(self.space, keepdim=True)
         s = self.fc2(torch.relu(self.fc1(s))).sigmoid()
         if self.gate_scale != 1.0:
             s = s * self.gate_scale
-        return x * s if residual is None else torch.addcmul(residual, x, s)
+        if residual is None:
+            return x * s
+        if x.stride() == residual.stride():
+            return torch.addcmul(residual, x, s)
+        return residual + x * s if residual_first else x * s + residual
 
     def extra_repr(self) -> str:
         gate = "sigmoid" if self.gate_scale == 1.0 else f"{self.gate_scale:g} * sigmoid"

@@ -51,7 +51,6 @@ class NodeFacts:
     dtype: torch.dtype | None
     channel_dim: int | None  # None: not known
     live: bool  # computed from the block's inputs
-    strides: Shape | None
     storage: int | None  # equal for tensors that share memory
     ops: tuple[Op, ...]  # what ran in it, inside children too
 
@@ -539,7 +538,6 @@ class _FactFinder(fx.Interpreter):
             dtype=value.dtype if is_tensor else None,
             channel_dim=self.log.channel_dim(value) if is_tensor else None,
             live=any(self.log.is_live(leaf) for leaf in pytree.tree_leaves(value)),
-            strides=value.stride() if is_tensor else None,
             storage=value.untyped_storage()._cdata if is_tensor else None,
             ops=tuple(self.log.ops[start:]),
         )

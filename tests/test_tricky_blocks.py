@@ -498,3 +498,49 @@ def test_these_checks_see_a_wrong_answer(build: Callable[[], nn.Module]) -> None
         for p in se_parameters(root):
             p.fill_(0.1)
         assert not torch.equal(before, root(X))
+
+
+# --- shrunk failures of test_random_networks.py --------------------------------------------------
+
+
+class LeavesChannelsLast(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) + x
+
+
+class LongSkip(nn.Module):
+    """The sum has the memory format of its first operand, and what follows rounds accordingly."""
+
+    def __init__(self, *, shortcut_first: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.block = LeavesChannelsLast()
+        self.shortcut_first = shortcut_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.block(x)
+        y = x + y if self.shortcut_first else y + x
+        return y.mean((2, 3))
+
+
+@pytest.mark.parametrize("shortcut_first", [False, True])
+def test_a_sum_keeps_its_memory_format(shortcut_first: bool) -> None:
+    model = randomize(LongSkip(shortcut_first=shortcut_first))
+    x = torch.randn(2, 3, 9, 9)
+    assert same_before_and_after(model, x=x) == ["", "block"]
+    y = model.stem(x)
+    last = model.block(y)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    summed = model.se(last, y, residual_first=shortcut_first)
+    assert summed.stride() == (y + last if shortcut_first else last + y).stride()
+
+
+class ReshapedThenDropped(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(self.conv(x)).flatten(2).transpose(1, 2)
+        return F.dropout(tokens.transpose(1, 2).reshape(x.shape), 0.1, self.training) + x
+
+
+def test_channels_lost_in_a_reshape_are_those_of_the_shortcut() -> None:
+    assert same_before_and_after(Root(ReshapedThenDropped())) == ["plain", "block"]

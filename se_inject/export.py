@@ -1,0 +1,221 @@
+"""Injected model -> networks that need no se_inject: stock timm, ``torch.export``, ONNX.
+
+The gate of an identity start is ``2 * sigmoid``; stock SE blocks have a plain sigmoid. The factor
+is only a parametrisation: with the layer that feeds the SE block doubled, and ``fc1`` halved
+because it then sees doubled means, ``x * 2 sigmoid(f(x))`` is ``2x * sigmoid(f(2x / 2))``. Doubling
+and halving are exact in floating point, so the outputs stay equal to the last bit.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+
+from se_inject.checks import check_model
+from se_inject.errors import ExportError, NoSiteError
+from se_inject.generated import edit_of
+from se_inject.record import block_label, first_line
+from se_inject.squeeze_excite import SqueezeExcite
+
+
+def to_stock(model: nn.Module) -> nn.Module:
+    """The same network from timm's own classes: ``resnet50`` with SE blocks is a ``seresnet50``.
+
+    The stock network is found by the name that timm gave the base, built, loaded strictly and
+    compared with ``model`` on random images; ``model`` stays as it is.
+
+    Returns:
+        a new timm model in eval mode, on the CPU, with the weights of ``model``.
+
+    Raises:
+        NoSiteError: the model has no SE block.
+        ExportError: timm has no such network, or a gate's factor cannot be folded away; the
+            message names it. ``torch.export`` takes such a model as it is.
+    """
+    check_model(model)
+    with torch.random.fork_rng(devices=[]):
+        twin = copy.deepcopy(model).cpu().eval()
+        fold_gates(twin)
+        state = twin.state_dict()
+        architecture = _architecture(model)
+        candidates = _stock_names(architecture)
+        reasons = []
+        for name in candidates:
+            stock = _build_stock(name, model)
+            keys = _difference(state, stock.state_dict())
+            if keys:
+                reasons.append(f"{name} differs: {keys}")
+                continue
+            stock.load_state_dict(state)
+            check_equal(twin, stock.eval(), example_tensors(model), name)
+            return stock
+    tried = "; ".join(reasons) or "no name in timm is that of the base with 'se' in it"
+    raise ExportError(
+        f"timm has no network like {architecture} with these SE blocks ({tried})."
+        " `--format torch-export`, or torch.export.export(model, ...), needs no stock network."
+    )
+
+
+def fold_gates(model: nn.Module) -> None:
+    """Turn every gate ``2 * sigmoid`` into a plain sigmoid, in place; outputs stay as they are.
+
+    Raises:
+        NoSiteError: the model has no SE block.
+        ExportError: what feeds an SE block is no norm, convolution or Linear of its own, or does
+            not feed it alone. Nothing is changed then.
+    """
+    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    shared = Counter(
+        id(p) for m in model.modules() for p in (*m._parameters.values(), *m._buffers.values())
+    )
+    folds: list[tuple[nn.Module, SqueezeExcite]] = []
+    found = False
+    for name, module in model.named_modules():
+        if (edit := edit_of(module)) is None:
+            continue
+        for child, feed in zip(edit.children, edit.feeds, strict=True):
+            found = True
+            layer = getattr(module, child)
+            if not isinstance(layer, SqueezeExcite) or layer.gate_scale == 1.0:
+                continue
+            source = None if feed is None else _last_affine(module.get_submodule(feed))
+            if (
+                source is None
+                or uses[id(source)] > 1
+                or any(shared[id(t)] > 1 for t in _affine(source))
+            ):
+                raise ExportError(
+                    f"the SE block of {block_label(name)} scales the output of"
+                    f" {feed or 'an operation'}, which is no norm or convolution that feeds it"
+                    " alone: the factor 2 of its gate has nowhere to go."
+                )
+            folds.append((source, layer))
+    if not found:
+        raise NoSiteError(f"{type(model).__name__} has no SE block; inject_se(model) makes them.")
+    with torch.no_grad():
+        for source, layer in folds:
+            for tensor in _affine(source):
+                tensor.mul_(layer.gate_scale)
+            layer.fc1.weight.div_(layer.gate_scale)
+            layer.gate_scale, layer.init = 1.0, "paper"
+
+
+def _affine(layer: nn.Module) -> list[Tensor]:
+    """Weight and bias: the output is linear in both together."""
+    tensors = (getattr(layer, "weight", None), getattr(layer, "bias", None))
+    return [t for t in tensors if isinstance(t, Tensor)]
+
+
+def _last_affine(module: nn.Module) -> nn.Module | None:
+    """The layer whose weight and bias scale the whole output of ``module``, if there is one."""
+    if type(module) is nn.Sequential:
+        children = [child for child in module if type(child) is not nn.Identity]
+        return _last_affine(children[-1]) if children else None
+    plain = type(module) in _affine_layers() and not parametrize.is_parametrized(module)
+    ends = [getattr(module, name) for name in ("drop", "act") if hasattr(module, name)]
+    if not plain or any(type(end) is not nn.Identity for end in ends):
+        return None
+    return module if isinstance(getattr(module, "weight", None), Tensor) else None
+
+
+def _affine_layers() -> set[type[nn.Module]]:
+    """Exact classes: timm's ScaledStdConv2d is a Conv2d that takes any scale out of its weight."""
+    from timm.layers import BatchNormAct2d, LayerNorm, LayerNorm2d
+    from torchvision.ops import FrozenBatchNorm2d
+
+    layers: set[type[nn.Module]] = {nn.Conv2d, nn.Conv3d, nn.Linear, nn.GroupNorm, nn.LayerNorm}
+    layers |= {nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d}
+    return layers | {BatchNormAct2d, LayerNorm, LayerNorm2d}
+
+
+# --- the stock network ---------------------------------------------------------------------------
+
+
+def _architecture(model: nn.Module) -> str:
+    config = getattr(model, "pretrained_cfg", None)
+    if not config or not config.get("architecture"):
+        raise ExportError(
+            f"{type(model).__name__} is not from timm, and only timm has SE networks of other"
+            " libraries' blocks. torch.export.export(model, ...) needs no stock network."
+        )
+    return str(config["architecture"])
+
+
+def _stock_names(architecture: str) -> list[str]:
+    """timm's names that are ``architecture`` with "se" put in: resnext50 -> seresnext50."""
+    import timm
+
+    return [
+        name
+        for name in timm.list_models()
+        if any(
+            name[i : i + 2] == "se" and name[:i] + name[i + 2 :] == architecture
+            for i in range(len(name))
+        )
+    ]
+
+
+def _build_stock(name: str, model: nn.Module) -> nn.Module:
+    import timm
+
+    first = next(p for p in model.parameters() if p.dim() == 4)
+    stock: nn.Module = timm.create_model(
+        name, num_classes=getattr(model, "num_classes", 1000), in_chans=first.shape[1]
+    )
+    return stock.to(first.dtype)
+
+
+def _difference(ours: dict[str, Tensor], stock: dict[str, Tensor]) -> str:
+    for key in ours:
+        if key not in stock:
+            return f"it has no {key}"
+        if ours[key].shape != stock[key].shape:
+            return f"{key} is {list(stock[key].shape)} in it, {list(ours[key].shape)} here"
+    return next((f"{key} is only in it" for key in stock if key not in ours), "")
+
+
+# --- checks before anything is written -----------------------------------------------------------
+
+
+def example_tensors(model: nn.Module) -> tuple[Any, ...]:
+    """Random positional arguments like those that the model was recorded with, on the CPU.
+
+    Raises:
+        ExportError: it was recorded with keyword arguments.
+    """
+    edit = next(edit for module in model.modules() if (edit := edit_of(module)))
+    args, kwargs = edit.settings.example
+    if kwargs:
+        raise ExportError(
+            f"the forward takes keyword arguments ({', '.join(kwargs)}); export it by hand."
+        )
+    dtype = next(p.dtype for p in model.parameters())
+    generator = torch.Generator().manual_seed(0)
+
+    def random(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.randn(value.shape, generator=generator).to(dtype)
+
+    return tuple(pytree.tree_map(random, args))
+
+
+def check_equal(
+    model: nn.Module, other: Callable[..., Any], args: tuple[Any, ...], name: str
+) -> None:
+    """Raise an :class:`ExportError` unless both give the same outputs up to rounding."""
+    with torch.no_grad():
+        expected, got = (pytree.tree_leaves(f(*args)) for f in (model, other))
+    try:
+        for a, b in zip(got, expected, strict=True):
+            scale = b.abs().max()
+            torch.testing.assert_close(a / scale, b / scale, rtol=0, atol=1e-4)
+    except (AssertionError, ValueError) as error:
+        raise ExportError(
+            f"{name} gives other outputs than the model ({first_line(error)}); nothing is written."
+        ) from error
