@@ -9,7 +9,6 @@ nothing: safetensors holds bytes and JSON.
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,9 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from se_inject.checks import check_model
-from se_inject.errors import ArgumentError, CheckpointError, NoSiteError, SEInjectError
+from se_inject.errors import CheckpointError, NoSiteError, SEInjectError
+from se_inject.files import replacing
 from se_inject.generated import Edit, edit_of
 from se_inject.inject import remove_se
 from se_inject.plan import Patterns, Plan, SELayer, matching, plan_se
@@ -72,7 +73,8 @@ def save_se(model: nn.Module, path: str | os.PathLike[str], *, extra: Patterns =
     }
     # Cloned: tensors that share memory are refused, and each key is to be whole by itself.
     tensors = {key: state[key].detach().clone() for key in (*ours, *kept)}
-    _write(Path(path), save(tensors, metadata={_KEY: json.dumps(header)}))
+    with replacing(Path(path)) as part:
+        part.write_bytes(save(tensors, metadata={_KEY: json.dumps(header)}))
 
 
 def load_se(
@@ -102,7 +104,7 @@ def load_se(
             f"{path}: the file cannot say what the forward takes. Pass example_input= as you did"
             " to inject_se."
         )
-    example = header.example if example_input is None else example_input
+    example = _like(base, header.example) if example_input is None else example_input
     own = {key: tensor for key, tensor in _tensors(base).items() if key in tensors}
     before = {key: tensor.clone() for key, tensor in own.items()}
     try:
@@ -144,12 +146,19 @@ class _Site:
 
 
 @dataclass(frozen=True)
-class _Header:
+class Header:
+    """What a file of :func:`save_se` says beside its tensors."""
+
     version: str
     model: str
     sites: tuple[_Site, ...]
     example: Any  # as example_input takes it; None: it could not be written down
     base: Mapping[str, Sequence[Any]]  # name -> dtype, shape, hash or None
+
+    @property
+    def frozen(self) -> list[str]:
+        """The tensors of the base that are not in the file: the base has to bring them."""
+        return [key for key, (*_, digest) in self.base.items() if digest]
 
     def groups(self) -> dict[_Settings, list[_Site]]:
         groups: dict[_Settings, list[_Site]] = {}
@@ -259,41 +268,26 @@ def _decode(value: Any) -> Any:
     return value["value"]
 
 
-# --- writing and reading -------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write beside the target and rename: the target is the old file or the new one, never half."""
-    if path.is_dir():
-        raise ArgumentError(f"{path} is a folder; give the name of a file, such as se.safetensors.")
-    if not path.parent.is_dir():
-        raise ArgumentError(f"{path}: there is no folder {path.parent}.")
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+def read_header(path: Path) -> Header:
+    """Read what a file says, without its tensors.
+
+    Raises:
+        CheckpointError: the file is damaged, foreign or of another version.
+    """
+    return _read(path, tensors=False)[0]
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
+def _read(path: Path, *, tensors: bool = True) -> tuple[Header, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # A file of somebody else's may be large: its header tells before its tensors are read.
             header = _parse(metadata[_KEY], path) if _KEY in metadata else None
-            tensors = {key: file.get_tensor(key) for key in file.offset_keys()} if header else {}
+            keys = file.offset_keys() if header and tensors else ()
+            values = {key: file.get_tensor(key) for key in keys}
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file.") from None
     except (SafetensorError, OSError) as error:
@@ -306,10 +300,10 @@ def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
             f"{path}: a .safetensors file, but not one of save_se. load_se reads SE blocks; whole"
             " networks load with safetensors.torch.load_model."
         )
-    return header, tensors
+    return header, values
 
 
-def _parse(text: str, path: Path) -> _Header:
+def _parse(text: str, path: Path) -> Header:
     try:
         data = json.loads(text)
         version, number = data["version"], data["format"]
@@ -322,7 +316,7 @@ def _parse(text: str, path: Path) -> _Header:
             f" {FORMAT}. {'Load it with that version.' if older else 'Upgrade se-inject.'}"
         )
     try:
-        return _Header(
+        return Header(
             version=version,
             model=data["model"],
             sites=tuple(
@@ -339,7 +333,7 @@ def _parse(text: str, path: Path) -> _Header:
 # --- onto a base ---------------------------------------------------------------------------------
 
 
-def _check_base(base: nn.Module, header: _Header, path: Any) -> None:
+def _check_base(base: nn.Module, header: Header, path: Any) -> None:
     """Raise unless ``base`` is the network that the file was made for, to the last bit."""
     check_model(base)
     if any(edit_of(module) for module in base.modules()):
@@ -369,15 +363,24 @@ def _check_base(base: nn.Module, header: _Header, path: Any) -> None:
             raise CheckpointError(
                 f"{key} of the base is on the meta device and has no values. Load the base first."
             )
-    differing = [
-        key for key, (*_, digest) in header.base.items() if digest and _hash(state[key]) != digest
-    ]
+    differing = [key for key in header.frozen if _hash(state[key]) != header.base[key][2]]
     if differing:
         raise CheckpointError(
             f"{path}: {len(differing)} of {len(state)} tensors of the base have other values:"
             f" {_some(differing)}. Load the base's own weights first; what was trained beside the"
             ' SE blocks must be in the file: save_se(..., extra="trained").'
         )
+
+
+def _like(base: nn.Module, example: Any) -> Any:
+    """The example in the dtype of the base, which may have been converted since the injection."""
+    dtype = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
+
+    def convert(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if floating else value
+
+    return pytree.tree_map(convert, example)
 
 
 def _some(keys: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ and halving are exact in floating point, so the outputs stay equal to the last b
 import copy
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from se_inject.checks import check_model
 from se_inject.errors import ExportError, NoSiteError
+from se_inject.files import replacing
 from se_inject.generated import edit_of
 from se_inject.record import block_label, first_line
 from se_inject.squeeze_excite import SqueezeExcite
@@ -39,13 +41,14 @@ def to_stock(model: nn.Module) -> nn.Module:
     """
     check_model(model)
     with torch.random.fork_rng(devices=[]):
-        twin = copy.deepcopy(model).cpu().eval()
-        fold_gates(twin)
-        state = twin.state_dict()
         architecture = _architecture(model)
-        candidates = _stock_names(architecture)
+        names = _stock_names(architecture)
+        twin = copy.deepcopy(model).cpu().eval()
+        if names:
+            fold_gates(twin)
+        state = twin.state_dict()
         reasons = []
-        for name in candidates:
+        for name in names:
             stock = _build_stock(name, model)
             keys = _difference(state, stock.state_dict())
             if keys:
@@ -218,4 +221,58 @@ def check_equal(
     except (AssertionError, ValueError) as error:
         raise ExportError(
             f"{name} gives other outputs than the model ({first_line(error)}); nothing is written."
+        ) from error
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def write_stock(model: nn.Module, path: Path) -> str:
+    """Write the weights of :func:`to_stock` as ``.safetensors``; returns timm's name for them."""
+    from safetensors.torch import save_file
+
+    stock = to_stock(model)
+    with replacing(path, ".safetensors") as part:
+        save_file({k: v.contiguous() for k, v in stock.state_dict().items()}, part)
+    return str(stock.pretrained_cfg["architecture"])  # type: ignore[index]  # timm's own
+
+
+def write_torch_export(model: nn.Module, path: Path) -> None:
+    """Write a ``torch.export`` program (``.pt2``); what is read back is compared with the model."""
+    args = example_tensors(model)
+    with replacing(path, ".pt2") as part:
+        torch.export.save(_program(model, args), part)
+        check_equal(model, torch.export.load(part).module(), args, "the exported program")
+
+
+def write_onnx(model: nn.Module, path: Path) -> None:
+    """Write an ONNX file, compared with the model in onnxruntime."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  # torch writes ONNX through it
+    except ModuleNotFoundError as error:
+        raise ExportError(f"{error}: pip install 'se-inject[onnx]'.") from error
+    args = example_tensors(model)
+    with replacing(path, ".onnx") as part:
+        program = _program(model, args)
+        torch.onnx.export(program, (), part, dynamo=True, external_data=False, verbose=False)
+        session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
+        names = [entry.name for entry in session.get_inputs()]
+
+        def run(*tensors: Tensor) -> list[Tensor]:
+            inputs = dict(zip(names, (t.numpy() for t in tensors), strict=True))
+            return [torch.from_numpy(output) for output in session.run(None, inputs)]
+
+        check_equal(model, run, args, "the ONNX file")
+
+
+def _program(model: nn.Module, args: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    """The eval forward for any batch size that the model allows."""
+    batch = {0: torch.export.Dim.AUTO}
+    shapes = pytree.tree_map(lambda v: batch if isinstance(v, Tensor) else None, args)
+    try:
+        return torch.export.export(model.eval(), args, dynamic_shapes=shapes)
+    except Exception as error:  # of torch's tracer, about foreign code
+        raise ExportError(
+            f"torch.export cannot follow {type(model).__name__} ({first_line(error)[:200]})."
         ) from error

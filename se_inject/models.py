@@ -6,18 +6,27 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from se_inject.errors import ArgumentError, UnknownModelError
+from se_inject.errors import ArgumentError, CheckpointError, UnknownModelError
 from se_inject.record import first_line
 
 
-def load_model(name: str, *, in_chans: int | None = None, meta: bool = False) -> nn.Module:
-    """Build a model by name, with random weights.
+def load_model(
+    name: str,
+    *,
+    in_chans: int | None = None,
+    num_classes: int | None = None,
+    pretrained: bool = False,
+    meta: bool = False,
+) -> nn.Module:
+    """Build a model by name, with random weights or with those that its library offers.
 
     Args:
         name: a timm name (``resnet50``, ``resnet50.a1_in1k``, ``hf-hub:timm/resnet50.a1_in1k``),
@@ -25,48 +34,66 @@ def load_model(name: str, *, in_chans: int | None = None, meta: bool = False) ->
             too and called without arguments. A bare name that timm does not know is looked for
             in torchvision.
         in_chans: input channels, for timm models; a callable builds what it builds.
+        num_classes: outputs of the classifier, for library models.
+        pretrained: with the weights of the tag, or the library's default ones; they may be
+            downloaded. A callable loads what it loads.
         meta: build on the meta device, without memory or random numbers (what a callable builds
             goes there afterwards).
 
     Raises:
         UnknownModelError: nothing has that name (near names are shown), or it cannot be built.
-        ArgumentError: ``in_chans`` for a model that cannot take it.
+        ArgumentError: ``in_chans`` or ``num_classes`` for a model that cannot take it.
     """
+    options: dict[str, Any] = {
+        "in_chans": in_chans,
+        "num_classes": num_classes,
+        "pretrained": pretrained,
+    }
     if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         # A user's builder may load weights or read them, which meta tensors cannot serve.
+        if num_classes is not None:
+            raise ArgumentError(f"{name} builds what it builds; --num-classes is for libraries.")
         model = _from_callable(name)
         return model.to("meta") if meta else model
     if not meta:
-        return _from_library(name, in_chans)
+        return _from_library(name, **options)
     try:
         with ParametersOnMeta():
-            return _from_library(name, in_chans).to("meta")
+            return _from_library(name, **options).to("meta")
     except UnknownModelError as error:
         if not isinstance(error.__cause__, RuntimeError):
             raise
     # timm's hybrids run their backbone on a tensor of zeros, which has to be on meta too.
     with torch.device("meta"):
-        return _from_library(name, in_chans)
+        return _from_library(name, **options)
 
 
-def _from_library(name: str, in_chans: int | None) -> nn.Module:
+def _from_library(
+    name: str, *, in_chans: int | None, num_classes: int | None, pretrained: bool
+) -> nn.Module:
     if name.startswith("torchvision/"):
-        return _from_torchvision(name.removeprefix("torchvision/"), in_chans)
+        name = name.removeprefix("torchvision/")
+        return _from_torchvision(name, in_chans, num_classes, pretrained)
     import timm
+
+    options: dict[str, Any] = {"pretrained": pretrained, "in_chans": in_chans}
+    if num_classes is not None:
+        options["num_classes"] = num_classes
 
     name = name.removeprefix("timm/")
     architecture, _, tag = name.partition(".")
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        return _build(name, timm.create_model, name, pretrained=False, in_chans=in_chans)
+        return _build(name, timm.create_model, name, **options)
     if not timm.is_model(architecture):
-        return _from_torchvision(architecture, in_chans, also=timm.list_models())
+        also = timm.list_models()
+        return _from_torchvision(architecture, in_chans, num_classes, pretrained, also)
     tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         near = difflib.get_close_matches(tag, tags, n=4, cutoff=0) or ["(none)"]
         raise UnknownModelError(
             f"timm's {architecture} has no tag {tag!r}. Near tags: {', '.join(near)}."
         )
-    return _build(name, timm.create_model, name, pretrained=False, in_chans=in_chans)
+    return _build(name, timm.create_model, name, **options)
 
 
 class ParametersOnMeta(TorchFunctionMode):
@@ -123,7 +150,13 @@ def _trained_size(name: str, model: nn.Module) -> tuple[int, ...] | None:
     return None
 
 
-def _from_torchvision(name: str, in_chans: int | None, also: Iterable[str] = ()) -> nn.Module:
+def _from_torchvision(
+    name: str,
+    in_chans: int | None,
+    num_classes: int | None,
+    pretrained: bool,
+    also: Iterable[str] = (),
+) -> nn.Module:
     from torchvision.models import get_model, list_models
 
     known = list_models()
@@ -134,8 +167,41 @@ def _from_torchvision(name: str, in_chans: int | None, also: Iterable[str] = ())
     if in_chans not in (None, 3):
         raise ArgumentError(f"torchvision's {name} takes 3 input channels; --in-chans is for timm.")
     # Whatever the library would fetch by default (a detector's backbone) is not wanted here.
-    backbone = {"weights_backbone": None} if _takes(name, "weights_backbone") else {}
-    return _build(name, get_model, name, weights=None, **backbone)
+    options: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
+    if _takes(name, "weights_backbone"):
+        options["weights_backbone"] = None
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    return _build(name, get_model, name, **options)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a whole ``state_dict`` from a ``.safetensors`` or a torch file; code is never run.
+
+    Raises:
+        CheckpointError: the file is damaged or holds other things, or does not fit the model.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such file.") from None
+    except Exception as error:  # of two formats, many kinds
+        raise CheckpointError(
+            f"{path}: no weights that can be read without running code ({first_line(error)})."
+        ) from error
+    for key in ("state_dict", "model"):  # as training scripts nest them
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+        raise CheckpointError(
+            f"{path} does not fit {type(model).__name__}: {' '.join(lines[1:2] or lines)[:200]}"
+        ) from error
 
 
 def _takes(name: str, argument: str) -> bool:

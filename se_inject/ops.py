@@ -22,7 +22,9 @@ _CHANNELS_FIRST_NORM = {"batch_norm", "instance_norm", "group_norm"}
 _CHANNELS_LAST_LAYER = {"linear", "layer_norm", "rms_norm"}
 _DROPOUT = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
 _PERMUTE = {"permute", "transpose", "transpose_", "swapaxes", "swapdims", "movedim", "moveaxis"}
-_RESHAPE = {"view", "reshape", "flatten", "unflatten", "unfold", "view_as", "reshape_as", "fold"}
+_RESHAPE = {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"}
+# Mix positions and channels; "__get__" reads x.T and the like.
+_REARRANGE = {"unfold", "fold", "__get__"}
 _MATRIX_PRODUCT = {"matmul", "__matmul__", "bmm", "einsum", "scaled_dot_product_attention"}
 _SIGMOID = {"sigmoid", "sigmoid_", "hardsigmoid", "softmax", "tanh", "logsigmoid"}
 # Take only the shape or dtype from their second tensor.
@@ -240,6 +242,8 @@ class OpLog(TorchFunctionMode):
         known = [t for t in sources if self.channel_dim(t) is not None]
         if not known:
             return out.dim() - 1 if name in _CHANNELS_LAST_LAYER and out.dim() >= 3 else None
+        if name in _RESHAPE:
+            return _kept(known[0], self._live[id(known[0])].channel_dim, out)
         source = next((t for t in known if t.dim() == out.dim()), None)
         if source is None or name in _MATRIX_PRODUCT:
             return None
@@ -247,7 +251,7 @@ class OpLog(TorchFunctionMode):
         assert dim is not None
         if name in _PERMUTE:
             return _moved(func, args, kwargs, source, dim)
-        if name in _RESHAPE or name == "__get__":  # "__get__" reads x.T and the like
+        if name in _REARRANGE:
             return dim if out.shape == source.shape else None
         return dim
 
@@ -263,6 +267,18 @@ def _moved(
     probe = torch.empty(tuple(range(1, source.dim() + 1)), device="meta")
     args, kwargs = pytree.tree_map(lambda v: probe if v is source else v, (args, dict(kwargs)))
     return tuple(func(*args, **kwargs).shape).index(dim + 1)
+
+
+def _kept(source: Tensor, dim: int | None, out: Tensor) -> int | None:
+    """Where ``dim`` is after a reshape, if nothing was merged with it or split from it.
+
+    Elements keep their order, so where all sizes up to a dim stay, or all from it on, it stays.
+    """
+    assert dim is not None
+    if source.shape[: dim + 1] == out.shape[: dim + 1]:
+        return dim
+    after = source.dim() - dim
+    return out.dim() - after if source.shape[dim:] == out.shape[-after:] else None
 
 
 def _is_single(x: Tensor) -> bool:

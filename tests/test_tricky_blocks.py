@@ -544,3 +544,23 @@ class ReshapedThenDropped(Unit):
 
 def test_channels_lost_in_a_reshape_are_those_of_the_shortcut() -> None:
     assert same_before_and_after(Root(ReshapedThenDropped())) == ["plain", "block"]
+
+
+class ThroughTokens(Unit):
+    """Both operands come out of a reshape, of [N, C, positions] and of [N, positions, C]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.fc(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+        out = self.norm(self.conv(shortcut))
+        out = self.fc(out.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (8, 8))
+        return shortcut + out
+
+
+def test_channels_are_followed_through_reshapes_that_leave_them_whole() -> None:
+    plan = plan_se(Root(ThroughTokens()), example_input=X)
+    assert [(site.block, site.channels) for site in plan.sites] == [("plain", 16), ("block", 16)]
+    assert same_before_and_after(Root(ThroughTokens())) == ["plain", "block"]

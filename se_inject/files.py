@@ -1,0 +1,46 @@
+"""Files that are whole or not there."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from se_inject.errors import ArgumentError
+
+
+@contextlib.contextmanager
+def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
+    """A file beside ``path`` to write to; it becomes ``path`` at the end, flushed to the disk.
+
+    ``path`` is the old file or the new one, never half of one, whatever happens on the way.
+
+    Raises:
+        ArgumentError: ``path`` is a folder, is in none, or has another than the wanted suffix.
+    """
+    if suffix and path.suffix != suffix:
+        raise ArgumentError(f"{path}: its name must end in {suffix}, or it will not be read.")
+    if path.is_dir():
+        raise ArgumentError(f"{path} is a folder; give the name of a file.")
+    if not path.parent.is_dir():
+        raise ArgumentError(f"{path}: there is no folder {path.parent}.")
+    descriptor, name = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix
+    )
+    os.close(descriptor)
+    part = Path(name)
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.chmod(0o666 & ~_umask())  # a temporary file is its owner's alone
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

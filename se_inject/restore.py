@@ -1,0 +1,55 @@
+"""MODEL and a file of ``save_se`` -> the network that was saved."""
+
+from pathlib import Path
+
+from torch import nn
+
+from se_inject.checkpoint import Header, load_se, read_header
+from se_inject.errors import UnknownModelError
+from se_inject.models import load_model, load_weights
+
+
+def restore_model(
+    name: str,
+    weights: Path,
+    *,
+    checkpoint: Path | None = None,
+    in_chans: int | None = None,
+    num_classes: int | None = None,
+) -> nn.Module:
+    """Build the base, give it its weights, and put the saved SE blocks in.
+
+    Args:
+        name: of the base, as :func:`load_model` takes it.
+        weights: a file of :func:`save_se`.
+        checkpoint: the base's own weights. Without it, and where the file does not hold them all,
+            the pretrained ones of the library.
+        in_chans, num_classes: of the base; of timm's models, the number of classes is in the file.
+
+    Raises:
+        CheckpointError: a file is damaged, or made for another network.
+        UnknownModelError: no such model, or its pretrained weights cannot be had.
+    """
+    header = read_header(weights)
+    if num_classes is None:
+        num_classes = _num_classes(name, header, in_chans)
+    pretrained = bool(header.frozen) and checkpoint is None
+    try:
+        base = load_model(name, in_chans=in_chans, num_classes=num_classes, pretrained=pretrained)
+    except UnknownModelError as error:
+        if not pretrained:
+            raise
+        raise UnknownModelError(
+            f"{error}\nThe file has not all weights of the base: give them with --checkpoint FILE."
+        ) from error
+    if checkpoint is not None:
+        load_weights(base, checkpoint)
+    return load_se(base, weights).eval()
+
+
+def _num_classes(name: str, header: Header, in_chans: int | None) -> int | None:
+    """The outputs of a timm model's classifier, as the file has it."""
+    config = getattr(load_model(name, in_chans=in_chans, meta=True), "pretrained_cfg", None) or {}
+    classifier = config.get("classifier")
+    entry = header.base.get(f"{classifier}.weight") if isinstance(classifier, str) else None
+    return int(entry[1][0]) if entry else None
