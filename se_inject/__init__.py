@@ -18,10 +18,13 @@ the same outputs to the last bit, until training moves the new weights.
     plan.py             which sites get what: r, include/exclude; what is skipped and why
     inject.py           Plan -> edited model; remove_se. The only file that changes a graph
     generated.py        forwards made from graphs, and the block classes that carry them
+    files.py            files that are whole or not there
     checkpoint.py       save_se, load_se: the added weights in one small file
+    export.py           to_stock, torch.export, ONNX: networks that need no se_inject
     cost.py             parameters and MACs of the whole network
     report.py           Plan + cost -> rich table, JSON
     models.py           "resnet50", "torchvision/resnet50", "my_pkg.nets:build" -> nn.Module
+    restore.py          MODEL and a file of save_se -> the network that was saved
     zoo.py              every model of timm and torchvision -> what can be injected
     cli.py              Typer: parse, call, print
 """
@@ -30,12 +33,14 @@ from se_inject.checkpoint import load_se, save_se
 from se_inject.errors import (
     ArgumentError,
     CheckpointError,
+    ExportError,
     ForwardError,
     NoSiteError,
     SEInjectError,
     UnknownModelError,
     UnsupportedModelError,
 )
+from se_inject.export import to_stock
 from se_inject.inject import inject_se, remove_se, se_parameters
 from se_inject.plan import Plan, Site, Skipped, plan_se
 from se_inject.squeeze_excite import SqueezeExcite
@@ -45,6 +50,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "CheckpointError",
+    "ExportError",
     "ForwardError",
     "NoSiteError",
     "Plan",
@@ -60,4 +66,5 @@ __all__ = [
     "remove_se",
     "save_se",
     "se_parameters",
+    "to_stock",
 ]

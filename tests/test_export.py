@@ -1,0 +1,246 @@
+"""Networks that need no se_inject: stock timm, torch.export, ONNX."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from helpers import randomize
+from test_cli import run
+from torch import Tensor, nn
+
+import se_inject.export
+from se_inject import ExportError, NoSiteError, inject_se, save_se, se_parameters, to_stock
+from se_inject.export import fold_gates, write_onnx, write_torch_export
+
+X = torch.randn(2, 3, 64, 64)
+
+
+def after_real_steps(name: str, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    model = inject_se(timm.create_model(name, **options), example_input=X).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    labels = torch.tensor([0, 1, 2, 3])
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(4, 3, 64, 64)), labels).backward()
+        optimizer.step()
+    assert all(p.abs().max() > 0 for p in se_parameters(model))  # fc2 has left its zero
+    return model.eval()
+
+
+def two_roundings(residual: Tensor, x: Tensor, s: Tensor) -> Tensor:
+    """``addcmul`` as timm writes it: where a CPU has fused multiply-add, addcmul rounds once."""
+    return x * s + residual
+
+
+STOCK = {
+    "resnet18": "seresnet18",
+    "resnet50": "seresnet50",
+    "resnext50_32x4d": "seresnext50_32x4d",
+}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_after_real_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = after_real_steps(name, num_classes=5)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    expected = model(X)
+    stock = to_stock(model)
+    assert not any("se_inject" in type(module).__module__ for module in stock.modules())
+    assert set(stock.state_dict()) == set(
+        timm.create_model(STOCK[name], num_classes=5).state_dict()
+    )
+    torch.testing.assert_close(stock(X), expected, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(model.state_dict()[key], state[key]) for key in state)
+    # Folding itself loses no bit; what is left is the one rounding of addcmul.
+    monkeypatch.setattr(torch, "addcmul", two_roundings)
+    assert torch.equal(stock(X), model(X))
+
+
+def test_folding_loses_no_bit() -> None:
+    """Doubling a norm's weight and halving fc1's are exact."""
+    model = after_real_steps("resnet50")
+    expected = model(X)
+    fold_gates(model)
+    assert torch.equal(model(X), expected)
+    assert {m.gate_scale for m in model.modules() if hasattr(m, "gate_scale")} == {1.0}
+
+
+class Bare(nn.Module):
+    """The SE block would read a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.conv(x))
+
+
+class Shared(nn.Module):
+    """Doubling the norm would double the second sum too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return x + y, y
+
+
+def test_a_factor_with_nowhere_to_go_is_named_and_nothing_changes() -> None:
+    for block in (Bare, Shared):
+        model = inject_se(nn.Sequential(nn.Conv2d(3, 3, 1), block()), 1, divisor=1, example_input=X)
+        state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        with pytest.raises(ExportError, match=r"the SE block of '1' .* has nowhere to go"):
+            fold_gates(model)
+        assert all(torch.equal(model.state_dict()[key], state[key]) for key in state)
+
+
+def test_weight_standardisation_takes_no_factor() -> None:
+    """nf_resnet26's ScaledStdConv2d is a Conv2d, and takes any scale out of its weight."""
+    with pytest.raises(ExportError, match="conv3, which is no norm or convolution"):
+        fold_gates(inject_se(timm.create_model("nf_resnet26")))
+
+
+NO_STOCK = {
+    "no name": (
+        lambda: inject_se(timm.create_model("mobilenetv2_035")),
+        "timm has no network like mobilenetv2_035 .*torch-export",
+    ),
+    "no timm": (lambda: inject_se(torchvision.models.resnet18()), "ResNet is not from timm"),
+    "one site less": (
+        lambda: inject_se(timm.create_model("resnet18"), exclude="layer4.1"),
+        "seresnet18 differs: layer4.1.se.fc1.weight is only in it",
+    ),
+    "other widths": (
+        lambda: inject_se(timm.create_model("resnet18"), r=2),
+        r"seresnet18 differs: layer1.0.se.fc1.weight is \[8",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_STOCK)
+def test_where_timm_has_no_such_network(kind: str) -> None:
+    build, message = NO_STOCK[kind]
+    with pytest.raises(ExportError, match=message):
+        to_stock(build())
+
+
+def test_a_base_is_no_stock_network_yet() -> None:
+    with pytest.raises(NoSiteError, match="has no SE block"):
+        to_stock(timm.create_model("resnet18"))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_mambaout"])
+@pytest.mark.filterwarnings("ignore")  # of torch.export and onnxscript, about themselves
+def test_programs_and_onnx_are_checked_and_serve_another_batch(name: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    model = randomize(after_real_steps(name)).eval()
+    write_torch_export(model, tmp_path / "net.pt2")
+    write_onnx(model, tmp_path / "net.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.pt2"]
+    x = torch.randn(3, 3, 64, 64)
+    expected = model(x).detach()
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    torch.testing.assert_close(program(x), expected, rtol=1e-5, atol=1e-6)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    error = (torch.from_numpy(got) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-4
+
+
+def test_a_file_that_computes_something_else_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = after_real_steps("test_resnet")
+    path = tmp_path / "net.pt2"
+    path.write_text("the old one")
+    program = torch.export.export(inject_se(timm.create_model("test_resnet")).eval(), (X,))
+    monkeypatch.setattr(se_inject.export, "_program", lambda *_: program)
+    with pytest.raises(ExportError, match="gives other outputs than the model"):
+        write_torch_export(model, path)
+    assert path.read_text() == "the old one"
+    assert [p.name for p in tmp_path.iterdir()] == ["net.pt2"]
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base weights and two SE checkpoints of resnet18 with 5 classes."""
+    folder = tmp_path_factory.mktemp("export")
+    torch.manual_seed(0)
+    model = randomize(timm.create_model("resnet18", num_classes=5))
+    torch.save(model.state_dict(), folder / "base.pth")
+    inject_se(model, example_input=X)
+    with torch.no_grad():
+        for p in se_parameters(model):
+            p.normal_(0, 0.3)
+    save_se(model, folder / "se.safetensors")
+    save_se(model, folder / "all.safetensors", extra="trained")
+    torch.save(model.eval()(X), folder / "y.pt")
+    return folder
+
+
+def test_stock_command_and_timm_alone(folder: Path, tmp_path: Path) -> None:
+    """Base weights from a file; a process that never imports se_inject gets the same outputs."""
+    output = tmp_path / "stock.safetensors"
+    result = run(
+        *("export", "resnet18", "--weights", str(folder / "se.safetensors")),
+        *("--checkpoint", str(folder / "base.pth"), "--output", str(output)),
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    call = f"timm.create_model('seresnet18', checkpoint_path={str(output)!r}, num_classes=5)"
+    assert result.stdout == f"{output}: same outputs as the model. Load it with {call}\n"
+    torch.save(X, tmp_path / "x.pt")
+    program = f"""
+import sys, timm, torch
+model = {call}.eval()
+torch.testing.assert_close(
+    model(torch.load({str(tmp_path / "x.pt")!r})), torch.load({str(folder / "y.pt")!r})
+)
+assert not any(name.startswith("se_inject") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(("target", "suffix"), [("torch-export", "pt2"), ("onnx", "onnx")])
+def test_other_formats(folder: Path, tmp_path: Path, target: str, suffix: str) -> None:
+    """All weights are in the file, so the base needs none."""
+    output = tmp_path / f"net.{suffix}"
+    result = run(
+        *("export", "resnet18", "--weights", str(folder / "all.safetensors")),
+        *("--format", target, "--output", str(output)),
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"{output}: same outputs as the model." in result.stdout
+    assert output.stat().st_size > 4 * 11_000_000
+
+
+def test_clear_errors(folder: Path, tmp_path: Path) -> None:
+    se, base = str(folder / "se.safetensors"), str(folder / "base.pth")
+    out = str(tmp_path / "out.safetensors")
+    cases = {
+        ("resnet18", "--weights", base, "--output", out): "not a whole .safetensors file",
+        ("resnet34", "--weights", se, "--checkpoint", base, "--output", out): "does not fit ResNet",
+        ("resnet18", "--weights", se, "--checkpoint", se, "--output", out): "does not fit ResNet",
+        ("resnet18", "--weights", se, "--checkpoint", base, "--output", "net.pt"): "must end in",
+        ("resnet18", "--weights", se, "--checkpoint", base, "--output", "no/x.safetensors"): (
+            "there is no folder no"
+        ),
+    }
+    for arguments, message in cases.items():
+        result = run("export", *arguments)
+        assert (result.returncode, result.stdout) == (1, ""), arguments
+        assert result.stderr.startswith("error: ")
+        assert message in result.stderr
+        assert len(result.stderr.splitlines()) <= 2
+    assert list(tmp_path.iterdir()) == []

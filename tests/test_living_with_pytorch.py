@@ -1,0 +1,237 @@
+"""What PyTorch and timm offer on the base works on the injected model."""
+
+import copy
+import io
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers import open_gates, randomize
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from se_inject import inject_se, remove_se, se_parameters
+
+X = torch.randn(2, 3, 64, 64)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    model = inject_se(randomize(timm.create_model("resnet18", num_classes=7)), example_input=X)
+    open_gates(model)
+    return model.eval()
+
+
+# --- copies --------------------------------------------------------------------------------------
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "torch.save": pickled,
+    "ModelEmaV3": lambda model: ModelEmaV3(model).module,
+    "AveragedModel": lambda model: AveragedModel(model).module,
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_copies_are_whole_and_their_own(model: nn.Module, kind: str) -> None:
+    expected = model(X)
+    again = COPIES[kind](model)
+    assert torch.equal(again(X), expected)
+    assert type(again.layer1[0]).__name__ == "SEBasicBlock"
+    with torch.no_grad():
+        for p in se_parameters(again):
+            p.add_(1)
+    assert torch.equal(model(X), expected)
+    remove_se(again)
+    assert type(again.layer1[0]) is timm.models.resnet.BasicBlock
+    assert torch.equal(model(X), expected)
+
+
+def test_an_average_follows_the_se_blocks(model: nn.Module) -> None:
+    ema = ModelEmaV3(model, decay=0.5)
+    with torch.no_grad():
+        for p in se_parameters(model):
+            p.add_(1)
+    ema.update(model)
+    for a, b in zip(se_parameters(ema.module), se_parameters(model), strict=True):
+        torch.testing.assert_close(a, b - 0.5)
+
+
+def test_a_pickle_loads_in_a_new_process(model: nn.Module, tmp_path: Path) -> None:
+    """A block with something before the addition, too."""
+    model.layer1[0].drop_path = nn.Dropout(0.5).eval()
+    inject_se(remove_se(model), example_input=X)
+    torch.save({"model": model, "x": X, "y": model(X)}, tmp_path / "model.pt")
+    program = f"""
+import torch
+from se_inject import remove_se, se_parameters
+saved = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+model = saved["model"]
+assert torch.equal(model(saved["x"]), saved["y"])
+model.train()(saved["x"]).sum().backward()
+assert all(p.grad is not None for p in se_parameters(model))
+remove_se(model)
+assert type(model.layer1[0]).__name__ == "BasicBlock"
+assert not any(".se." in key for key in model.state_dict())
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+class ReadsMode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.training:
+            y = y * 0.5
+        return x + y
+
+
+def test_both_graphs_of_a_block_are_in_the_pickle() -> None:
+    block = inject_se(ReadsMode(), 1, divisor=1, example_input=X)
+    open_gates(block)
+    again = pickled(block)
+    for training in (False, True):
+        assert torch.equal(again.train(training)(X), block.train(training)(X))
+    assert not torch.equal(again.eval()(X), again.train()(X))
+
+
+def test_copies_share_the_class_and_pickles_of_equal_blocks_too(model: nn.Module) -> None:
+    assert type(copy.deepcopy(model).layer1[0]) is type(model.layer1[0])
+    again = pickled(model)
+    assert type(again.layer1[0]) is type(again.layer1[1])
+
+
+# --- compilers -----------------------------------------------------------------------------------
+
+
+def test_compile_has_no_graph_break_and_does_not_recompile(model: nn.Module) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for x in (X, torch.randn_like(X)):
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_compiled_model_learns_as_the_eager_one(model: nn.Module) -> None:
+    torch._dynamo.reset()
+    other = copy.deepcopy(model)
+    torch.compile(other, fullgraph=True, backend="aot_eager")(X).square().mean().backward()
+    model(X).square().mean().backward()
+    for a, b in zip(se_parameters(other), se_parameters(model), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_export_and_jit(model: nn.Module) -> None:
+    exported = torch.export.export(model, (X,)).module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates both, and people use both
+        traced, scripted = torch.jit.trace(model, X), torch.jit.script(model)
+    for other in (exported, traced, scripted):
+        torch.testing.assert_close(other(X), model(X), rtol=1e-5, atol=1e-6)
+
+
+def test_functional_call_takes_other_se_weights(model: nn.Module) -> None:
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    state = {k: torch.zeros_like(v) if ".se.fc2" in k else v for k, v in state.items()}
+    changed = torch.func.functional_call(model, state, (X,))
+    assert not torch.equal(changed, model(X))
+    assert torch.equal(changed, remove_se(model)(X))  # fc2 = 0: every gate is 1
+
+
+def test_per_sample_gradients(model: nn.Module) -> None:
+    params = {k: v.detach() for k, v in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, (params, buffers), (x[None],)).square().mean()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, X)
+    single = torch.func.grad(loss)(params, X[1])
+    key = "layer1.0.se.fc1.weight"
+    torch.testing.assert_close(per_sample[key][1], single[key], rtol=1e-3, atol=1e-5)
+
+
+# --- precision, memory ---------------------------------------------------------------------------
+
+
+def test_autocast_gives_what_the_base_gives_and_learns() -> None:
+    base = randomize(timm.create_model("resnet18")).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = base(X)
+        model = inject_se(base, example_input=X)
+        assert expected.dtype == torch.bfloat16
+        assert torch.equal(model(X), expected)
+        model(X).float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in se_parameters(model))
+
+
+def test_channels_last_is_kept_through_every_block(model: nn.Module) -> None:
+    model = model.to(memory_format=torch.channels_last)
+    formats = []
+    for module in model.modules():
+        if type(module).__name__ in ("SEBasicBlock", "SqueezeExcite"):
+            module.register_forward_hook(
+                lambda _, __, y: formats.append(
+                    y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+                )
+            )
+    model(X.to(memory_format=torch.channels_last))
+    assert formats == [True] * 16
+
+
+def test_gradient_checkpointing_by_the_switch_of_timm(model: nn.Module) -> None:
+    other = copy.deepcopy(model)
+    other.set_grad_checkpointing()
+    runs = []
+    for module in (model, other):
+        count = FlopCounterMode(display=False)
+        with count:
+            module(X).square().mean().backward()
+        runs.append(count.get_total_flops())
+    assert runs[1] > runs[0]  # blocks ran twice
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+# --- optimizers ----------------------------------------------------------------------------------
+
+
+def test_layer_decay_puts_each_se_block_in_the_layer_of_its_block() -> None:
+    model = inject_se(timm.create_model("resnet50"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    scales: dict[str, set[float]] = {}
+    for group in param_groups_layer_decay(model, layer_decay=0.5):
+        for p in group["params"]:
+            block = ".".join(names[id(p)].split(".")[:2])
+            scales.setdefault(block, set()).add(group["lr_scale"])
+    blocks = [f"layer{i}.{j}" for i, n in enumerate((3, 4, 6, 3), 1) for j in range(n)]
+    assert all(len(scales[block]) == 1 for block in blocks)
+    assert len({next(iter(scales[block])) for block in blocks}) > 1
+
+
+def test_biases_of_se_blocks_do_not_decay(model: nn.Module) -> None:
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = param_groups_weight_decay(model, weight_decay=0.1)
+    decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    se = {name: value for name, value in decay.items() if ".se." in name}
+    assert {value for name, value in se.items() if name.endswith("bias")} == {0.0}
+    assert {value for name, value in se.items() if name.endswith("weight")} == {0.1}
