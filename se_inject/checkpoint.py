@@ -54,25 +54,35 @@ def save_se(model: nn.Module, path: str | os.PathLike[str], *, extra: Patterns =
     """
     check_model(model)
     state = _tensors(model)
-    sites = _sites(model)
+    examples: list[Any] = []
+    sites = _sites(model, examples)
     if not sites:
         raise NoSiteError(
             f"{type(model).__name__} has no SE block to save; inject_se(model) makes them."
         )
-    ours = _keys_of(sites, state)
+    if lost := [key for key in model.state_dict() if key not in state]:
+        warnings.warn(
+            f"{_some(lost)} comes from get_extra_state and is not saved: safetensors holds the"
+            " tensors of modules only.",
+            stacklevel=2,
+        )
+    ours = _se_keys(model, state)
     base = [key for key in state if key not in ours]
     kept = _extra(model, base, extra)
-    edits = [edit for module in model.modules() if (edit := edit_of(module))]
     header = {
         "format": FORMAT,
         "version": _version(),
         "model": type(model).__name__,
         "sites": [asdict(site) for site in sites],
-        "example": _encode_example(edits[0].settings.example),
+        "examples": examples,
+        "modules": _modules(model),
         "base": {key: _fingerprint(key, state[key], hashed=key not in kept) for key in base},
     }
     # Cloned: tensors that share memory are refused, and each key is to be whole by itself.
-    tensors = {key: state[key].detach().clone() for key in (*ours, *kept)}
+    tensors = {
+        key: state[key].detach().clone(memory_format=torch.contiguous_format)
+        for key in (*ours, *kept)
+    }
     with replacing(Path(path)) as part:
         part.write_bytes(save(tensors, metadata={_KEY: json.dumps(header)}))
 
@@ -99,17 +109,20 @@ def load_se(
     """
     header, tensors = _read(Path(path))
     _check_base(base, header, path)
-    if header.example is None and example_input is None:
+    if None in header.examples and example_input is None:
         raise CheckpointError(
             f"{path}: the file cannot say what the forward takes. Pass example_input= as you did"
             " to inject_se."
         )
-    example = _like(base, header.example) if example_input is None else example_input
+    examples = [
+        _like(base, example) if example_input is None else example_input
+        for example in header.examples
+    ]
     own = {key: tensor for key, tensor in _tensors(base).items() if key in tensors}
     before = {key: tensor.clone() for key, tensor in own.items()}
     try:
         for settings, sites in header.groups().items():
-            plan = _plan(base, settings, sites, example, se_layer, path)
+            plan = _plan(base, settings, sites, examples[settings.example], se_layer, path)
             plan.apply()
         _fill(base, tensors, path)
     except BaseException:
@@ -133,6 +146,7 @@ class _Settings:
     placement: str
     init: str
     custom: bool  # made by a user's se_layer
+    example: int  # which of the header's examples the forward was recorded with
 
 
 @dataclass(frozen=True)
@@ -152,13 +166,23 @@ class Header:
     version: str
     model: str
     sites: tuple[_Site, ...]
-    example: Any  # as example_input takes it; None: it could not be written down
+    examples: tuple[Any, ...]  # as example_input takes them; None: it could not be written down
+    modules: Mapping[str, str]  # name -> hash of what its repr says, such as eps
     base: Mapping[str, Sequence[Any]]  # name -> dtype, shape, hash or None
 
     @property
     def frozen(self) -> list[str]:
         """The tensors of the base that are not in the file: the base has to bring them."""
         return [key for key, (*_, digest) in self.base.items() if digest]
+
+    def differing(self, base: nn.Module) -> list[str]:
+        """The frozen tensors that have other values in ``base``, or are not there."""
+        state = _tensors(base)
+        return [
+            key
+            for key in self.frozen
+            if key not in state or state[key].is_meta or _hash(state[key]) != self.base[key][2]
+        ]
 
     def groups(self) -> dict[_Settings, list[_Site]]:
         groups: dict[_Settings, list[_Site]] = {}
@@ -167,38 +191,81 @@ class Header:
         return groups
 
 
-def _sites(model: nn.Module) -> list[_Site]:
-    """The SE blocks of a model; a block that is reached by two names counts once."""
+def _sites(model: nn.Module, examples: list[Any]) -> list[_Site]:
+    """The SE blocks of a model, and in ``examples`` what its forwards were recorded with.
+
+    A block that is reached by two names counts once.
+    """
     return [
-        _site(name, module, edit, child, r)
+        _site(name, module, edit, child, r, examples)
         for name, module in model.named_modules()
         if (edit := edit_of(module))
         for child, r in zip(edit.children, edit.settings.r, strict=True)
     ]
 
 
-def _site(name: str, module: nn.Module, edit: Edit, child: str, r: int) -> _Site:
+def _site(
+    name: str, module: nn.Module, edit: Edit, child: str, r: int, examples: list[Any]
+) -> _Site:
     layer = getattr(module, child)
-    ours = type(layer) is SqueezeExcite
     settings = edit.settings
+    example = _encode_example(settings.example)
+    if example not in examples:
+        examples.append(example)
+    ours = isinstance(layer, SqueezeExcite) and not settings.custom
     return _Site(
         block=name,
         child=child,
         r=r,
         channels=layer.channels if ours else None,
         bottleneck=layer.bottleneck if ours else None,
-        settings=_Settings(settings.divisor, settings.placement, settings.init, not ours),
+        settings=_Settings(
+            divisor=settings.divisor,
+            placement=settings.placement,
+            init=layer.init if ours else settings.init,  # it is another once its gate is folded
+            custom=not ours,
+            example=examples.index(example),
+        ),
     )
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the ``state_dict`` (a ``get_extra_state`` may add other things)."""
-    return {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    """The tensors of the ``state_dict``, without what a ``get_extra_state`` adds."""
+    return {
+        key: value
+        for key, value in model.state_dict().items()
+        if isinstance(value, Tensor) and not key.endswith("_extra_state")
+    }
 
 
-def _keys_of(sites: Iterable[_Site], state: Iterable[str]) -> list[str]:
-    prefixes = tuple(f"{site.block}.{site.child}.".lstrip(".") for site in sites)
+def _se_keys(model: nn.Module, state: Iterable[str]) -> list[str]:
+    """The keys of the SE blocks, under all names that a block has."""
+    prefixes = tuple(
+        f"{name}.{child}.".lstrip(".")
+        for name, module in model.named_modules(remove_duplicate=False)
+        if (edit := edit_of(module))
+        for child in edit.children
+    )
     return [key for key in state if key.startswith(prefixes)]
+
+
+def _modules(model: nn.Module) -> dict[str, str]:
+    """A hash of what each module of the base says of itself: its class, eps, stride, ..."""
+    ours = [
+        id(module.get_submodule(child))
+        for module in model.modules()
+        if (edit := edit_of(module))
+        for child in edit.children
+    ]
+    inside = {id(m) for module in model.modules() if id(module) in ours for m in module.modules()}
+    said = {}
+    for name, module in model.named_modules():
+        if id(module) not in inside:
+            edit = edit_of(module)
+            kind = (edit.base if edit else type(module)).__qualname__
+            text = f"{kind}({module.extra_repr()})"
+            said[name] = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return said
 
 
 def _extra(model: nn.Module, base: Sequence[str], extra: Patterns) -> set[str]:
@@ -207,9 +274,12 @@ def _extra(model: nn.Module, base: Sequence[str], extra: Patterns) -> set[str]:
     if extra != "trained":
         return matching(base, extra, "extra", "tensor of the base")
     names = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(getattr(module, "running_mean", None), Tensor):
-            names |= {f"{name}.{buffer}".lstrip(".") for buffer in module._buffers}
+    # All statistics, spectral norm's vectors too; whole numbers are tables or counters.
+    names |= {
+        name
+        for name, b in model.named_buffers(remove_duplicate=False)
+        if b.is_floating_point() or name.endswith(_COUNTERS)
+    }
     return names & set(base)
 
 
@@ -307,10 +377,12 @@ def _parse(text: str, path: Path) -> Header:
     try:
         data = json.loads(text)
         version, number = data["version"], data["format"]
-    except (ValueError, KeyError, TypeError) as error:
+        if type(number) is not int:
+            raise TypeError(f"format {number!r}")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error!r}).") from error
     if number != FORMAT:
-        older = isinstance(number, int) and number < FORMAT
+        older = number < FORMAT
         raise CheckpointError(
             f"{path}: made by se-inject {version} in format {number}; this is {_version()}, format"
             f" {FORMAT}. {'Load it with that version.' if older else 'Upgrade se-inject.'}"
@@ -319,15 +391,34 @@ def _parse(text: str, path: Path) -> Header:
         return Header(
             version=version,
             model=data["model"],
-            sites=tuple(
-                _Site(**{**site, "settings": _Settings(**site["settings"])})
-                for site in data["sites"]
-            ),
-            example=None if data["example"] is None else _decode(data["example"]),
+            sites=tuple(map(_parse_site, data["sites"])),
+            examples=tuple(None if e is None else _decode(e) for e in data["examples"]),
+            modules={str(k): str(v) for k, v in data["modules"].items()},
             base={str(k): (str(v[0]), list(v[1]), v[2]) for k, v in data["base"].items()},
         )
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error!r}).") from error
+
+
+def _parse_site(data: Any) -> _Site:
+    settings = _Settings(**data["settings"])
+    site = _Site(**{**data, "settings": settings})
+    texts = (site.block, site.child, settings.placement, settings.init)
+    numbers = (site.r, settings.divisor, settings.example, site.channels, site.bottleneck)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"a name in {texts}")
+    if not all(n is None or type(n) is int for n in numbers) or None in numbers[:3]:
+        raise TypeError(f"a number in {numbers}")
+    if type(settings.custom) is not bool:
+        raise TypeError(f"custom {settings.custom!r}")
+    return site
 
 
 # --- onto a base ---------------------------------------------------------------------------------
@@ -363,12 +454,19 @@ def _check_base(base: nn.Module, header: Header, path: Any) -> None:
             raise CheckpointError(
                 f"{key} of the base is on the meta device and has no values. Load the base first."
             )
-    differing = [key for key in header.frozen if _hash(state[key]) != header.base[key][2]]
+    differing = header.differing(base)
     if differing:
         raise CheckpointError(
             f"{path}: {len(differing)} of {len(state)} tensors of the base have other values:"
             f" {_some(differing)}. Load the base's own weights first; what was trained beside the"
             ' SE blocks must be in the file: save_se(..., extra="trained").'
+        )
+    modules = _modules(base)
+    if changed := [name for name, said in header.modules.items() if modules.get(name) != said]:
+        warnings.warn(
+            f"{path}: the weights fit, but {block_label(changed[0])} of this base has another class"
+            f" or setting, such as eps ({len(changed)} modules have). Outputs may differ.",
+            stacklevel=3,
         )
 
 
@@ -441,7 +539,7 @@ def _literal(name: str) -> str:
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Any) -> None:
     state = _tensors(model)
-    missing = [key for key in _keys_of(_sites(model), state) if key not in tensors]
+    missing = [key for key in _se_keys(model, state) if key not in tensors]
     foreign = [key for key in tensors if key not in state]
     if missing or foreign:
         raise CheckpointError(
@@ -450,11 +548,21 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Any) -> None:
             else f"{path}: the file has {_some(foreign)}, which the model has not."
         )
     for key, tensor in tensors.items():
-        if tensor.shape != state[key].shape:
+        there, here = ((list(t.shape), _dtype(t)) for t in (tensor, state[key]))
+        if there != here:
             raise CheckpointError(
-                f"{path}: {key} is {list(tensor.shape)} in the file and"
-                f" {list(state[key].shape)} in the model."
+                f"{path}: {key} is {there[0]} {there[1]} in the file and {here[0]} {here[1]} in the"
+                " model."
             )
     with torch.no_grad():
         for key, tensor in tensors.items():
             state[key].copy_(tensor)
+    after = _tensors(model)
+    if unset := [key for key, tensor in tensors.items() if not _same(after[key], tensor)]:
+        raise CheckpointError(
+            f"{path}: {_some(unset)} cannot be set: the model's state_dict() gives copies of it."
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.detach().cpu().nan_to_num(), b.nan_to_num())

@@ -18,6 +18,7 @@ import typer.core
 from rich.console import Console
 
 from se_inject.errors import ArgumentError, SEInjectError
+from se_inject.finetune import commands
 
 
 class _DefaultReport(typer.core.TyperGroup):
@@ -304,10 +305,7 @@ def export(
             model, weights, checkpoint=checkpoint, in_chans=in_chans, num_classes=num_classes
         )
         if target is Format.stock:
-            name = write_stock(network, output)
-            hint = f"timm.create_model({name!r}, checkpoint_path={str(output)!r})"
-            if (classes := getattr(network, "num_classes", 1000)) != 1000:
-                hint = f"{hint[:-1]}, num_classes={classes})"
+            hint = write_stock(network, output)
         elif target is Format.torch_export:
             write_torch_export(network, output)
             hint = f"torch.export.load({str(output)!r}).module()"
@@ -315,6 +313,11 @@ def export(
             write_onnx(network, output)
             hint = f"onnxruntime.InferenceSession({str(output)!r})"
     print(f"{output}: same outputs as the model. Load it with {hint}")
+
+
+app.command()(commands.finetune)
+app.command()(commands.evaluate)
+app.command()(commands.predict)
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:

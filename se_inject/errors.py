@@ -34,6 +34,14 @@ class CheckpointError(SEInjectError, ValueError):
     """A file that cannot be loaded: damaged, foreign, of another version or for another base."""
 
 
+class DataError(SEInjectError, ValueError):
+    """A data set that cannot be trained on: empty, one class, parts that do not fit together."""
+
+
+class TrainingError(SEInjectError, RuntimeError):
+    """A training run that cannot go on: a loss that is no number, no memory, a stop."""
+
+
 class ExportError(SEInjectError, RuntimeError):
     """A model that cannot be written in a format, or comes out of it with other outputs."""
 

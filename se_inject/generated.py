@@ -51,9 +51,15 @@ class ForwardSource:
         return function
 
     def __reduce__(self) -> tuple[Any, ...]:
-        used = self.compile(show=False).__code__.co_names
+        used = _names_in(compile(self.text, self.label, "exec", dont_inherit=True))
         names = {k: _portable(v) for k, v in self.names.items() if k in used}
         return _forward_source, (self.text, names, self.label)
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    """Of the text and of the functions in it: defaults are evaluated outside the function."""
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return set(code.co_names).union(*map(_names_in, inner))
 
 
 def _forward_source(text: str, names: dict[str, Any], label: str) -> ForwardSource:
@@ -83,6 +89,7 @@ class Settings:
     divisor: int
     placement: str
     init: str
+    custom: bool  # made by a user's se_layer
     example: Arguments = field(compare=False)  # on meta
 
 
@@ -113,7 +120,7 @@ class Edit:
         """The subclass of ``base`` whose forward calls the SE children.
 
         Raises:
-            TypeError: the class has an ``__init_subclass__`` that wants arguments.
+            Exception: whatever an ``__init_subclass__`` of the class raises.
         """
         forward = self.eval.compile()
         if self.train is not None:
@@ -150,8 +157,8 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     if type(self) is not edit.block_class:  # sharded, say: whoever made that class sees to it
         return reduced
     make, args, *state = reduced
-    args = tuple(edit.base if arg is edit.block_class else arg for arg in args)
-    return _remake, (edit, make, args), *state
+    make, *args = (edit.base if part is edit.block_class else part for part in (make, *args))
+    return _remake, (edit, make, tuple(args)), *state
 
 
 def _remake(edit: Edit, make: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:

@@ -5,12 +5,12 @@ What happens to a block whose forward ends in ``x = self.bn2(x); x += shortcut``
 before::
 
     bn2 = self.bn2(conv2)
-    add = bn2 + shortcut
+    bn2 += shortcut;  iadd = bn2
 
 after::
 
     bn2 = self.bn2(conv2)
-    se = self.se(bn2, shortcut)
+    se = self.se(bn2, shortcut, in_place = True)
 
 and, where stochastic depth or a layer scale stands between, ``drop_path = self.drop_path(bn2)``
 becomes ``se = self.se(bn2); drop_path = self.drop_path(se)``. The block's class becomes a
@@ -178,12 +178,13 @@ def _edit(
             divisor=plan.divisor,
             placement=plan.placement,
             init=plan.init,
+            custom=plan.se_layer is not None,
             example=plan.example,
         ),
     )
     try:
         _ = edit.block_class  # made here, where nothing is touched if it fails
-    except TypeError as error:
+    except Exception as error:  # of a foreign __init_subclass__
         raise UnsupportedModelError(
             f"{base.__name__} cannot be subclassed ({error}): exclude {sites[0].block!r}."
         ) from error
@@ -230,9 +231,10 @@ def edit_graph(
     for site, child in zip(sites, children, strict=True):
         addition, branch = copies[site.addition], copies[site.branch]
         if site.fused and fuse:
-            order: dict[str, Any] = {"residual_first": True} if site.shortcut_first else {}
+            kind = {"residual_first": site.shortcut_first, "in_place": site.in_place}
+            flags: dict[str, Any] = {name: True for name, value in kind.items() if value}
             with edited.inserting_after(addition):
-                se = edited.call_module(child, (branch, copies[site.shortcut]), order)
+                se = edited.call_module(child, (branch, copies[site.shortcut]), flags)
             addition.replace_all_uses_with(se)
             edited.erase_node(addition)
             copies[site.addition] = se

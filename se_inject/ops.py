@@ -78,6 +78,8 @@ class Op:
 
 # What a tensor without values says, so that a forward goes on after ``if x.mean() > 0``.
 GUESSES: dict[Any, bool | int] = {Tensor.__bool__: False, Tensor.item: 0}
+# A loop that waits for another answer would wait for ever.
+_MOST_GUESSES = 100
 
 
 def run_on_meta(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -85,11 +87,8 @@ def run_on_meta(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
 
     The output of a batch norm is made up: on meta it is a slow decomposition, a third of the time
     of a whole forward, and its output is like its input. A forward that asks for a device by name
-    (``torch.ones(1, device="cpu")``) gets meta, where the rest of its tensors are. One that asks a
-    tensor for its value gets a guess.
+    (``torch.ones(1, device="cpu")``) gets meta, where the rest of its tensors are.
     """
-    if func in GUESSES:
-        return GUESSES[func]
     if func is F.batch_norm:
         x: Tensor = args[0] if args else kwargs["input"]
         return torch.empty_like(x)
@@ -133,6 +132,7 @@ class OpLog(TorchFunctionMode):
     def __init__(self, inputs: Iterable[tuple[Tensor, int | None]]) -> None:
         super().__init__()
         self.ops: list[Op] = []
+        self._guesses = 0
         self._live: dict[int, _Known] = {}
         for tensor, dim in inputs:
             self._live[id(tensor)] = _Known(tensor, dim)
@@ -141,6 +141,17 @@ class OpLog(TorchFunctionMode):
         """Which dim of a live tensor holds the channels, if known."""
         known = self._live.get(id(tensor))
         return known.channel_dim if known else None
+
+    def guess(self, func: Callable[..., Any]) -> bool | int:
+        """What a tensor without values answers.
+
+        Raises:
+            RuntimeError: so often that a loop must be waiting for another answer.
+        """
+        self._guesses += 1
+        if self._guesses > _MOST_GUESSES:
+            raise RuntimeError("it asks tensors for their values again and again")
+        return GUESSES[func]
 
     def is_live(self, value: Any) -> bool:
         """Whether ``value`` is a tensor computed from the inputs."""
@@ -163,6 +174,8 @@ class OpLog(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in GUESSES:
+            return self.guess(func)
         out = run_on_meta(func, args, kwargs)
         outputs = [t for t in leaves(out) if isinstance(t, Tensor)]
         sources = [t for t in leaves((args, kwargs)) if self.is_live(t)] if outputs else []

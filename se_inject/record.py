@@ -69,10 +69,10 @@ class Recording:
 class _Recorder(OpLog):
     """Attributes each addition of two equal shapes to the innermost module that runs."""
 
-    def __init__(self, model: nn.Module, inputs: Arguments, follow: bool, guess: bool) -> None:
+    def __init__(self, model: nn.Module, inputs: Arguments, follow: bool, guesses: bool) -> None:
         super().__init__((tensor, None) for tensor in tensors_in(inputs))
         self.follow = follow
-        self.guess = guess
+        self.guesses = guesses
         self.guessed: dict[str, None] = {}
         self.calls: dict[str, list[Call]] = {}
         self.running: list[tuple[str, Call]] = []
@@ -120,9 +120,10 @@ class _Recorder(OpLog):
     ) -> Any:
         kwargs = kwargs or {}
         if self.running and func in GUESSES:
-            if not self.guess:
+            if not self.guesses:
                 return func(*args, **kwargs)
             self.guessed[self.running[-1][0]] = None
+            return self.guess(func)
         if self.running and (shape := adds_equal_shapes(func, args, kwargs)) is not None:
             self.running[-1][1].additions.append(shape)
         if not self.follow:
@@ -171,10 +172,10 @@ def record(twin: nn.Module, examples: Sequence[Arguments], *, follow: bool = Fal
             values where meta tensors have none; the message is of the one that got furthest.
     """
     failures: list[tuple[int, ForwardError]] = []
-    for guess in (True, False):
+    for guesses in (True, False):
         guessed = False
         for args, kwargs in examples:
-            recorder = _Recorder(twin, (args, kwargs), follow, guess)
+            recorder = _Recorder(twin, (args, kwargs), follow, guesses)
             try:
                 return _record(twin, recorder, args, kwargs)
             except ForwardError as error:

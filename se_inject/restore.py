@@ -33,18 +33,21 @@ def restore_model(
     header = read_header(weights)
     if num_classes is None:
         num_classes = _num_classes(name, header, in_chans)
-    pretrained = bool(header.frozen) and checkpoint is None
-    try:
-        base = load_model(name, in_chans=in_chans, num_classes=num_classes, pretrained=pretrained)
-    except UnknownModelError as error:
-        if not pretrained:
-            raise
-        raise UnknownModelError(
-            f"{error}\nThe file has not all weights of the base: give them with --checkpoint FILE."
-        ) from error
+    base = load_model(name, in_chans=in_chans, num_classes=num_classes)
+    if checkpoint is None and header.differing(base):  # more than tables that are always the same
+        base = _pretrained(name, in_chans, num_classes)
     if checkpoint is not None:
         load_weights(base, checkpoint)
     return load_se(base, weights).eval()
+
+
+def _pretrained(name: str, in_chans: int | None, num_classes: int | None) -> nn.Module:
+    try:
+        return load_model(name, in_chans=in_chans, num_classes=num_classes, pretrained=True)
+    except UnknownModelError as error:
+        raise UnknownModelError(
+            f"{error}\nThe file has not all weights of the base: give them with --checkpoint FILE."
+        ) from error
 
 
 def _num_classes(name: str, header: Header, in_chans: int | None) -> int | None:

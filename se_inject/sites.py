@@ -52,6 +52,7 @@ class ResidualSite:
     shortcut: fx.Node  # the other operand of the addition
     fused: bool  # nothing stands between: the SE block takes over the addition
     shortcut_first: bool  # the sum has the memory format of its first operand
+    in_place: bool  # and keeps its dtype too
     channels: int
     layout: Layout
     dtype: torch.dtype
@@ -328,6 +329,7 @@ def _site(
         shortcut=residual.shortcut,
         fused=fused,
         shortcut_first=flow.operands(node)[0] is residual.shortcut,
+        in_place=_is_in_place(node),
         channels=facts.shape[channel_dim],
         layout=Layout(len(facts.shape), channel_dim),
         dtype=facts.dtype,

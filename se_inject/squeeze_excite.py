@@ -102,14 +102,18 @@ class SqueezeExcite(nn.Module):
             nn.init.zeros_(p)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, residual_first: bool = False
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        residual_first: bool = False,
+        in_place: bool = False,
     ) -> Tensor:
         """Scale the branch map ``x``, such as [N, C, H, W]; with ``residual``, also add it.
 
         Returns ``x * s``, or ``residual + x * s`` in one pass (``torch.addcmul``), which never
-        writes ``x * s`` to memory. ``residual_first`` tells the order of the sum that is replaced:
-        where the two maps have different memory formats, a sum has that of its first operand, and
-        what comes after rounds accordingly.
+        writes ``x * s`` to memory. The flags tell which sum is replaced: ``residual + x``, or
+        ``x += residual``. Where the two maps differ in memory format, a sum has that of its first
+        operand; where they differ in dtype, one in place keeps it.
         """
         s: Tensor = x.mean(self.space, keepdim=True)
         s = self.fc2(torch.relu(self.fc1(s))).sigmoid()
@@ -117,8 +121,10 @@ class SqueezeExcite(nn.Module):
             s = s * self.gate_scale
         if residual is None:
             return x * s
-        if x.stride() == residual.stride():
+        if x.stride() == residual.stride() and x.dtype == residual.dtype:
             return torch.addcmul(residual, x, s)
+        if in_place:
+            return (x * s).add_(residual)
         return residual + x * s if residual_first else x * s + residual
 
     def extra_repr(self) -> str:

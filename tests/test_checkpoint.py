@@ -1,5 +1,6 @@
 """save_se and load_se: the added weights in one small file, on the right base only."""
 
+import copy
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ import torch
 from helpers import first_tensor, randomize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from timm.layers import create_attn
+from timm.layers import EvoNorm2dB0, create_attn
 from torch import Tensor, nn
 
 import se_inject.checkpoint
@@ -26,6 +27,7 @@ from se_inject import (
     ArgumentError,
     CheckpointError,
     NoSiteError,
+    SqueezeExcite,
     UnsupportedModelError,
     inject_se,
     load_se,
@@ -249,7 +251,9 @@ def damaged_site(path: Path) -> None:
 
 
 def damaged_example(path: Path) -> None:
-    rewritten(path, lambda header, _: header.update(example={"tensor": [-1], "dtype": "float32"}))
+    rewritten(
+        path, lambda header, _: header.update(examples=[{"tensor": [-1], "dtype": "float32"}])
+    )
 
 
 def other_width(path: Path) -> None:
@@ -286,7 +290,7 @@ BAD_FILES = {
     unknown_block: "does not fit this base: .*layer9.0",
     missing_key: "the file lacks 'layer3.1.se.fc2.bias'",
     foreign_key: "the file has 'surprise'",
-    wrong_shape: r"layer1.0.se.fc1.bias is \[9\] in the file and \[8\] in the model",
+    wrong_shape: r"layer1.0.se.fc1.bias is \[9\] float32 in the file and \[8\] float32",
     Path.unlink: "there is no such file",
 }
 
@@ -409,3 +413,162 @@ def test_half_precision_and_shared_tensors(tmp_path: Path) -> None:
     again = load_se(base().to(torch.bfloat16), tmp_path / "se.safetensors")
     x = X.to(torch.bfloat16)
     assert torch.equal(output(again, x), output(model, x))
+
+
+# --- networks that are not so plain --------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x))
+
+
+Y = torch.randn(2, 16, 8, 8)
+
+
+def both(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Injected and opened, and a copy of the base."""
+    base = copy.deepcopy(model.eval())
+    return opened(inject_se(model, example_input=Y)), base
+
+
+def test_ones_own_se_block_as_se_layer_has_to_be_given_again(tmp_path: Path) -> None:
+    model, again = Block().eval(), Block().eval()
+    again.load_state_dict(model.state_dict())
+    inject_se(model, example_input=Y, se_layer=lambda c: SqueezeExcite(c, 8, init="paper"))
+    save_se(model, tmp_path / "se.safetensors")
+    with pytest.raises(CheckpointError, match="another se_layer"):
+        load_se(again, tmp_path / "se.safetensors")
+
+
+def test_a_base_with_another_eps_is_a_warning(tmp_path: Path) -> None:
+    model, again = both(Block())
+    save_se(model, tmp_path / "se.safetensors")
+    again.norm.eps = 1e-3
+    with pytest.warns(UserWarning, match=r"'norm' of this base has another class or setting"):
+        load_se(again, tmp_path / "se.safetensors")
+
+
+class Extra(Block):
+    def get_extra_state(self) -> Any:
+        return {"k": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def test_extra_state_is_said_not_to_be_saved(tmp_path: Path) -> None:
+    model, again = both(Extra())
+    with pytest.warns(UserWarning, match=r"_extra_state' comes from get_extra_state"):
+        save_se(model, tmp_path / "se.safetensors", extra="*")
+    assert torch.equal(load_se(again, tmp_path / "se.safetensors")(Y), model(Y))
+
+
+def test_tensors_that_a_state_dict_copies_cannot_be_set_and_that_is_said(tmp_path: Path) -> None:
+    model, again = both(nn.Sequential(Block()))
+    save_se(model, tmp_path / "se.safetensors", extra="0.conv.*")
+    with torch.no_grad():
+        again[0].conv.weight.add_(1)
+    again[0].conv.register_state_dict_post_hook(
+        lambda _, state, prefix, __: state.update(
+            {f"{prefix}weight": state[f"{prefix}weight"].clone()}
+        )
+    )
+    with pytest.raises(CheckpointError, match="'0.conv.weight' cannot be set"):
+        load_se(again, tmp_path / "se.safetensors")
+    assert type(again[0]) is Block
+
+
+def test_channels_last_weights(tmp_path: Path) -> None:
+    model = trained().to(memory_format=torch.channels_last)
+    save_se(model, tmp_path / "se.safetensors", extra="trained")
+    assert torch.equal(output(load_se(base(), tmp_path / "se.safetensors")), output(model))
+
+
+class Shares(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(Block())
+        self.b = self.a
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+def test_a_block_with_two_names(tmp_path: Path) -> None:
+    model, again = both(Shares())
+    save_se(model, tmp_path / "se.safetensors")
+    assert torch.equal(load_se(again, tmp_path / "se.safetensors")(Y), model(Y))
+
+
+class OtherStatistics(Block):
+    """EvoNorm has a running_var and no running_mean; spectral norm has vectors of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.utils.parametrizations.spectral_norm(self.conv)
+        self.norm = EvoNorm2dB0(16)
+
+
+def test_trained_takes_all_statistics(tmp_path: Path) -> None:
+    model, again = both(nn.Sequential(OtherStatistics()))
+    with torch.no_grad():
+        model.train()(Y)
+    save_se(model.eval(), tmp_path / "se.safetensors", extra="trained")
+    assert torch.equal(load_se(again, tmp_path / "se.safetensors")(Y), model(Y))
+
+
+class Flagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Block(), Block()
+
+    def forward(self, x: Tensor, second: bool = False) -> Tensor:
+        return self.b(x) if second else self.a(x)
+
+
+def test_two_injections_with_two_examples(tmp_path: Path) -> None:
+    model = Flagged().eval()
+    again = copy.deepcopy(model)
+    inject_se(model, example_input={"x": Y, "second": False})
+    opened(inject_se(model, example_input={"x": Y, "second": True}))
+    save_se(model, tmp_path / "se.safetensors")
+    load_se(again, tmp_path / "se.safetensors")
+    for second in (False, True):
+        assert torch.equal(again(Y, second), model(Y, second))
+
+
+def nested(header: dict[str, Any], **changes: Any) -> None:
+    header["sites"][0]["settings"].update(changes)
+
+
+DAMAGED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "list for a number": lambda header: nested(header, divisor=[1]),
+    "number for a name": lambda header: header["sites"][0].update(block=5),
+    "no example": lambda header: nested(header, example=None),
+    "text for the format": lambda header: header.update(format="1"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_header_is_one_clear_error(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "se.safetensors"
+    model, again = both(nn.Sequential(Block()))
+    save_se(model, path)
+    rewritten(path, lambda header, _: DAMAGED[kind](header))
+    with pytest.raises(CheckpointError, match="its header is damaged"):
+        load_se(again, path)
+
+
+def test_another_dtype_in_the_file_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "se.safetensors"
+    model, again = both(nn.Sequential(Block()))
+    save_se(model, path)
+    rewritten(path, lambda _, t: t.update({k: v.to(torch.int8) for k, v in t.items()}))
+    with pytest.raises(CheckpointError, match="int8 in the file and .* float32 in the model"):
+        load_se(again, path)

@@ -174,7 +174,7 @@ def test_show_prints_the_forward_before_and_after(call) -> None:
     before, after = out.split("SEBasicBlock.forward after")
     assert status == 0
     assert "bn2 += x" in before
-    assert "se = self.se(bn2, x)" in after
+    assert "se = self.se(bn2, x, in_place = True)" in after
     assert "bn2 += x" not in after
 
 

@@ -156,6 +156,52 @@ def test_programs_and_onnx_are_checked_and_serve_another_batch(name: str, tmp_pa
     assert error < 1e-4
 
 
+def test_a_program_of_a_model_that_was_injected_with_one_image(tmp_path: Path) -> None:
+    model = inject_se(timm.create_model("test_resnet"), example_input=X[:1])
+    write_torch_export(model, tmp_path / "net.pt2")
+    assert model.training  # as it was
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    torch.testing.assert_close(program(X), model.eval()(X), rtol=1e-5, atol=1e-6)
+
+
+class Odd(nn.Module):
+    """Whole numbers in, truth values and zeros out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.embed = nn.Embedding(4, 3)
+
+    def forward(self, x: Tensor, kind: Tensor) -> tuple[Tensor, ...]:
+        y = x + self.conv(x) + self.embed(kind)[:, :, None, None]
+        return y, y > 0, y * 0
+
+
+def test_other_inputs_and_outputs_than_images_and_scores(tmp_path: Path) -> None:
+    x = (X, torch.zeros(2, dtype=torch.long))
+    model = inject_se(Odd(), 1, divisor=1, example_input=x).eval()
+    write_torch_export(model, tmp_path / "net.pt2")
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    torch.testing.assert_close(program(*x), model(*x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_a_stock_network_and_no_onnx(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = after_real_steps("resnet18").to(dtype)
+    assert next(to_stock(model).parameters()).dtype == dtype
+    if dtype == torch.bfloat16:
+        with pytest.raises(ExportError, match="ONNX cannot hold ResNet"):
+            write_onnx(model, tmp_path / "net.onnx")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_replaced_classifier_and_other_channels() -> None:
+    model = timm.create_model("resnet18", in_chans=1)
+    model.fc = nn.Linear(512, 7)
+    stock = to_stock(inject_se(model, example_input=X[:, :1]))
+    assert (stock.num_classes, stock.conv1.in_channels) == (7, 1)
+
+
 def test_a_file_that_computes_something_else_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

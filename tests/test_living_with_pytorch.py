@@ -120,6 +120,25 @@ def test_copies_share_the_class_and_pickles_of_equal_blocks_too(model: nn.Module
     assert type(again.layer1[0]) is type(again.layer1[1])
 
 
+class InfiniteDefault(ReadsMode):
+    def forward(self, x: Tensor, top: float = float("inf")) -> Tensor:
+        return x + self.conv(x).clamp(max=top)
+
+
+class ReducesItself(ReadsMode):
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (), self.__dict__
+
+
+@pytest.mark.parametrize("kind", [InfiniteDefault, ReducesItself])
+def test_defaults_and_own_reductions_travel(kind: type[nn.Module]) -> None:
+    model = inject_se(nn.Sequential(kind()), 1, divisor=1, example_input=X).eval()
+    open_gates(model)
+    again = pickled(model)
+    assert torch.equal(again(X), model(X))
+    assert type(remove_se(again)[0]) is kind
+
+
 # --- compilers -----------------------------------------------------------------------------------
 
 
@@ -182,6 +201,30 @@ def test_autocast_gives_what_the_base_gives_and_learns() -> None:
         assert torch.equal(model(X), expected)
         model(X).float().square().mean().backward()
     assert all(p.grad.dtype == torch.float32 for p in se_parameters(model))
+
+
+class SumInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm(self.conv(x))
+        out += x
+        return torch.relu(out)
+
+
+def test_a_sum_in_place_keeps_its_dtype() -> None:
+    """Under autocast the branch is bfloat16 and the first shortcut float32."""
+    model = randomize(nn.Sequential(SumInPlace(), SumInPlace())).eval()
+    x = torch.randn(2, 8, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(x)
+        inject_se(model, example_input=x)
+        after = model(x)
+    assert before.dtype == after.dtype == torch.bfloat16
+    assert torch.equal(after, before)
 
 
 def test_channels_last_is_kept_through_every_block(model: nn.Module) -> None:

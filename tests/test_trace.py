@@ -293,6 +293,20 @@ def test_where_a_guess_leads_astray_the_forward_is_served_until_there() -> None:
     assert [site.block for site in plan.sites] == ["plain"]
 
 
+class WaitsForTrue(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        while not x.norm() < 1:
+            x = x * 0.5
+        return self.conv(x)
+
+
+def test_a_loop_that_waits_for_another_answer_ends() -> None:
+    """Guesses are false or 0 for ever; after a hundred the forward is served until there."""
+    with pytest.warns(UserWarning, match=r"'0.block' needs values.*run after that are not planned"):
+        plan = plan_se(nn.Sequential(Root(WaitsForTrue()), Plain()), example_input=X)
+    assert [site.block for site in plan.sites] == ["0.plain"]
+
+
 # --- hidden additions, wrong inputs ------------------------------------------------------------
 
 

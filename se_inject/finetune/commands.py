@@ -1,0 +1,357 @@
+"""``se-inject finetune``, ``evaluate`` and ``predict``: parse, call, print."""
+
+import json
+import logging
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from se_inject.errors import ArgumentError, SEInjectError
+
+
+class Train(StrEnum):
+    se = "se"
+    se_and_head = "se+head"
+    all = "all"
+
+
+_TRAINING, _MODEL, _MACHINE = "Training", "Network", "Machine"
+
+
+def finetune(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A timm name, torchvision/NAME, or module:callable.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A folder of class folders (or of train/ and val/), torch/NAME, hfds/NAME, or"
+            " digits: scikit-learn's 1,797 handwritten digits."
+        ),
+    ] = "digits",
+    data_dir: Annotated[
+        str | None,
+        typer.Option(help="Where torch/ and hfds/ data lie or go.", show_default="here"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="The run folder.", show_default="runs/MODEL-DATA"),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Go on with a run that was stopped.", show_default=False),
+    ] = None,
+    r: Annotated[
+        int, typer.Option("--r", help="Reduction ratio C / rd.", rich_help_panel=_MODEL)
+    ] = 16,
+    divisor: Annotated[
+        int,
+        typer.Option(help="Bottleneck widths are multiples of this.", rich_help_panel=_MODEL),
+    ] = 8,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only blocks that match this glob. Repeatable.",
+            show_default="all",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="No blocks that match this glob. Repeatable.",
+            show_default="none",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option(help="Begin from the library's weights.", rich_help_panel=_MODEL)
+    ] = True,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Begin from these weights: a state dict, or a file of save_se.",
+            show_default=False,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Epochs in all.", rich_help_panel=_TRAINING)
+    ] = 10,
+    warmup_epochs: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="The first epochs, in which only SE blocks and head learn.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 2,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Images a step, of all processes together.", rich_help_panel=_TRAINING
+        ),
+    ] = 64,
+    lr: Annotated[
+        float,
+        typer.Option(
+            help="Peak learning rate of SE blocks and head (AdamW).", rich_help_panel=_TRAINING
+        ),
+    ] = 1e-3,
+    base_lr_scale: Annotated[
+        float,
+        typer.Option(min=0, help="Share of that rate for the base.", rich_help_panel=_TRAINING),
+    ] = 0.1,
+    weight_decay: Annotated[
+        float,
+        typer.Option(min=0, help="Not on biases and norms.", rich_help_panel=_TRAINING),
+    ] = 0.05,
+    label_smoothing: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share.", rich_help_panel=_TRAINING)
+    ] = 0.1,
+    clip: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Largest norm of the gradient; 0: any.", rich_help_panel=_TRAINING
+        ),
+    ] = 1.0,
+    train: Annotated[
+        Train, typer.Option(help="What learns after the warm-up.", rich_help_panel=_TRAINING)
+    ] = Train.all,
+    img_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Side of the images in pixels.",
+            show_default="the model's own",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    val_split: Annotated[
+        float,
+        typer.Option(
+            help="Share of each class to validate on, where the data have no val/.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 0.2,
+    aa: Annotated[
+        str | None,
+        typer.Option(
+            help="timm's augmentation, such as rand-m9-mstd0.5.",
+            show_default="none",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    mixup: Annotated[
+        float, typer.Option(min=0, help="Its alpha; 0: off.", rich_help_panel=_TRAINING)
+    ] = 0.0,
+    cutmix: Annotated[
+        float, typer.Option(min=0, help="Its alpha; 0: off.", rich_help_panel=_TRAINING)
+    ] = 0.0,
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Decay of an average of the weights, such as 0.999.",
+            show_default="off",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the first run.", rich_help_panel=_TRAINING)] = 0,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Repeat with so many seeds.", rich_help_panel=_TRAINING)
+    ] = 1,
+    control: Annotated[
+        bool,
+        typer.Option(
+            "--control",
+            help="Also train the same network without SE: same batches, same head.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="As Lightning names it: 32-true, 16-mixed, ...",
+            show_default="bf16-mixed on a GPU, else 32-true",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    devices: Annotated[
+        str, typer.Option(help="How many GPUs or processes.", rich_help_panel=_MACHINE)
+    ] = "auto",
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.", rich_help_panel=_MACHINE)] = 1,
+    strategy: Annotated[
+        str, typer.Option(help="auto, ddp, fsdp, ...", rich_help_panel=_MACHINE)
+    ] = "auto",
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Processes that load images, for each GPU.", rich_help_panel=_MACHINE
+        ),
+    ] = 2,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the network.", rich_help_panel=_MACHINE)
+    ] = False,
+) -> None:
+    """Fine-tune MODEL with SE blocks, and with --control also without them.
+
+    First only the SE blocks and a new head learn, the base frozen with its statistics; then all,
+    the base at a smaller rate. The run folder has the best weights, metrics, curves and a summary.
+
+    Examples:
+
+    - `se-inject finetune resnet50 --data ./flowers`
+
+    - `se-inject finetune resnet50 --data ./flowers --control --seeds 3`
+
+    - `torchrun --nproc-per-node 4 -m se_inject finetune resnet50 --data ./flowers --devices 4`
+
+    - `se-inject finetune --resume runs/resnet50-flowers`
+    """
+    if (model is None) == (resume is None):
+        raise typer.BadParameter("give MODEL, or --resume RUN")
+    _need_lightning()
+    from se_inject.finetune import run
+    from se_inject.finetune.settings import Settings
+
+    console = Console(stderr=True)
+    if resume is not None:
+        summary = run.resume(resume, console)
+        folder = resume
+    else:
+        assert model is not None
+        settings = Settings(
+            model=model,
+            data=data,
+            data_dir=data_dir,
+            r=r,
+            divisor=divisor,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            pretrained=pretrained,
+            checkpoint=None if checkpoint is None else str(checkpoint.resolve()),
+            epochs=epochs,
+            warmup_epochs=warmup_epochs,
+            batch_size=batch_size,
+            lr=lr,
+            base_lr_scale=base_lr_scale,
+            weight_decay=weight_decay,
+            label_smoothing=label_smoothing,
+            clip=clip,
+            img_size=img_size,
+            val_split=val_split,
+            train=train.value,
+            aa=aa,
+            mixup=mixup,
+            cutmix=cutmix,
+            precision=precision,
+            devices=devices,
+            nodes=nodes,
+            strategy=strategy,
+            workers=workers,
+            seed=seed,
+            seeds=seeds,
+            control=control,
+            ema=ema,
+            compile=compile_,
+        )
+        name = f"{model}-{Path(data).name}".replace("/", "-").replace(":", "-")
+        folder = output or Path("runs") / name
+        summary = run.start(settings, folder, console)
+    _print_summary(summary, folder)
+
+
+def _print_summary(summary: dict[str, Any], folder: Path) -> None:
+    table = Table("arm", "validation accuracy", "parameters", "GMACs", "seconds", box=None)
+    for arm, row in summary["arms"].items():
+        spread = "" if row["sd"] is None else f" ± {100 * row['sd']:.2f}"
+        macs = "" if row["macs"] is None else f"{row['macs'] / 1e9:.3f}"
+        table.add_row(
+            arm,
+            f"{100 * row['mean']:.2f}{spread} %",
+            f"{row['params']:,}",
+            macs,
+            f"{row['seconds']:.0f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(summary["verdict"], highlight=False)
+    console.print(f"Best weights, metrics, curves: {folder}", highlight=False, soft_wrap=True)
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Other data with the same classes.", show_default="those of the run"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
+) -> None:
+    """Measure the best network of RUN: top-1, top-5, each class; confusion matrix in the folder."""
+    _need_lightning()
+    from se_inject.finetune import use
+
+    result = use.evaluate(use.load_run(run), run, data)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    console = Console()
+    console.print(
+        f"{result['images']} images: top-1 {100 * result['top1']:.2f} %,"
+        f" top-5 {100 * result['top5']:.2f} %",
+        highlight=False,
+    )
+    for name, accuracy in result["classes"].items():
+        console.print(f"  {100 * accuracy:6.2f} %  {name}", highlight=False, markup=False)
+    if result["unreadable"]:
+        console.print(f"{len(result['unreadable'])} images could not be read.", highlight=False)
+    console.print(f"Confusion matrix: {run / 'confusion.png'}, .csv", highlight=False)
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)
+    ],
+) -> None:
+    """Ask the best network of RUN about images: the likeliest classes with their probabilities."""
+    _need_lightning()
+    from se_inject.finetune import use
+
+    trained = use.load_run(run)
+    failed = 0
+    for path in images:
+        try:
+            likely = use.predict(trained, path)
+        except SEInjectError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in likely))
+    if failed:
+        raise typer.Exit(1)
+
+
+def _need_lightning() -> None:
+    try:
+        import lightning  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ArgumentError(f"{error}: pip install 'se-inject[finetune]'.") from error
+    # Tips, devices and its own deprecations; errors still come through.
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\.")

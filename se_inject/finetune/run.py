@@ -1,0 +1,496 @@
+"""One command: the arms and seeds of a run, its folder, and how it goes on after a stop."""
+
+import csv
+import json
+import shutil
+import signal
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import timm
+import torch
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    RichProgressBar,
+)
+from rich.console import Console
+from torch import nn
+
+from se_inject.checkpoint import read_header, save_se
+from se_inject.cost import count_model
+from se_inject.errors import (
+    ArgumentError,
+    CheckpointError,
+    TrainingError,
+    UnknownModelError,
+)
+from se_inject.files import replacing
+from se_inject.finetune.data import Data, loader, open_data
+from se_inject.finetune.recipe import Recipe, head_of
+from se_inject.finetune.settings import Settings
+from se_inject.generated import edit_of
+from se_inject.inject import inject_se, remove_se, se_parameters
+from se_inject.models import load_model, load_weights
+from se_inject.restore import restore_model
+
+CONFIG = "config.json"
+
+
+def start(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
+    """Begin a run in a new folder, or one that holds nothing of a run.
+
+    Raises:
+        ArgumentError: the settings cannot work, or the folder cannot be written or has a run.
+        DataError, UnknownModelError, CheckpointError, TrainingError: as the parts raise them.
+    """
+    settings.check()
+    if (folder / CONFIG).exists():
+        raise ArgumentError(
+            f"{folder} holds a run already: --resume {folder} goes on with it, --output another"
+            " folder begins anew."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        settings.write(folder / CONFIG)
+    except OSError as error:
+        raise ArgumentError(f"--output {folder} cannot be written ({error}).") from error
+    return _run(settings, folder, console)
+
+
+def resume(folder: Path, console: Console) -> dict[str, Any]:
+    """Go on with a run from the last whole epoch of each of its arms.
+
+    Raises:
+        ArgumentError: the folder has no run.
+    """
+    return _run(Settings.read(folder / CONFIG), folder, console)
+
+
+def _run(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
+    arms = [
+        (arm, settings.seed + i)
+        for i in range(settings.seeds)
+        for arm in (("se", "control") if settings.control else ("se",))
+    ]
+    results = []
+    for arm, seed in arms:
+        own = folder if len(arms) == 1 else folder / f"{arm}-{seed}"
+        own.mkdir(exist_ok=True)
+        done = own / "arm.json"
+        if not done.exists():
+            result = _Arm(settings, arm, seed, own, console).train(folder)
+            with replacing(done) as part:
+                part.write_text(json.dumps(result, indent=2) + "\n")
+        results.append(json.loads(done.read_text()))
+    summary = summarize(results)
+    with replacing(folder / "summary.json") as part:
+        part.write_text(json.dumps(summary, indent=2) + "\n")
+    if len(arms) > 1:
+        best = max((r for r in results if r["arm"] == "se"), key=lambda r: r["val_acc"])
+        own = folder / f"se-{best['seed']}"
+        shutil.copyfile(own / "best.safetensors", folder / "best.safetensors")
+        _write_rows(folder / "metrics.csv", [row for r in results for row in r["history"]])
+    curves([row for r in results for row in r["history"]], folder / "curves.png")
+    return summary
+
+
+# --- one arm, one seed ---------------------------------------------------------------------------
+
+
+class _Arm:
+    def __init__(
+        self, settings: Settings, arm: str, seed: int, folder: Path, console: Console
+    ) -> None:
+        self.settings, self.arm, self.seed = settings, arm, seed
+        self.folder, self.console = folder, console
+
+    def train(self, run: Path) -> dict[str, Any]:
+        settings = self.settings
+        pl.seed_everything(self.seed, workers=True, verbose=False)
+        network, config = base_of(settings)
+        data = open_data(settings, config, self.seed)
+        network = with_head(network, len(data.classes))
+        size = settings.img_size or config["input_size"][-1]
+        example = torch.empty(2, 3, size, size)
+        if self.arm == "control":
+            if any(edit_of(module) for module in network.modules()):
+                remove_se(network)
+        elif not any(edit_of(module) for module in network.modules()):
+            inject_se(
+                network,
+                settings.r,
+                divisor=settings.divisor,
+                include=settings.include or None,
+                exclude=settings.exclude or None,
+                example_input=example,
+            )
+        params, macs = _size(network, example)
+        recipe = Recipe(network, settings, len(data.classes), self.seed)
+        if settings.compile:
+            recipe.network.compile()
+        history = RunFolder(self.folder, self.arm, self.seed, data.classes, settings)
+        trainer = self._trainer(history)
+        if trainer.is_global_zero:
+            _check_space(self.folder, params)
+            self._say(data, recipe, trainer)
+        begun = time.perf_counter()
+        last = self.folder / "last.ckpt"
+        done = _epochs_done(last)
+        with _stoppable(run, self.console, settings):
+            trainer.fit(
+                recipe,
+                loader(data.train, settings, training=True, epoch=done, **_ranks(trainer)),
+                loader(data.val, settings, training=False, epoch=done, **_ranks(trainer)),
+                ckpt_path=str(last) if last.exists() else None,
+                weights_only=True,
+            )
+        if recipe.unreadable:
+            first = next(iter(recipe.unreadable))
+            warnings.warn(
+                f"{len(recipe.unreadable)} images could not be read and were left out, such as"
+                f" {first}.",
+                stacklevel=2,
+            )
+        rows = history.rows
+        return {
+            "arm": self.arm,
+            "seed": self.seed,
+            "val_acc": max(row["val_acc"] for row in rows),
+            "last_val_acc": rows[-1]["val_acc"],
+            "params": params,
+            "macs": macs,
+            "seconds": time.perf_counter() - begun,
+            "unreadable": list(recipe.unreadable),
+            "classes": list(data.classes),
+            "input_size": [3, size, size],
+            "history": rows,
+        }
+
+    def _trainer(self, history: "RunFolder") -> pl.Trainer:
+        settings, console = self.settings, self.console
+        callbacks: list[Callback] = [history]
+        if settings.ema:
+            callbacks.append(EMAWeightAveraging(decay=settings.ema))
+        callbacks.append(
+            ModelCheckpoint(
+                dirpath=self.folder,
+                filename="last",
+                enable_version_counter=False,
+                save_on_train_epoch_end=True,
+            )
+        )
+        if console.is_terminal:
+            callbacks.append(RichProgressBar(leave=True))
+        else:
+            callbacks.append(PlainLines(console))
+        gpu = torch.cuda.is_available()
+        strategy: Any = settings.strategy
+        if strategy in ("auto", "ddp") and settings.train == "all" and settings.warmup_epochs:
+            # In phase 1 the base has no gradients, and DDP would wait for them.
+            several = settings.nodes > 1 or settings.devices not in ("auto", "1")
+            if several or strategy == "ddp" or (gpu and torch.cuda.device_count() > 1):
+                strategy = "ddp_find_unused_parameters_true"
+        devices: Any = settings.devices
+        if devices == "auto":
+            devices = "auto" if gpu else 1
+        return pl.Trainer(
+            max_epochs=settings.epochs,
+            accelerator="gpu" if gpu else "cpu",
+            devices=int(devices) if str(devices).isdigit() else devices,
+            num_nodes=settings.nodes,
+            strategy=strategy,
+            precision=settings.precision or ("bf16-mixed" if gpu else "32-true"),  # type: ignore[arg-type]
+            gradient_clip_val=settings.clip,
+            callbacks=callbacks,
+            logger=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            enable_progress_bar=console.is_terminal,
+            deterministic=not gpu,
+            default_root_dir=self.folder,
+        )
+
+    def _say(self, data: Data, recipe: Recipe, trainer: pl.Trainer) -> None:
+        settings, say = self.settings, self.console.print
+        total = sum(p.numel() for p in recipe.network.parameters())
+        added = sum(p.numel() for p in se_parameters(recipe.network))
+        phase1 = sum(p.numel() for p in recipe.network.parameters() if id(p) in recipe._new)
+        last = sum(p.numel() for p in recipe.network.parameters() if p.requires_grad)
+        say(f"{settings.model}, {self.arm} arm, seed {self.seed}", highlight=False)
+        say(
+            f"  {len(data.train)} images to train, {len(data.val)} to validate,"
+            f" {len(data.classes)} classes"
+        )
+        what = "SE blocks and head" if settings.train != "se" else "SE blocks"
+        if settings.train == "all" and 0 < settings.warmup_epochs < settings.epochs:
+            say(
+                f"  epochs 1 to {settings.warmup_epochs}: {what};"
+                f" {settings.warmup_epochs + 1} to {settings.epochs}: all"
+            )
+        else:
+            only_new = settings.train != "all" or settings.warmup_epochs == settings.epochs
+            say(f"  epochs 1 to {settings.epochs}: {what if only_new else 'all'}")
+        for label, count in (("trainable first", phase1), ("at last", last)):
+            say(
+                f"  {label}: {count:,} of {total:,} parameters ({100 * count / total:.2f} %),"
+                f" {added:,} in SE blocks"
+            )
+        say(
+            f"  {trainer.accelerator.__class__.__name__} x {trainer.world_size}, precision"
+            f" {trainer.precision}, effective batch {settings.batch_size}, rate {settings.lr:g}"
+            f" (base {settings.lr * settings.base_lr_scale:g})"
+        )
+
+
+def _epochs_done(last: Path) -> int:
+    """Whole epochs in a checkpoint: on a restart, Lightning starts workers before it says so."""
+    if not last.exists():
+        return 0
+    checkpoint = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+    return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+
+
+def _ranks(trainer: pl.Trainer) -> dict[str, int]:
+    return {"rank": trainer.global_rank, "world": trainer.world_size}
+
+
+def base_of(settings: Settings) -> tuple[nn.Module, dict[str, Any]]:
+    """The network with its weights, and how timm prepares images for it."""
+    checkpoint = None if settings.checkpoint is None else Path(settings.checkpoint)
+    if checkpoint is not None and _is_se_file(checkpoint):
+        network = restore_model(settings.model, checkpoint)
+    else:
+        pretrained = settings.pretrained and checkpoint is None
+        try:
+            network = load_model(settings.model, pretrained=pretrained)
+        except UnknownModelError as error:
+            if not pretrained:
+                raise
+            raise UnknownModelError(
+                f"{error}\nGive weights with --checkpoint FILE, or begin with --no-pretrained."
+            ) from error
+        if checkpoint is not None:
+            load_weights(network, checkpoint)
+    return network, timm.data.resolve_model_data_config(network)
+
+
+def _is_se_file(path: Path) -> bool:
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        read_header(path)
+    except CheckpointError as error:
+        if "not one of save_se" in str(error):
+            return False
+        raise
+    return True
+
+
+def with_head(network: nn.Module, classes: int) -> nn.Module:
+    """A new classifier, unless the network has one for as many classes."""
+    head = head_of(network)
+    if isinstance(head, nn.Linear) and head.out_features == classes:
+        return network
+    if hasattr(network, "reset_classifier"):
+        network.reset_classifier(classes)  # type: ignore[operator]  # timm's
+        return network
+    if not isinstance(head, nn.Linear):
+        raise TrainingError(f"{type(network).__name__} has a head that cannot be replaced.")
+    new = nn.Linear(head.in_features, classes, bias=head.bias is not None)
+    for name, module in network.named_modules():
+        for child, value in module.named_children():
+            if value is head:
+                setattr(network.get_submodule(name), child, new)
+    return network
+
+
+def _size(network: nn.Module, example: torch.Tensor) -> tuple[int, int | None]:
+    count = count_model(network, ((example.to("meta"),), {}))
+    return count.params, count.macs
+
+
+def _check_space(folder: Path, params: int) -> None:
+    """Weights, two moments and the best weights, and as much again while a file is replaced."""
+    wanted, free = 32 * params, shutil.disk_usage(folder).free
+    if free < wanted:
+        raise ArgumentError(
+            f"{folder}: {free / 1e6:.0f} MB are free, the run needs about {wanted / 1e6:.0f} MB."
+        )
+
+
+@contextmanager
+def _stoppable(run: Path, console: Console, settings: Settings) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run; what to do next is said in one line."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise TrainingError(f"stopped. Go on with: se-inject finetune --resume {run}") from None
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of memory at --batch-size {settings.batch_size}; halve it."
+        ) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- what a run leaves ---------------------------------------------------------------------------
+
+
+class RunFolder(Callback):
+    """Keeps the metrics of each epoch and the best weights; goes on where a checkpoint was."""
+
+    def __init__(
+        self, folder: Path, arm: str, seed: int, classes: tuple[str, ...], settings: Settings
+    ) -> None:
+        self.folder, self.arm, self.seed, self.classes = folder, arm, seed, classes
+        self.settings = settings
+        self.rows: list[dict[str, Any]] = []
+        self.best = -1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows, self.best = list(state_dict["rows"]), state_dict["best"]
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        accuracy = float(trainer.callback_metrics["val_acc"])
+        if accuracy <= self.best:
+            return
+        self.best = accuracy
+        if trainer.is_global_zero and not _is_sharded(pl_module):
+            _save_best(pl_module.network, self.folder / "best.safetensors")  # type: ignore[arg-type]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        names = ("train_loss_epoch", "train_acc", "val_loss", "val_acc", "val_top5", "images_per_s")
+        row = {"arm": self.arm, "seed": self.seed, "epoch": trainer.current_epoch + 1}
+        self.rows.append(
+            row | {n.removesuffix("_epoch"): metrics[n] for n in names if n in metrics}
+        )
+        if trainer.is_global_zero:
+            _write_rows(self.folder / "metrics.csv", self.rows)
+
+
+class PlainLines(Callback):
+    """A line an epoch, where the output is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            m = trainer.callback_metrics
+            self.console.print(
+                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}:"
+                f" loss {float(m['train_loss_epoch']):.4f}, val loss {float(m['val_loss']):.4f},"
+                f" val acc {100 * float(m['val_acc']):.2f} %,"
+                f" {float(m['images_per_s']):.0f} images/s",
+                highlight=False,
+            )
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(type(p).__name__ == "DTensor" for p in module.parameters())
+
+
+def _save_best(network: nn.Module, path: Path) -> None:
+    """The SE blocks and everything that was trained; of a control arm the whole network."""
+    if any(edit_of(module) for module in network.modules()):
+        save_se(network, path, extra="trained")
+        return
+    from safetensors.torch import save_file
+
+    with replacing(path) as part:
+        save_file({k: v.detach().clone() for k, v in network.state_dict().items()}, part)
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    with replacing(path) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation of each arm, and whether the arms differ by more than noise."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        arms.setdefault(result["arm"], []).append(result)
+    table = {
+        arm: {
+            "val_acc": [r["val_acc"] for r in own],
+            "mean": statistics.fmean(r["val_acc"] for r in own),
+            "sd": statistics.stdev(r["val_acc"] for r in own) if len(own) > 1 else None,
+            "params": own[0]["params"],
+            "macs": own[0]["macs"],
+            "seconds": statistics.fmean(r["seconds"] for r in own),
+        }
+        for arm, own in arms.items()
+    }
+    return {
+        "arms": table,
+        "verdict": _verdict(arms),
+        "classes": results[0]["classes"],
+        "input_size": results[0]["input_size"],
+        "unreadable": sorted({name for r in results for name in r["unreadable"]}),
+    }
+
+
+def _verdict(arms: dict[str, list[dict[str, Any]]]) -> str:
+    """In words, from a paired t-test: both arms of a seed saw the same batches."""
+    if "control" not in arms:
+        return "No control arm: --control says whether the SE blocks helped."
+    pairs = list(zip(arms["se"], arms["control"], strict=True))
+    differences = [100 * (a["val_acc"] - b["val_acc"]) for a, b in pairs]
+    mean = statistics.fmean(differences)
+    if len(pairs) < 2:
+        return f"With SE {mean:+.2f} points; one seed says nothing of the noise (--seeds 3)."
+    from scipy.stats import t
+
+    error = statistics.stdev(differences) / len(pairs) ** 0.5
+    margin = float(t.ppf(0.975, len(pairs) - 1)) * error
+    beyond = "more than the noise" if abs(mean) > margin else "within the noise"
+    return (
+        f"With SE {mean:+.2f} points, 95 % interval ±{margin:.2f} over {len(pairs)} seeds:"
+        f" {beyond}."
+    )
+
+
+def curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Loss and accuracy over the epochs, one line an arm and seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    colors = {"se": "tab:blue", "control": "tab:orange"}
+    for arm, seed in dict.fromkeys((row["arm"], row["seed"]) for row in rows):
+        own = [row for row in rows if (row["arm"], row["seed"]) == (arm, seed)]
+        epochs, color = [row["epoch"] for row in own], colors[arm]
+        left.plot(epochs, [row["train_loss"] for row in own], color=color, linestyle=":")
+        left.plot(epochs, [row["val_loss"] for row in own], color=color, label=f"{arm}, {seed}")
+        right.plot(
+            epochs, [100 * row["val_acc"] for row in own], color=color, label=f"{arm}, {seed}"
+        )
+    left.set(xlabel="epoch", ylabel="loss (dotted: training)")
+    right.set(xlabel="epoch", ylabel="validation accuracy in %")
+    right.legend(title="arm, seed")
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,118 @@
+"""What a run is good for afterwards: measure its best network, and ask it about images."""
+
+import csv
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from se_inject.checkpoint import load_se
+from se_inject.errors import ArgumentError, DataError
+from se_inject.files import replacing
+from se_inject.finetune.data import loader, open_data, to_rgb, transforms
+from se_inject.finetune.run import CONFIG, base_of, with_head
+from se_inject.finetune.settings import Settings
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The best network of a run, in eval mode, and what it was trained for."""
+
+    network: nn.Module
+    settings: Settings
+    classes: tuple[str, ...]
+    data_config: dict[str, Any]  # how timm prepares images for it
+
+
+def load_run(folder: Path) -> Trained:
+    """Raises:
+    ArgumentError: the folder has no finished run.
+    CheckpointError: its files are damaged.
+    """
+    settings = Settings.read(folder / CONFIG)
+    summary = folder / "summary.json"
+    if not summary.exists():
+        raise ArgumentError(f"{folder} is not finished: se-inject finetune --resume {folder}")
+    classes = tuple(json.loads(summary.read_text())["classes"])
+    # The best weights hold all that was trained; only a base that stayed frozen is fetched again.
+    network, config = base_of(settings)
+    network = with_head(network, len(classes))
+    load_se(network, folder / "best.safetensors")
+    return Trained(network.eval(), settings, classes, config)
+
+
+@torch.no_grad()
+def evaluate(run: Trained, folder: Path, data: str | None = None) -> dict[str, Any]:
+    """Accuracy in all and by class, and the confusion matrix as CSV and PNG in the run folder."""
+    settings = run.settings if data is None else replace(run.settings, data=data)
+    images = open_data(settings, run.data_config, settings.seed)
+    if images.classes != run.classes:
+        raise DataError(
+            f"the classes of {settings.data} are not those of the run:"
+            f" {', '.join(images.classes[:3])}, ... and {', '.join(run.classes[:3])}, ..."
+        )
+    scores, labels, unreadable = [], [], []
+    for x, y, bad in loader(images.val, settings, training=False, epoch=0, rank=0, world=1):
+        scores.append(run.network(x).float())
+        labels.append(y)
+        unreadable += bad
+    result = torch.cat(scores), torch.cat(labels)
+    matrix = multiclass_confusion_matrix(*result, num_classes=len(run.classes))
+    _write_matrix(matrix, run.classes, folder)
+    top = result[0].topk(min(5, len(run.classes)), dim=1).indices
+    hits = top == result[1][:, None]
+    by_class = matrix.diag() / matrix.sum(1).clamp(min=1)
+    return {
+        "images": len(result[1]),
+        "unreadable": unreadable,
+        "top1": hits[:, 0].float().mean().item(),
+        "top5": hits.any(1).float().mean().item(),
+        "classes": dict(zip(run.classes, by_class.tolist(), strict=True)),
+    }
+
+
+@torch.no_grad()
+def predict(run: Trained, path: Path, count: int = 3) -> list[tuple[str, float]]:
+    """The likeliest classes of one image, with their probabilities."""
+    try:
+        with Image.open(path) as image:
+            pixels = to_rgb(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path}: no image that can be read ({error}).") from error
+    _, transform = transforms(run.settings, run.data_config)
+    probabilities: Tensor = run.network(transform(pixels)[None]).float().softmax(1)[0]
+    values, indices = probabilities.topk(min(count, len(run.classes)))
+    return [(run.classes[i], p) for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
+
+
+def _write_matrix(matrix: Tensor, classes: tuple[str, ...], folder: Path) -> None:
+    """Rows are the true classes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with replacing(folder / "confusion.csv") as part, part.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["true \\ predicted", *classes])
+        writer.writerows([name, *row] for name, row in zip(classes, matrix.tolist(), strict=True))
+    size = min(20.0, 3 + 0.35 * len(classes))
+    figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
+    axes.imshow(matrix, cmap="Blues")
+    axes.set(xlabel="predicted", ylabel="true")
+    if len(classes) <= 50:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    if len(classes) <= 20:
+        for i, row in enumerate(matrix.tolist()):
+            for j, value in enumerate(row):
+                color = "white" if value > matrix.max() / 2 else "black"
+                axes.text(j, i, value, ha="center", va="center", fontsize=8, color=color)
+    with replacing(folder / "confusion.png") as part:
+        figure.savefig(part, dpi=120)
+    plt.close(figure)
