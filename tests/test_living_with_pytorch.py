@@ -221,7 +221,7 @@ def test_a_sum_in_place_keeps_its_dtype() -> None:
     x = torch.randn(2, 8, 16, 16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         before = model(x)
-        inject_se(model, example_input=x)
+        inject_se(model, 1, example_input=x)
         after = model(x)
     assert before.dtype == after.dtype == torch.bfloat16
     assert torch.equal(after, before)

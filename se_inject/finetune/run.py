@@ -373,7 +373,10 @@ class RunFolder(Callback):
             return
         self.best = accuracy
         if trainer.is_global_zero and not _is_sharded(pl_module):
-            _save_best(pl_module.network, self.folder / "best.safetensors")  # type: ignore[arg-type]
+            settings = self.settings
+            known = settings.pretrained or settings.checkpoint is not None
+            path = self.folder / "best.safetensors"
+            _save_best(pl_module.network, path, base_is_known=known)  # type: ignore[arg-type]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
@@ -408,10 +411,10 @@ def _is_sharded(module: nn.Module) -> bool:
     return any(type(p).__name__ == "DTensor" for p in module.parameters())
 
 
-def _save_best(network: nn.Module, path: Path) -> None:
-    """The SE blocks and everything that was trained; of a control arm the whole network."""
+def _save_best(network: nn.Module, path: Path, *, base_is_known: bool) -> None:
+    """The SE blocks and what was trained; all where the base began at random, or in the control."""
     if any(edit_of(module) for module in network.modules()):
-        save_se(network, path, extra="trained")
+        save_se(network, path, extra="trained" if base_is_known else "*")
         return
     from safetensors.torch import save_file
 

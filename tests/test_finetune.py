@@ -1,0 +1,491 @@
+"""se-inject finetune: what is frozen when, the same batches for both arms, stop and go on."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from rich.console import Console
+from test_cli import run as command
+from torch import Tensor
+
+from se_inject import ArgumentError, DataError, TrainingError, UnknownModelError, inject_se
+from se_inject.finetune import run as running
+from se_inject.finetune import use
+from se_inject.finetune.data import Images, loader, open_data, split, to_rgb
+from se_inject.finetune.recipe import Recipe
+from se_inject.finetune.settings import Settings
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+)
+
+SETTINGS = Settings(
+    "test_resnet", pretrained=False, epochs=2, warmup_epochs=1, img_size=32, workers=0, lr=3e-3
+)
+QUIET = Console(quiet=True)
+CONFIG = timm.data.resolve_data_config({"input_size": (3, 32, 32)})
+
+
+@pytest.fixture(autouse=True)
+def _few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 of the digits: what is asked here does not depend on how many there are."""
+    from se_inject.finetune import data
+
+    original = data._Digits.__init__
+
+    def few(self: Any) -> None:
+        original(self)
+        self.labels = self.labels[:200]
+
+    monkeypatch.setattr(data._Digits, "__init__", few)
+
+
+# --- phases --------------------------------------------------------------------------------------
+
+
+class Snapshots(pl.Callback):
+    """All tensors of the base after each epoch."""
+
+    def __init__(self) -> None:
+        self.taken: list[dict[str, Tensor]] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.taken.append({k: v.clone() for k, v in pl_module.network.state_dict().items()})
+
+
+def fit(settings: Settings, callback: pl.Callback) -> Recipe:
+    pl.seed_everything(0, verbose=False)
+    network = inject_se(
+        timm.create_model("test_resnet", num_classes=10, drop_path_rate=0.2),
+        example_input=torch.empty(2, 3, 32, 32),
+    )
+    recipe = Recipe(network, settings, 10, 0)
+    data = open_data(settings, CONFIG, 0)
+    trainer = pl.Trainer(
+        max_epochs=settings.epochs,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[callback],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    loaders = [
+        loader(images, settings, training=training, epoch=0, rank=0, world=1)
+        for images, training in ((data.train, True), (data.val, False))
+    ]
+    trainer.fit(recipe, *loaders)
+    return recipe
+
+
+def is_new(key: str) -> bool:
+    return ".se." in key or key.startswith("fc.")
+
+
+def test_phase_1_freezes_the_base_to_the_bit_and_phase_2_moves_it() -> None:
+    torch.manual_seed(0)
+    pl.seed_everything(0, verbose=False)
+    start = timm.create_model("test_resnet", num_classes=10, drop_path_rate=0.2).state_dict()
+    callback = Snapshots()
+    fit(SETTINGS, callback)
+    after_1, after_2 = callback.taken
+    base = [key for key in start if not is_new(key)]
+    assert any("running_mean" in key for key in base)
+    assert [key for key in base if not torch.equal(start[key], after_1[key])] == []
+    learnt = [key for key in after_1 if is_new(key) and not torch.equal(after_1[key], after_2[key])]
+    assert learnt == [key for key in after_1 if is_new(key)]
+    still = [key for key in base if torch.equal(after_1[key], after_2[key])]
+    assert still == []
+
+
+@pytest.mark.parametrize(("train", "head_moves"), [("se", False), ("se+head", True)])
+def test_what_is_not_trained_never_moves(train: Any, head_moves: bool) -> None:
+    callback = Snapshots()
+    fit(replace(SETTINGS, train=train), callback)
+    first, last = callback.taken
+    moved = {key for key in first if not torch.equal(first[key], last[key])}
+    assert {key for key in moved if not is_new(key)} == set()
+    assert ("fc.weight" in moved) == head_moves
+    assert any(".se." in key for key in moved)
+
+
+def test_freezing_survives_train() -> None:
+    network = inject_se(timm.create_model("test_resnet"), example_input=torch.empty(2, 3, 32, 32))
+    recipe = Recipe(network, replace(SETTINGS, train="se+head"), 1000, 0)
+    recipe.eval().train()
+    modes = {name: module.training for name, module in network.named_modules()}
+    assert not modes["bn1"]
+    assert not modes["layer1.0"]
+    assert modes["layer1.0.se"]
+    assert modes["layer1.0.se.fc1"]
+    assert modes["fc"]
+
+
+def test_rates_and_decay_by_group() -> None:
+    network = inject_se(timm.create_model("test_resnet"), example_input=torch.empty(2, 3, 32, 32))
+    groups = list(Recipe(network, SETTINGS, 1000, 0)._groups())
+    names = {id(p): name for name, p in network.named_parameters()}
+    seen = {}
+    for group in groups:
+        for p in group["params"]:
+            seen[names[id(p)]] = (group["lr"], group["weight_decay"])
+    assert len(seen) == len(names)
+    assert seen["conv1.0.weight"] == (
+        pytest.approx(3e-4),
+        0.05,
+    )
+    assert seen["bn1.weight"] == (pytest.approx(3e-4), 0.0)
+    assert seen["layer1.0.se.fc1.weight"] == (3e-3, 0.05)
+    assert seen["layer1.0.se.fc1.bias"] == (3e-3, 0.0)
+    assert seen["fc.bias"] == (3e-3, 0.0)
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return [
+            {k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(file)
+        ]
+
+
+def test_the_arms_differ_in_nothing_but_se(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[tuple[bool, int], list[Any]] = {}
+    heads = {}
+    step = Recipe.training_step
+
+    def watched(self: Recipe, batch: Any, index: int) -> Tensor:
+        key = (any(".se." in k for k in self.network.state_dict()), self.seed)
+        heads.setdefault(key, self.network.fc.weight.detach().clone())
+        seen.setdefault(key, []).append((batch[0].sum().item(), batch[1].tolist()))
+        return step(self, batch, index)
+
+    monkeypatch.setattr(Recipe, "training_step", watched)
+    settings = replace(SETTINGS, control=True, seeds=2, aa="rand-m9-mstd0.5")
+    summary = running.start(settings, tmp_path / "run", QUIET)
+    for seed in (0, 1):
+        assert seen[True, seed] == seen[False, seed]
+        assert torch.equal(heads[True, seed], heads[False, seed])
+    assert seen[True, 0] != seen[True, 1]
+    assert set(summary["arms"]) == {"se", "control"}
+    assert summary["arms"]["se"]["params"] - summary["arms"]["control"]["params"] == 9368
+    assert "over 2 seeds" in summary["verdict"]
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"config.json", "metrics.csv", "curves.png", "best.safetensors", "summary.json"} <= names
+    assert len(rows_of(tmp_path / "run")) == 8
+    assert Image.open(tmp_path / "run" / "curves.png").size[0] > 500
+
+
+def test_a_verdict_says_what_the_seeds_say() -> None:
+    def arm(*accuracies: float) -> list[dict[str, Any]]:
+        return [{"val_acc": a} for a in accuracies]
+
+    def verdict(**arms: list[dict[str, Any]]) -> str:
+        return running._verdict(arms)
+
+    clear = verdict(se=arm(0.90, 0.91, 0.93), control=arm(0.80, 0.82, 0.82))
+    assert clear == "With SE +10.00 points, 95 % interval ±2.48 over 3 seeds: more than the noise."
+    assert "within the noise" in verdict(se=arm(0.9, 0.8, 0.85), control=arm(0.8, 0.9, 0.85))
+    assert "one seed says nothing" in verdict(se=arm(0.9), control=arm(0.8))
+    assert "--control" in verdict(se=arm(0.9))
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from se_inject.errors import SEInjectError
+from se_inject.finetune.run import resume, start
+from se_inject.finetune.settings import Settings
+folder = Path(sys.argv[2])
+try:
+    if sys.argv[1] == "resume":
+        resume(folder, Console(stderr=True))
+    else:
+        start(
+            Settings("test_resnet", pretrained=False, epochs=3, warmup_epochs=1, img_size=32,
+                     workers=2, lr=3e-3, aa="rand-m9-mstd0.5"),  # workers resume otherwise
+            folder, Console(stderr=True),
+        )
+except SEInjectError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def stopped_in_epoch_2(folder: Path, how: int) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "start", str(folder)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(1200):
+        if (folder / "last.ckpt").exists():
+            break
+        time.sleep(0.1)
+    time.sleep(0.3)  # epoch 2 of 3 takes seconds
+    process.send_signal(how)
+    return process
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_kill_minus_nine_and_sigterm_go_on_to_the_same_weights(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", PROGRAM, "start", str(tmp_path / "whole")], check=True)
+    expected, metrics = weights(tmp_path / "whole"), rows_of(tmp_path / "whole")
+    for how in (signal.SIGKILL, signal.SIGTERM):
+        folder = tmp_path / how.name
+        process = stopped_in_epoch_2(folder, how)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert len(rows_of(folder)) < 3
+        if how is signal.SIGTERM:
+            assert f"stopped. Go on with: se-inject finetune --resume {folder}" in stderr
+        subprocess.run([sys.executable, "-c", PROGRAM, "resume", str(folder)], check=True)
+        again = weights(folder)
+        assert [key for key in expected if not torch.equal(expected[key], again[key])] == []
+        assert rows_of(folder) == metrics
+
+
+def test_the_best_network_evaluates_as_in_training_and_predicts(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    summary = running.start(
+        replace(SETTINGS, epochs=6, warmup_epochs=0, base_lr_scale=1.0), folder, QUIET
+    )
+    trained = use.load_run(folder)
+    result = use.evaluate(trained, folder)
+    assert result["top1"] == pytest.approx(summary["arms"]["se"]["mean"], abs=1e-6)
+    assert result["top1"] > 0.3  # chance is 0.1
+    assert Image.open(folder / "confusion.png").size[0] > 300
+    with (folder / "confusion.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert sum(int(n) for row in rows[1:] for n in row[1:]) == result["images"]
+    picture = np.full((9, 7), 200, dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "grey.png")
+    likely = use.predict(trained, tmp_path / "grey.png", count=10)
+    assert sum(p for _, p in likely) == pytest.approx(1)
+    assert likely == sorted(likely, key=lambda pair: -pair[1])
+    with pytest.raises(DataError, match="no image that can be read"):
+        use.predict(trained, folder / "config.json")
+
+
+def test_a_pretrained_base_stays_out_of_the_file(tmp_path: Path) -> None:
+    base = timm.create_model("test_resnet")
+    torch.save(base.state_dict(), tmp_path / "base.pth")
+    settings = replace(SETTINGS, checkpoint=str(tmp_path / "base.pth"), train="se+head")
+    running.start(settings, tmp_path / "run", QUIET)
+    from safetensors.torch import load_file
+
+    keys = load_file(tmp_path / "run" / "best.safetensors")
+    assert "conv1.0.weight" not in keys
+    assert use.load_run(tmp_path / "run").network.num_classes == 10
+
+
+def test_mixup_ema_and_compile_run(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, mixup=0.2, cutmix=1.0, ema=0.9, batch_size=32)
+    summary = running.start(settings, tmp_path / "run", QUIET)
+    assert summary["arms"]["se"]["mean"] > 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at epoch \d, step \d+"):
+        running.start(replace(SETTINGS, lr=1e30, clip=0.0, epochs=3), tmp_path / "run", QUIET)
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes of four images, in all modes that people's files have."""
+    root = tmp_path / "flowers"
+    for i, name in enumerate(("daisy", "rose")):
+        (root / name).mkdir(parents=True)
+        noise = np.random.default_rng(i).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+        image = Image.fromarray(noise)
+        image.save(root / name / "rgb.jpg")
+        image.convert("L").save(root / name / "grey.png")
+        image.convert("CMYK").save(root / name / "cmyk.jpg")
+        image.convert("RGBA").save(root / name / "rgba.png")
+        Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(root / name / "deep.png")
+    return root
+
+
+def test_all_modes_of_images_are_read(folder: Path) -> None:
+    data = open_data(replace(SETTINGS, data=str(folder)), CONFIG, 0)
+    assert data.classes == ("daisy", "rose")
+    assert (len(data.train), len(data.val)) == (8, 2)
+    for images in (data.train, data.val):
+        for i in range(len(images)):
+            x, _ = images[i]
+            assert x.shape == (3, 32, 32)
+            assert x.std() > 0
+
+
+def test_sixteen_bits_become_eight() -> None:
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    deep, flat = (to_rgb(Image.fromarray(a)) for a in (ramp * 257, ramp.astype(np.uint8)))
+    assert np.array_equal(np.asarray(deep), np.asarray(flat))
+
+
+def test_bad_images_are_named_counted_and_skipped(folder: Path) -> None:
+    whole = (folder / "daisy" / "rgb.jpg").read_bytes()
+    (folder / "daisy" / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "rose" / "text.jpg").write_text("not an image")
+    settings = replace(SETTINGS, data=str(folder), batch_size=12, val_split=0.01)
+    data = open_data(settings, CONFIG, 0)
+    labels = bad = 0
+    names: list[str] = []
+    for images in (data.train, data.val):
+        for x, y, unreadable in loader(images, settings, training=False, epoch=0, rank=0, world=1):
+            assert len(x) == len(y)
+            labels += len(y)
+            bad += len(unreadable)
+            names += unreadable
+    assert (labels, bad) == (10, 2)
+    assert any("half.jpg" in name for name in names)
+    assert any("text.jpg" in name for name in names)
+
+
+def bad_folder(root: Path, kind: str) -> str:
+    (root / "a").mkdir(parents=True)
+    image = Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8))
+    if kind != "empty":
+        image.save(root / "a" / "1.png")
+        image.save(root / "a" / "2.png")
+    if kind in ("val lacks", "val has more"):
+        for part, names in (
+            ("train", ["a", "b"]),
+            ("val", ["a"] if kind == "val lacks" else ["a", "b", "c"]),
+        ):
+            for name in names:
+                (root / part / name).mkdir(parents=True)
+                image.save(root / part / name / "1.png")
+    return str(root)
+
+
+BAD_DATA = {
+    "empty": "no images",
+    "one class": r"one class only \(a\)",
+    "val lacks": "lacks classes of the training set: b",
+    "val has more": "classes that are not in the training set: c",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_bad_folders_are_one_clear_error(kind: str, tmp_path: Path) -> None:
+    data = bad_folder(tmp_path / "data", kind)
+    with pytest.raises(DataError, match=BAD_DATA[kind]):
+        open_data(replace(SETTINGS, data=data), CONFIG, 0)
+
+
+def test_unknown_data() -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        open_data(replace(SETTINGS, data="nowhere"), CONFIG, 0)
+    with pytest.raises(DataError, match="its train part cannot be had"):
+        open_data(replace(SETTINGS, data="torch/nothing"), CONFIG, 0)
+
+
+def test_splits_are_stratified_and_whole() -> None:
+    labels = [0] * 10 + [1] * 20 + [2]
+    train, val = split(labels, 0.2)
+    assert sorted(train + val) == list(range(31))
+    assert [sum(labels[i] == c for i in val) for c in range(3)] == [2, 4, 0]
+    assert split(labels, 0.2) == (train, val)
+
+
+def test_augmentation_follows_from_seed_epoch_and_index() -> None:
+    settings = replace(SETTINGS, aa="rand-m9-mstd0.5")
+
+    def images(seed: int, epoch: int) -> Images:
+        train = open_data(settings, CONFIG, seed).train
+        train.epoch = epoch
+        return train
+
+    x = images(0, 0)[3][0]
+    torch.rand(3)
+    assert torch.equal(images(0, 0)[3][0], x)
+    assert not torch.equal(images(0, 1)[3][0], x)
+    assert not torch.equal(images(1, 0)[3][0], x)
+
+
+def test_two_processes_see_the_batches_of_one() -> None:
+    settings = replace(SETTINGS, batch_size=16)
+    data = open_data(settings, CONFIG, 0)
+
+    def labels(rank: int, world: int) -> list[list[int]]:
+        batches = loader(data.train, settings, training=True, epoch=3, rank=rank, world=world)
+        return [y.tolist() for _, y, _ in batches]
+
+    for one, a, b in zip(labels(0, 1), labels(0, 2), labels(1, 2), strict=True):
+        assert sorted(one) == sorted(a + b)
+
+
+# --- the commands --------------------------------------------------------------------------------
+
+
+def test_wrong_settings_and_folders_are_clear_errors(tmp_path: Path) -> None:
+    for change, message in (
+        ({"warmup_epochs": 3}, "--warmup-epochs 3 are the first of --epochs 2"),
+        ({"val_split": 1.5}, "--val-split 1.5 is a share"),
+        ({"lr": 0.0}, "--lr 0.0 must be above 0"),
+        ({"control": True, "train": "se"}, "nothing to train"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            running.start(replace(SETTINGS, **change), tmp_path / "run", QUIET)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArgumentError, match="cannot be written"):
+        running.start(SETTINGS, tmp_path / "file", QUIET)
+    SETTINGS.write(tmp_path / "config.json")
+    with pytest.raises(ArgumentError, match="holds a run already: --resume"):
+        running.start(SETTINGS, tmp_path, QUIET)
+    with pytest.raises(ArgumentError, match="is no run folder"):
+        running.resume(tmp_path / "nothing", QUIET)
+
+
+def test_a_full_disk_is_said_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running.shutil, "disk_usage", lambda _: Free())
+    with pytest.raises(ArgumentError, match="1 MB are free, the run needs about 12 MB"):
+        running.start(SETTINGS, tmp_path / "run", QUIET)
+
+
+class Free:
+    free = 1_000_000
+
+
+def test_weights_that_cannot_be_fetched_name_both_ways_out(tmp_path: Path) -> None:
+    with pytest.raises(UnknownModelError, match="--checkpoint FILE, or begin with --no-pretrained"):
+        running.base_of(replace(SETTINGS, pretrained=True))
+
+
+def test_the_command_trains_and_says_so(tmp_path: Path) -> None:
+    result = command(
+        *("finetune", "test_resnet", "--no-pretrained", "--epochs", "1", "--warmup-epochs", "0"),
+        *("--img-size", "32", "--workers", "0", "--output", str(tmp_path / "run")),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "1438 images to train, 359 to validate, 10 classes" in result.stderr
+    assert "epoch 1/1: loss" in result.stderr
+    assert "383,026" in result.stdout
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["classes"][3] == "3"
+    assert command("finetune", "--resume", str(tmp_path / "run")).returncode == 0  # nothing is left
+    assert command("finetune").returncode == 2
