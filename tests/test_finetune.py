@@ -266,12 +266,14 @@ def test_kill_minus_nine_and_sigterm_go_on_to_the_same_weights(tmp_path: Path) -
 def test_the_best_network_evaluates_as_in_training_and_predicts(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     summary = running.start(
-        replace(SETTINGS, epochs=6, warmup_epochs=0, base_lr_scale=1.0), folder, QUIET
+        replace(SETTINGS, epochs=6, warmup_epochs=0, base_lr_scale=1.0, batch_size=16),
+        folder,
+        QUIET,
     )
     trained = use.load_run(folder)
     result = use.evaluate(trained, folder)
     assert result["top1"] == pytest.approx(summary["arms"]["se"]["mean"], abs=1e-6)
-    assert result["top1"] > 0.3  # chance is 0.1
+    assert result["top1"] > 0.5  # chance is 0.1
     assert Image.open(folder / "confusion.png").size[0] > 300
     with (folder / "confusion.csv").open() as file:
         rows = list(csv.reader(file))

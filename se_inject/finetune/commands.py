@@ -272,7 +272,8 @@ def finetune(
         name = f"{model}-{Path(data).name}".replace("/", "-").replace(":", "-")
         folder = output or Path("runs") / name
         summary = run.start(settings, folder, console)
-    _print_summary(summary, folder)
+    if run.rank() == 0:
+        _print_summary(summary, folder)
 
 
 def _print_summary(summary: dict[str, Any], folder: Path) -> None:

@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     RichProgressBar,
 )
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import nn
 
@@ -52,6 +53,8 @@ def start(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
         DataError, UnknownModelError, CheckpointError, TrainingError: as the parts raise them.
     """
     settings.check()
+    if rank() != 0:  # torchrun's others: the first process writes
+        return _run(settings, folder, console)
     if (folder / CONFIG).exists():
         raise ArgumentError(
             f"{folder} holds a run already: --resume {folder} goes on with it, --output another"
@@ -75,6 +78,7 @@ def resume(folder: Path, console: Console) -> dict[str, Any]:
 
 
 def _run(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
+    first = rank() == 0
     arms = [
         (arm, settings.seed + i)
         for i in range(settings.seeds)
@@ -83,14 +87,18 @@ def _run(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
     results = []
     for arm, seed in arms:
         own = folder if len(arms) == 1 else folder / f"{arm}-{seed}"
-        own.mkdir(exist_ok=True)
         done = own / "arm.json"
-        if not done.exists():
-            result = _Arm(settings, arm, seed, own, console).train(folder)
+        if done.exists():
+            results.append(json.loads(done.read_text()))
+            continue
+        own.mkdir(parents=True, exist_ok=True)
+        results.append(_Arm(settings, arm, seed, own, console).train(folder))
+        if first:
             with replacing(done) as part:
-                part.write_text(json.dumps(result, indent=2) + "\n")
-        results.append(json.loads(done.read_text()))
+                part.write_text(json.dumps(results[-1], indent=2) + "\n")
     summary = summarize(results)
+    if not first:
+        return summary
     with replacing(folder / "summary.json") as part:
         part.write_text(json.dumps(summary, indent=2) + "\n")
     if len(arms) > 1:
@@ -100,6 +108,11 @@ def _run(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
         _write_rows(folder / "metrics.csv", [row for r in results for row in r["history"]])
     curves([row for r in results for row in r["history"]], folder / "curves.png")
     return summary
+
+
+def rank() -> int:
+    """Which of the processes this is; Lightning reads it from what torchrun or SLURM set."""
+    return int(getattr(rank_zero_only, "rank", 0))
 
 
 # --- one arm, one seed ---------------------------------------------------------------------------
