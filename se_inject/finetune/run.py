@@ -260,7 +260,8 @@ class _Arm:
         say(
             f"  {trainer.accelerator.__class__.__name__} x {trainer.world_size}, precision"
             f" {trainer.precision}, effective batch {settings.batch_size}, rate {settings.lr:g}"
-            f" (base {settings.lr * settings.base_lr_scale:g})"
+            f" (base {settings.lr * settings.base_lr_scale:g})",
+            soft_wrap=True,
         )
 
 
