@@ -1,6 +1,7 @@
 """se-inject finetune: what is frozen when, the same batches for both arms, stop and go on."""
 
 import csv
+import functools
 import json
 import signal
 import subprocess
@@ -299,10 +300,16 @@ def test_a_pretrained_base_stays_out_of_the_file(tmp_path: Path) -> None:
     assert use.load_run(tmp_path / "run").network.num_classes == 10
 
 
-def test_mixup_ema_and_compile_run(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, mixup=0.2, cutmix=1.0, ema=0.9, batch_size=32)
+@pytest.mark.parametrize("options", [{"mixup": 0.2, "cutmix": 1.0, "ema": 0.9}, {"compile": True}])
+def test_options_that_change_the_step(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Inductor takes minutes and is not in question here.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    settings = replace(SETTINGS, batch_size=32, **options)
     summary = running.start(settings, tmp_path / "run", QUIET)
-    assert summary["arms"]["se"]["mean"] > 0
+    best = use.evaluate(use.load_run(tmp_path / "run"), tmp_path / "run")["top1"]
+    assert best == pytest.approx(summary["arms"]["se"]["mean"], abs=1e-6)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ class Recipe(pl.LightningModule):
     def __init__(self, network: nn.Module, settings: Settings, classes: int, seed: int) -> None:
         super().__init__()
         self.network = network
+        # In a list, or Lightning would take the compiled network for a second one.
+        self._forward = [torch.compile(network) if settings.compile else network]
         self.settings = settings
         self.seed = seed
         self.unreadable: dict[str, None] = {}  # in the order in which they were met
@@ -79,10 +81,10 @@ class Recipe(pl.LightningModule):
         if self._mixup is not None and len(labels) % 2 == 0:
             with seeded(self.seed, self.global_step, self.global_rank):
                 images, targets = self._mixup(images, labels)
-            scores = self.network(images)
+            scores = self._forward[0](images)
             loss: Tensor = self._soft(scores, targets)
         else:
-            scores = self.network(images)
+            scores = self._forward[0](images)
             loss = self._smoothing(scores, labels)
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -101,7 +103,7 @@ class Recipe(pl.LightningModule):
     def validation_step(self, batch: Batch, index: int) -> None:
         images, labels, unreadable = batch
         self.unreadable.update(dict.fromkeys(unreadable))
-        scores = self.network(images).float()
+        scores = self._forward[0](images).float()
         self.top1(scores, labels)
         self.top5(scores, labels)
         loss = nn.functional.cross_entropy(scores, labels)

@@ -147,8 +147,6 @@ class _Arm:
             )
         params, macs = _size(network, example)
         recipe = Recipe(network, settings, len(data.classes), self.seed)
-        if settings.compile:
-            recipe.network.compile()
         history = RunFolder(self.folder, self.arm, self.seed, data.classes, settings)
         trainer = self._trainer(history)
         if trainer.is_global_zero:
