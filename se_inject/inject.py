@@ -192,12 +192,15 @@ def _edit(
 
 
 def _feed(site: Site) -> str | None:
-    """The child whose output the SE block alone reads, in both modes."""
-    branches = {(w.branch.op, str(w.branch.target), len(w.branch.users)) for w in site.where}
-    if len(branches) > 1:
-        return None
-    ((kind, target, users),) = branches
-    return target if kind == "call_module" and users == 1 else None
+    """The child that runs once and whose output the SE block alone reads, in both modes."""
+    targets = set()
+    for where in site.where:
+        branch = where.branch
+        calls = [
+            n for n in branch.graph.nodes if (n.op, n.target) == ("call_module", branch.target)
+        ]
+        targets.add(str(branch.target) if len(calls) == 1 and len(branch.users) == 1 else None)
+    return targets.pop() if len(targets) == 1 else None
 
 
 def _state_of(module: nn.Module, child: str) -> str:

@@ -93,8 +93,19 @@ class Shared(nn.Module):
         return x + y, y
 
 
+class Twice(nn.Module):
+    """Doubling the convolution would double its first output too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(torch.relu(self.conv(x)))
+
+
 def test_a_factor_with_nowhere_to_go_is_named_and_nothing_changes() -> None:
-    for block in (Bare, Shared):
+    for block in (Bare, Shared, Twice):
         model = inject_se(nn.Sequential(nn.Conv2d(3, 3, 1), block()), 1, divisor=1, example_input=X)
         state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         with pytest.raises(ExportError, match=r"the SE block of '1' .* has nowhere to go"):
