@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import randomize
 from PIL import Image
 from rich.console import Console
 from test_cli import run as command
-from torch import Tensor
+from torch import Tensor, nn
 
-from se_inject import ArgumentError, DataError, TrainingError, UnknownModelError, inject_se
+from se_inject import ArgumentError, DataError, TrainingError, UnknownModelError, inject_se, save_se
 from se_inject.finetune import run as running
 from se_inject.finetune import use
 from se_inject.finetune.data import Images, loader, open_data, split, to_rgb
@@ -66,12 +67,14 @@ class Snapshots(pl.Callback):
         self.taken.append({k: v.clone() for k, v in pl_module.network.state_dict().items()})
 
 
-def fit(settings: Settings, callback: pl.Callback) -> Recipe:
+def base() -> nn.Module:
+    """Not as built: timm's last norms are zero at first, and nothing behind them learns."""
     pl.seed_everything(0, verbose=False)
-    network = inject_se(
-        timm.create_model("test_resnet", num_classes=10, drop_path_rate=0.2),
-        example_input=torch.empty(2, 3, 32, 32),
-    )
+    return randomize(timm.create_model("test_resnet", num_classes=10, drop_path_rate=0.2))
+
+
+def fit(settings: Settings, callback: pl.Callback) -> Recipe:
+    network = inject_se(base(), example_input=torch.empty(2, 3, 32, 32))
     recipe = Recipe(network, settings, 10, 0)
     data = open_data(settings, CONFIG, 0)
     trainer = pl.Trainer(
@@ -97,18 +100,16 @@ def is_new(key: str) -> bool:
 
 
 def test_phase_1_freezes_the_base_to_the_bit_and_phase_2_moves_it() -> None:
-    torch.manual_seed(0)
-    pl.seed_everything(0, verbose=False)
-    start = timm.create_model("test_resnet", num_classes=10, drop_path_rate=0.2).state_dict()
+    start = base().state_dict()
     callback = Snapshots()
     fit(SETTINGS, callback)
     after_1, after_2 = callback.taken
-    base = [key for key in start if not is_new(key)]
-    assert any("running_mean" in key for key in base)
-    assert [key for key in base if not torch.equal(start[key], after_1[key])] == []
+    old = [key for key in start if not is_new(key)]
+    assert any("running_mean" in key for key in old)
+    assert [key for key in old if not torch.equal(start[key], after_1[key])] == []
     learnt = [key for key in after_1 if is_new(key) and not torch.equal(after_1[key], after_2[key])]
     assert learnt == [key for key in after_1 if is_new(key)]
-    still = [key for key in base if torch.equal(after_1[key], after_2[key])]
+    still = [key for key in old if torch.equal(after_1[key], after_2[key])]
     assert still == []
 
 
@@ -462,7 +463,7 @@ def test_wrong_settings_and_folders_are_clear_errors(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArgumentError, match="cannot be written"):
         running.start(SETTINGS, tmp_path / "file", QUIET)
-    SETTINGS.write(tmp_path / "config.json")
+    (tmp_path / "last.ckpt").write_text("")
     with pytest.raises(ArgumentError, match="holds a run already: --resume"):
         running.start(SETTINGS, tmp_path, QUIET)
     with pytest.raises(ArgumentError, match="is no run folder"):
@@ -498,3 +499,60 @@ def test_the_command_trains_and_says_so(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["classes"][3] == "3"
     assert command("finetune", "--resume", str(tmp_path / "run")).returncode == 0  # nothing is left
     assert command("finetune").returncode == 2
+
+
+# --- a run can be used afterwards, however it began ----------------------------------------------
+
+
+def own_network() -> nn.Module:
+    """A callable's network is random, whatever --pretrained says."""
+    return timm.create_model("test_resnet", num_classes=10)
+
+
+def se_file(folder: Path) -> Path:
+    model = inject_se(timm.create_model("test_resnet", num_classes=10))
+    save_se(model, folder / "se.safetensors", extra="*")
+    return folder / "se.safetensors"
+
+
+BEGINNINGS: dict[str, Any] = {
+    "an SE checkpoint": lambda folder: {"checkpoint": str(se_file(folder))},
+    "an average over a frozen base": lambda folder: {"train": "se+head", "ema": 0.9},
+    "a callable": lambda folder: {
+        "model": "test_finetune:own_network",
+        "pretrained": True,
+        "train": "se+head",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", BEGINNINGS)
+def test_what_was_measured_in_training_can_be_measured_again(kind: str, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, **BEGINNINGS[kind](tmp_path))
+    summary = running.start(settings, tmp_path / "run", QUIET)
+    result = use.evaluate(use.load_run(tmp_path / "run"), tmp_path / "run")
+    assert result["top1"] == pytest.approx(summary["arms"]["se"]["mean"], abs=1e-6)
+
+
+def test_a_new_head_cannot_stay_untrained(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"--train se keeps the head .* Use --train se\+head"):
+        running.start(replace(SETTINGS, train="se"), tmp_path / "run", QUIET)
+    # What failed before its first epoch does not stand in the way of the right command.
+    running.start(replace(SETTINGS, train="se+head", epochs=1), tmp_path / "run", QUIET)
+
+
+def test_a_whole_folder_is_evaluated(folder: Path, tmp_path: Path) -> None:
+    running.start(replace(SETTINGS, data=str(folder)), tmp_path / "run", QUIET)
+    trained = use.load_run(tmp_path / "run")
+    assert use.evaluate(trained, tmp_path / "run")["images"] == 2
+    assert use.evaluate(trained, tmp_path / "run", data=str(folder))["images"] == 10
+
+
+def test_strategies_and_processes_that_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ArgumentError, match="--strategy fsdp is not known; use auto or ddp"):
+        running.start(replace(SETTINGS, strategy="fsdp"), tmp_path / "run", QUIET)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ArgumentError, match="2 processes were started, and --devices auto"):
+        running.start(SETTINGS, tmp_path / "run", QUIET)

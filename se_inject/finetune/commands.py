@@ -194,9 +194,7 @@ def finetune(
         str, typer.Option(help="How many GPUs or processes.", rich_help_panel=_MACHINE)
     ] = "auto",
     nodes: Annotated[int, typer.Option(min=1, help="Machines.", rich_help_panel=_MACHINE)] = 1,
-    strategy: Annotated[
-        str, typer.Option(help="auto, ddp, fsdp, ...", rich_help_panel=_MACHINE)
-    ] = "auto",
+    strategy: Annotated[str, typer.Option(help="auto or ddp.", rich_help_panel=_MACHINE)] = "auto",
     workers: Annotated[
         int,
         typer.Option(
@@ -236,8 +234,8 @@ def finetune(
         assert model is not None
         settings = Settings(
             model=model,
-            data=data,
-            data_dir=data_dir,
+            data=str(Path(data).resolve()) if Path(data).is_dir() else data,
+            data_dir=None if data_dir is None else str(Path(data_dir).resolve()),
             r=r,
             divisor=divisor,
             include=tuple(include or ()),

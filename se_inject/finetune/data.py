@@ -96,10 +96,13 @@ def loader(
     """Batches of one process; all processes together see batches of ``settings.batch_size``."""
     order = Order(images, world, rank, shuffle=training, seed=images.seed, drop_last=False)
     order.set_epoch(epoch)
+    size = max(1, settings.batch_size // world)
     return DataLoader(
         images,
-        batch_size=max(1, settings.batch_size // world),
+        batch_size=size,
         sampler=order,
+        # A last batch of one image has no statistics for a BatchNorm.
+        drop_last=training and len(order) > size,
         num_workers=settings.workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
@@ -111,7 +114,7 @@ def collate(samples: list[tuple[Tensor, int] | str]) -> Batch:
     good = [sample for sample in samples if not isinstance(sample, str)]
     bad = [sample for sample in samples if isinstance(sample, str)]
     if not good:
-        raise DataError(f"none of {len(bad)} images of a batch can be read, such as {bad[0]}.")
+        return torch.empty(0), torch.empty(0, dtype=torch.long), bad
     images, labels = default_collate(good)
     return images, labels, bad
 
@@ -189,12 +192,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def open_data(settings: Settings, config: dict[str, Any], seed: int) -> Data:
+def open_data(
+    settings: Settings, config: dict[str, Any], seed: int, *, whole: bool = False
+) -> Data:
     """The sets of a run.
 
     Args:
         config: what ``timm.data.resolve_model_data_config`` says of the network.
-        seed: of the split (where there is none), the order and the augmentation.
+        seed: of the order and the augmentation.
+        whole: validate on all images where there is no validation part, instead of a share.
 
     Raises:
         DataError: there are no images, one class only, or training and validation do not fit.
@@ -209,6 +215,8 @@ def open_data(settings: Settings, config: dict[str, Any], seed: int) -> Data:
         )
     if val is None:
         ours, theirs = split(train.labels, settings.val_split)
+        if whole:
+            theirs = list(range(len(train)))
         val = train
     else:
         ours, theirs = list(range(len(train))), list(range(len(val)))
@@ -255,12 +263,14 @@ def split(labels: Sequence[int], share: float) -> tuple[list[int], list[int]]:
     """Indices for training and validation, the same share of each class, always the same ones."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
     counts = Counter(labels)
-    wanted = {label: max(1, round(count * share)) for label, count in counts.items()}
+    wanted = {
+        label: min(count - 1, max(1, round(count * share))) for label, count in counts.items()
+    }
     taken: Counter[int] = Counter()
     train, val = [], []
     for index in order:
         label = labels[index]
-        if taken[label] < wanted[label] and counts[label] > 1:
+        if taken[label] < wanted[label]:
             taken[label] += 1
             val.append(index)
         else:

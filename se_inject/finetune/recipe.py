@@ -71,9 +71,11 @@ class Recipe(pl.LightningModule):
 
     # --- steps -----------------------------------------------------------------------------------
 
-    def training_step(self, batch: Batch, index: int) -> Tensor:
+    def training_step(self, batch: Batch, index: int) -> Tensor | None:
         images, labels, unreadable = batch
         self.unreadable.update(dict.fromkeys(unreadable))
+        if not len(labels):
+            return None
         if torch.cuda.is_available():
             images = images.to(memory_format=torch.channels_last)
         # Dropout and stochastic depth follow from the step: a resumed run draws the same numbers.
@@ -103,6 +105,8 @@ class Recipe(pl.LightningModule):
     def validation_step(self, batch: Batch, index: int) -> None:
         images, labels, unreadable = batch
         self.unreadable.update(dict.fromkeys(unreadable))
+        if not len(labels):
+            return
         scores = self._forward[0](images).float()
         self.top1(scores, labels)
         self.top5(scores, labels)

@@ -2,12 +2,13 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ import timm
 import torch
 from lightning.pytorch.callbacks import (
     Callback,
-    EMAWeightAveraging,
     ModelCheckpoint,
     RichProgressBar,
+    WeightAveraging,
 )
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import nn
@@ -55,7 +57,7 @@ def start(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
     settings.check()
     if rank() != 0:  # torchrun's others: the first process writes
         return _run(settings, folder, console)
-    if (folder / CONFIG).exists():
+    if any(folder.glob("**/last.ckpt")) or any(folder.glob("**/arm.json")):
         raise ArgumentError(
             f"{folder} holds a run already: --resume {folder} goes on with it, --output another"
             " folder begins anew."
@@ -130,7 +132,13 @@ class _Arm:
         pl.seed_everything(self.seed, workers=True, verbose=False)
         network, config = base_of(settings)
         data = open_data(settings, config, self.seed)
+        old = head_of(network)
         network = with_head(network, len(data.classes))
+        if settings.train == "se" and head_of(network) is not old:
+            raise ArgumentError(
+                f"--train se keeps the head of {settings.model}, which is for other classes than"
+                f" the {len(data.classes)} of the data. Use --train se+head."
+            )
         size = settings.img_size or config["input_size"][-1]
         example = torch.empty(2, 3, size, size)
         if self.arm == "control":
@@ -189,7 +197,8 @@ class _Arm:
         settings, console = self.settings, self.console
         callbacks: list[Callback] = [history]
         if settings.ema:
-            callbacks.append(EMAWeightAveraging(decay=settings.ema))
+            device = "cuda" if torch.cuda.is_available() else None
+            callbacks.append(WeightAveraging(device=device, avg_fn=_average(settings.ema)))
         callbacks.append(
             ModelCheckpoint(
                 dirpath=self.folder,
@@ -203,6 +212,8 @@ class _Arm:
         else:
             callbacks.append(PlainLines(console))
         gpu = torch.cuda.is_available()
+        if settings.strategy != "auto" and not settings.strategy.startswith("ddp"):
+            raise ArgumentError(f"--strategy {settings.strategy} is not known; use auto or ddp.")
         strategy: Any = settings.strategy
         if strategy in ("auto", "ddp") and settings.train == "all" and settings.warmup_epochs:
             # In phase 1 the base has no gradients, and DDP would wait for them.
@@ -212,7 +223,7 @@ class _Arm:
         devices: Any = settings.devices
         if devices == "auto":
             devices = "auto" if gpu else 1
-        return pl.Trainer(
+        trainer = pl.Trainer(
             max_epochs=settings.epochs,
             accelerator="gpu" if gpu else "cpu",
             devices=int(devices) if str(devices).isdigit() else devices,
@@ -228,7 +239,15 @@ class _Arm:
             enable_progress_bar=console.is_terminal,
             deterministic=not gpu,
             default_root_dir=self.folder,
+            plugins=[WholeFiles()],
         )
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched not in (1, trainer.world_size):
+            raise ArgumentError(
+                f"{launched} processes were started, and --devices {settings.devices} --nodes"
+                f" {settings.nodes} say {trainer.world_size}. Say how many there are of each node."
+            )
+        return trainer
 
     def _say(self, data: Data, recipe: Recipe, trainer: pl.Trainer) -> None:
         settings, say = self.settings, self.console.print
@@ -310,7 +329,8 @@ def _is_se_file(path: Path) -> bool:
 def with_head(network: nn.Module, classes: int) -> nn.Module:
     """A new classifier, unless the network has one for as many classes."""
     head = head_of(network)
-    if isinstance(head, nn.Linear) and head.out_features == classes:
+    width = head.out_features if isinstance(head, nn.Linear) else None
+    if classes == (width or getattr(network, "num_classes", None)):
         return network
     if hasattr(network, "reset_classifier"):
         network.reset_classifier(classes)  # type: ignore[operator]  # timm's
@@ -359,6 +379,29 @@ def _stoppable(run: Path, console: Console, settings: Settings) -> Iterator[None
         signal.signal(signal.SIGTERM, before)
 
 
+class WholeFiles(TorchCheckpointIO):
+    """Lightning's own goes through the system's folder for temporary files, which may be on
+    another disk: a kill in the middle would then leave half a checkpoint, and no other.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(Path(path)) as part:
+            torch.save(checkpoint, part)
+
+
+def _average(decay: float) -> Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]:
+    """An exponential moving average that leaves what does not move as it is, to the bit."""
+
+    def average(mean: torch.Tensor, current: torch.Tensor, _: Any) -> torch.Tensor:
+        current = current.to(mean.device)
+        return mean.lerp(current, 1 - decay) if mean.is_floating_point() else current
+
+    return average
+
+
 # --- what a run leaves ---------------------------------------------------------------------------
 
 
@@ -386,7 +429,8 @@ class RunFolder(Callback):
         self.best = accuracy
         if trainer.is_global_zero and not _is_sharded(pl_module):
             settings = self.settings
-            known = settings.pretrained or settings.checkpoint is not None
+            from_library = settings.pretrained and ":" not in settings.model
+            known = from_library or settings.checkpoint is not None
             path = self.folder / "best.safetensors"
             _save_best(pl_module.network, path, base_is_known=known)  # type: ignore[arg-type]
 

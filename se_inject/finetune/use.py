@@ -11,12 +11,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from se_inject.checkpoint import load_se
+from se_inject.checkpoint import load_se, read_header
 from se_inject.errors import ArgumentError, DataError
 from se_inject.files import replacing
 from se_inject.finetune.data import loader, open_data, to_rgb, transforms
 from se_inject.finetune.run import CONFIG, base_of, with_head
 from se_inject.finetune.settings import Settings
+from se_inject.generated import edit_of
+from se_inject.inject import remove_se
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,27 @@ def load_run(folder: Path) -> Trained:
     if not summary.exists():
         raise ArgumentError(f"{folder} is not finished: se-inject finetune --resume {folder}")
     classes = tuple(json.loads(summary.read_text())["classes"])
-    # The best weights hold all that was trained; only a base that stayed frozen is fetched again.
-    network, config = base_of(settings)
+    best = folder / "best.safetensors"
+    # The file holds all that was trained; only a base that stayed frozen is fetched again.
+    network, config = base_of(replace(settings, pretrained=False, checkpoint=None))
     network = with_head(network, len(classes))
-    load_se(network, folder / "best.safetensors")
+    if read_header(best).differing(network):
+        network, config = base_of(settings)
+        if any(edit_of(module) for module in network.modules()):  # --checkpoint was of save_se
+            remove_se(network)
+        network = with_head(network, len(classes))
+    load_se(network, best)
     return Trained(network.eval(), settings, classes, config)
 
 
 @torch.no_grad()
 def evaluate(run: Trained, folder: Path, data: str | None = None) -> dict[str, Any]:
-    """Accuracy in all and by class, and the confusion matrix as CSV and PNG in the run folder."""
+    """Accuracy in all and by class, and the confusion matrix as CSV and PNG in the run folder.
+
+    Of ``data``, where given, all images count unless it has a validation part of its own.
+    """
     settings = run.settings if data is None else replace(run.settings, data=data)
-    images = open_data(settings, run.data_config, settings.seed)
+    images = open_data(settings, run.data_config, settings.seed, whole=data is not None)
     if images.classes != run.classes:
         raise DataError(
             f"the classes of {settings.data} are not those of the run:"
@@ -58,9 +69,12 @@ def evaluate(run: Trained, folder: Path, data: str | None = None) -> dict[str, A
         )
     scores, labels, unreadable = [], [], []
     for x, y, bad in loader(images.val, settings, training=False, epoch=0, rank=0, world=1):
-        scores.append(run.network(x).float())
-        labels.append(y)
         unreadable += bad
+        if len(y):
+            scores.append(run.network(x).float())
+            labels.append(y)
+    if not labels:
+        raise DataError(f"--data {settings.data}: no image can be read, such as {unreadable[0]}.")
     result = torch.cat(scores), torch.cat(labels)
     matrix = multiclass_confusion_matrix(*result, num_classes=len(run.classes))
     _write_matrix(matrix, run.classes, folder)
@@ -82,7 +96,7 @@ def predict(run: Trained, path: Path, count: int = 3) -> list[tuple[str, float]]
     try:
         with Image.open(path) as image:
             pixels = to_rgb(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: no image that can be read ({error}).") from error
     _, transform = transforms(run.settings, run.data_config)
     probabilities: Tensor = run.network(transform(pixels)[None]).float().softmax(1)[0]
