@@ -510,7 +510,7 @@ def _plan(
                 include=[_literal(block) for block in blocks],
                 divisor=settings.divisor,
                 placement=settings.placement,  # type: ignore[arg-type]  # checked there
-                init=settings.init,  # type: ignore[arg-type]
+                init=settings.init,  # type: ignore[arg-type]  # checked there
                 se_layer=se_layer if settings.custom else None,
             )
     except SEInjectError as error:

@@ -229,7 +229,7 @@ class _Arm:
             devices=int(devices) if str(devices).isdigit() else devices,
             num_nodes=settings.nodes,
             strategy=strategy,
-            precision=settings.precision or ("bf16-mixed" if gpu else "32-true"),  # type: ignore[arg-type]
+            precision=settings.precision or ("bf16-mixed" if gpu else "32-true"),  # type: ignore[arg-type]  # the user's words
             gradient_clip_val=settings.clip,
             callbacks=callbacks,
             logger=False,
@@ -432,7 +432,7 @@ class RunFolder(Callback):
             from_library = settings.pretrained and ":" not in settings.model
             known = from_library or settings.checkpoint is not None
             path = self.folder / "best.safetensors"
-            _save_best(pl_module.network, path, base_is_known=known)  # type: ignore[arg-type]
+            _save_best(pl_module.network, path, base_is_known=known)  # type: ignore[arg-type]  # a Recipe
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
