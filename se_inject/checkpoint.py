@@ -96,7 +96,8 @@ def load_se(
 ) -> nn.Module:
     """Inject into ``base`` what a file of :func:`save_se` says, in place, and return the model.
 
-    Outputs are then equal to those of the saved model. If anything fails, ``base`` is as it was.
+    Outputs are then equal to those of the saved model, unless a warning says that a module of
+    the base has another class or setting, such as eps. If anything fails, ``base`` is as it was.
 
     Args:
         base: the network that the saved one was made from, with its weights, without SE blocks.

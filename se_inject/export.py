@@ -7,6 +7,7 @@ and halving are exact in floating point, so the outputs stay equal to the last b
 """
 
 import copy
+import importlib.util
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -257,7 +258,7 @@ def write_stock(model: nn.Module, path: Path) -> str:
     stock = to_stock(model)
     with replacing(path, ".safetensors") as part:
         save_file({k: v.contiguous() for k, v in stock.state_dict().items()}, part)
-    name = stock.pretrained_cfg["architecture"]  # type: ignore[index]  # timm's own
+    name = _architecture(stock)
     options = {"num_classes": (_num_classes(model), 1000), "in_chans": (_in_chans(model), 3)}
     given = "".join(f", {k}={v}" for k, (v, default) in options.items() if v != default)
     return f"timm.create_model({name!r}, checkpoint_path={str(path)!r}{given})"
@@ -274,11 +275,11 @@ def write_torch_export(model: nn.Module, path: Path) -> None:
 
 def write_onnx(model: nn.Module, path: Path) -> None:
     """Write an ONNX file, compared with the model in onnxruntime."""
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  # torch writes ONNX through it
-    except ModuleNotFoundError as error:
-        raise ExportError(f"{error}: pip install 'se-inject[onnx]'.") from error
+    for name in ("onnxruntime", "onnxscript"):  # torch writes ONNX through the second
+        if importlib.util.find_spec(name) is None:
+            raise ExportError(f"there is no {name}: pip install 'se-inject[onnx]'.")
+    import onnxruntime
+
     model = copy.deepcopy(model).cpu().eval()
     args = example_tensors(model)
     program = _program(model, args)

@@ -419,7 +419,7 @@ def _mode_reads() -> Iterator[list[nn.Module]]:
     def write(module: nn.Module, value: bool) -> None:
         vars(module)["training"] = value
 
-    nn.Module.training = property(read, write)  # type: ignore[assignment]
+    nn.Module.training = property(read, write)  # type: ignore[assignment]  # for a moment
     try:
         yield readers
     finally:

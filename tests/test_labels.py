@@ -18,7 +18,7 @@ from se_inject.models import load_model
 from se_inject.record import example_inputs, meta_copy
 from se_inject.zoo import model_names
 
-MODELS = """
+NAMES = """
 bat_resnext26ts coat_lite_mini convformer_s18 convmixer_1024_20_ks9_p14 convnext_zepto_rms
 convnextv2_pico cpubone_nano cs3edgenet_x cs3se_edgenet_x cs3sedarknet_xdw csatv2 cspnext_tiny
 cspresnext50 darknet17 davit_tiny dla102 dla34 dla60_res2net dpn48b eca_resnet33ts eca_vovnet39b
@@ -47,9 +47,8 @@ torchvision/raft_small torchvision/regnet_x_1_6gf torchvision/regnet_y_800mf tor
 torchvision/swin3d_t torchvision/swin_t torchvision/swin_v2_t tresnet_m twins_pcpvt_small
 visformer_small vit_pe_spatial_small_patch16_512 vit_small_r26_s32_384 vitamin_base_224
 volo_d1_224 xception41 xception41p
-""".split()  # noqa: SIM905
-if os.environ.get("SE_INJECT_ZOO") == "all":
-    MODELS = model_names()
+"""
+MODELS = model_names() if os.environ.get("SE_INJECT_ZOO") == "all" else NAMES.split()
 
 # Adds inside what torch makes of scaled_dot_product_attention, not in the forward.
 HIDDEN = {"timm.models.vision_transformer_sam.Attention"}

@@ -1,5 +1,6 @@
 """``se-inject finetune``, ``evaluate`` and ``predict``: parse, call, print."""
 
+import importlib.util
 import json
 import logging
 import sys
@@ -346,10 +347,8 @@ def predict(
 
 
 def _need_lightning() -> None:
-    try:
-        import lightning  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ArgumentError(f"{error}: pip install 'se-inject[finetune]'.") from error
+    if importlib.util.find_spec("lightning") is None:
+        raise ArgumentError("there is no lightning: pip install 'se-inject[finetune]'.")
     # Tips, devices and its own deprecations; errors still come through.
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -167,8 +167,9 @@ def _mixup(settings: Settings, classes: int) -> Mixup | None:
 
 def head_of(network: nn.Module) -> nn.Module:
     """The classifier: what timm says it is, else the last Linear."""
-    if hasattr(network, "get_classifier"):
-        head = network.get_classifier()  # type: ignore[operator]  # timm's
+    of_timm: Any = getattr(network, "get_classifier", None)
+    if of_timm is not None:
+        head = of_timm()
         if isinstance(head, nn.Module) and any(True for _ in head.parameters()):
             return head
     linears = [m for m in network.modules() if isinstance(m, nn.Linear)]

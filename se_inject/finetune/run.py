@@ -332,8 +332,9 @@ def with_head(network: nn.Module, classes: int) -> nn.Module:
     width = head.out_features if isinstance(head, nn.Linear) else None
     if classes == (width or getattr(network, "num_classes", None)):
         return network
-    if hasattr(network, "reset_classifier"):
-        network.reset_classifier(classes)  # type: ignore[operator]  # timm's
+    of_timm: Any = getattr(network, "reset_classifier", None)
+    if of_timm is not None:
+        of_timm(classes)
         return network
     if not isinstance(head, nn.Linear):
         raise TrainingError(f"{type(network).__name__} has a head that cannot be replaced.")
