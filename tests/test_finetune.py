@@ -2,10 +2,12 @@
 
 import csv
 import functools
+import io
 import json
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +27,10 @@ from torch import Tensor, nn
 from se_inject import ArgumentError, DataError, TrainingError, UnknownModelError, inject_se, save_se
 from se_inject.finetune import run as running
 from se_inject.finetune import use
-from se_inject.finetune.data import Images, loader, open_data, split, to_rgb
+from se_inject.finetune.data import NO_IMAGE, Images, loader, open_data, split
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.settings import Settings
+from se_inject.finetune.sources import to_rgb
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
@@ -43,15 +46,15 @@ CONFIG = timm.data.resolve_data_config({"input_size": (3, 32, 32)})
 @pytest.fixture(autouse=True)
 def _few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """200 of the digits: what is asked here does not depend on how many there are."""
-    from se_inject.finetune import data
+    from se_inject.finetune import sources
 
-    original = data._Digits.__init__
+    original = sources.Digits.__init__
 
     def few(self: Any) -> None:
         original(self)
         self.labels = self.labels[:200]
 
-    monkeypatch.setattr(data._Digits, "__init__", few)
+    monkeypatch.setattr(sources.Digits, "__init__", few)
 
 
 # --- phases --------------------------------------------------------------------------------------
@@ -111,6 +114,26 @@ def test_phase_1_freezes_the_base_to_the_bit_and_phase_2_moves_it() -> None:
     assert learnt == [key for key in after_1 if is_new(key)]
     still = [key for key in old if torch.equal(after_1[key], after_2[key])]
     assert still == []
+
+
+@pytest.mark.parametrize(("bn_stats", "move"), [("frozen", False), ("moving", True)])
+def test_statistics_in_phase_2(bn_stats: Any, move: bool) -> None:
+    callback = Snapshots()
+    fit(replace(SETTINGS, bn_stats=bn_stats), callback)
+    after_1, after_2 = callback.taken
+    statistics = [key for key in after_1 if "running_" in key]
+    moved = {key for key in after_1 if not torch.equal(after_1[key], after_2[key])}
+    assert statistics
+    assert [key in moved for key in statistics] == [move] * len(statistics)
+    assert {"bn1.weight", "conv1.0.weight"} <= moved
+
+
+def test_a_pretrained_base_keeps_its_statistics() -> None:
+    assert not SETTINGS.statistics_frozen
+    assert replace(SETTINGS, pretrained=True).statistics_frozen
+    assert replace(SETTINGS, checkpoint="base.pth").statistics_frozen
+    assert not replace(SETTINGS, pretrained=True, bn_stats="moving").statistics_frozen
+    assert not replace(SETTINGS, pretrained=True, model="mine:network").statistics_frozen
 
 
 @pytest.mark.parametrize(("train", "head_moves"), [("se", False), ("se+head", True)])
@@ -213,6 +236,7 @@ from rich.console import Console
 from se_inject.errors import SEInjectError
 from se_inject.finetune.run import resume, start
 from se_inject.finetune.settings import Settings
+from se_inject.finetune.sources import to_rgb
 folder = Path(sys.argv[2])
 try:
     if sys.argv[1] == "resume":
@@ -343,7 +367,8 @@ def test_all_modes_of_images_are_read(folder: Path) -> None:
     assert (len(data.train), len(data.val)) == (8, 2)
     for images in (data.train, data.val):
         for i in range(len(images)):
-            x, _ = images[i]
+            x, _, wrong = images[i]
+            assert not wrong
             assert x.shape == (3, 32, 32)
             assert x.std() > 0
 
@@ -365,7 +390,7 @@ def test_bad_images_are_named_counted_and_skipped(folder: Path) -> None:
     for images in (data.train, data.val):
         for x, y, unreadable in loader(images, settings, training=False, epoch=0, rank=0, world=1):
             assert len(x) == len(y)
-            labels += len(y)
+            labels += int((y != NO_IMAGE).sum())
             bad += len(unreadable)
             names += unreadable
     assert (labels, bad) == (10, 2)
@@ -405,10 +430,100 @@ def test_bad_folders_are_one_clear_error(kind: str, tmp_path: Path) -> None:
         open_data(replace(SETTINGS, data=data), CONFIG, 0)
 
 
+def test_an_image_beside_the_class_folders_is_an_error(folder: Path) -> None:
+    (folder / "rose" / "rgb.jpg").rename(folder / "stray.jpg")
+    with pytest.raises(DataError, match=r"stray\.jpg lies beside the class folders"):
+        open_data(replace(SETTINGS, data=str(folder)), CONFIG, 0)
+
+
+def test_class_order_does_not_hang_on_a_hash(tmp_path: Path) -> None:
+    """timm sorts a set by a key for which these names are equal."""
+    for name in ("a1", "a01", "a001"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
+    data = open_data(replace(SETTINGS, data=str(tmp_path)), CONFIG, 0)
+    assert data.classes == ("a001", "a01", "a1")
+    source = data.train.source
+    for name, label in zip(source.names, source.labels, strict=True):
+        assert data.classes[label] == Path(name).parent.name
+
+
+def shard(path: Path, images: list[tuple[str, Path, str]]) -> None:
+    """A WebDataset shard of (key, image file, label)."""
+    with tarfile.open(path, "w") as tar:
+        for key, image, label in images:
+            for name, content in (
+                (f"{key}{image.suffix}", image.read_bytes()),
+                (f"{key}.cls", label.encode()),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("words", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+def test_shards_give_the_images_of_the_folder(
+    words: bool, split: bool, folder: Path, tmp_path: Path
+) -> None:
+    """A folder and the same images in tar files: equal tensors and labels, by index."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    flat = open_data(replace(SETTINGS, data=str(folder)), CONFIG, 0).train.source
+    items = [
+        (f"set/{i:03}.x", folder / name, flat.classes[label] if words else str(label))
+        for i, (name, label) in enumerate(zip(flat.names, flat.labels, strict=True))
+    ]
+    # The key ends at the first dot of the file name, not of the path.
+    items = [(key.removesuffix(".x"), image, label) for key, image, label in items]
+    if split:
+        shard(shards / "flowers-train-0000.tar", items[:3] + items[5:8])
+        shard(shards / "flowers-val-0000.tar", items[3:5] + items[8:])
+    else:
+        shard(shards / "0000.tar", items[:4])
+        shard(shards / "0001.tar", items[4:])
+    data = open_data(replace(SETTINGS, data="wds/flowers", data_dir=str(shards)), CONFIG, 0)
+    assert data.classes == (flat.classes if words else ("0", "1"))
+    assert len(data.train) + len(data.val) == 10
+    if not split:
+        for i in range(10):
+            ours, theirs = data.train.source[i], flat[i]
+            assert ours[1] == theirs[1]
+            assert np.array_equal(np.asarray(ours[0]), np.asarray(theirs[0]))
+    else:
+        assert (len(data.train), len(data.val)) == (6, 4)
+
+
+def test_a_folder_without_shards() -> None:
+    with pytest.raises(DataError, match=r"has no \*.tar. Give wds/FOLDER"):
+        open_data(replace(SETTINGS, data="wds/nothing"), CONFIG, 0)
+
+
+def test_hugging_face_data_are_read_without_decoding(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for name in ("daisy", "rose"):
+        (tmp_path / "hub" / "train" / name).mkdir(parents=True)
+        for image in (folder / name).iterdir():
+            image.rename(tmp_path / "hub" / "train" / name / image.name)
+    bad = tmp_path / "hub" / "train" / "rose" / "bad.png"
+    bad.write_bytes(b"no image")
+    settings = replace(SETTINGS, data=f"hfds/{tmp_path / 'hub'}", data_dir=str(tmp_path / "cache"))
+    data = open_data(settings, CONFIG, 0)
+    assert data.classes == ("daisy", "rose")
+    assert sorted(data.train.source.labels) == [0] * 5 + [1] * 6
+    labels = [data.train[i][1] for i in range(len(data.train))]
+    labels += [data.val[i][1] for i in range(len(data.val))]
+    assert sorted(labels) == [NO_IMAGE] + [0] * 5 + [1] * 5
+
+
 def test_unknown_data() -> None:
     with pytest.raises(DataError, match="no such folder"):
         open_data(replace(SETTINGS, data="nowhere"), CONFIG, 0)
-    with pytest.raises(DataError, match="its train part cannot be had"):
+    with pytest.raises(DataError, match="cannot be had"):
         open_data(replace(SETTINGS, data="torch/nothing"), CONFIG, 0)
 
 
@@ -445,6 +560,19 @@ def test_two_processes_see_the_batches_of_one() -> None:
 
     for one, a, b in zip(labels(0, 1), labels(0, 2), labels(1, 2), strict=True):
         assert sorted(one) == sorted(a + b)
+
+
+def test_each_image_is_validated_once_by_some_process() -> None:
+    """torch's own sampler would give some images twice, so that all have as many."""
+    settings = replace(SETTINGS, batch_size=7)
+    data = open_data(settings, CONFIG, 0)
+    seen: list[int] = []
+    for rank in range(7):
+        batches = list(loader(data.val, settings, training=False, epoch=0, rank=rank, world=7))
+        assert len(batches) == -(-len(data.val) // 7)
+        seen += [label for _, y, _ in batches for label in y.tolist() if label != NO_IMAGE]
+    assert sorted(seen) == sorted(data.val[i][1] for i in range(len(data.val)))
+    assert len(data.val) % 7
 
 
 # --- the commands --------------------------------------------------------------------------------
@@ -498,6 +626,9 @@ def test_the_command_trains_and_says_so(tmp_path: Path) -> None:
     assert "383,026" in result.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["classes"][3] == "3"
     assert command("finetune", "--resume", str(tmp_path / "run")).returncode == 0  # nothing is left
+    other = command("finetune", "--resume", str(tmp_path / "run"), "--lr", "1")
+    assert other.returncode == 2
+    assert "not --lr" in " ".join(other.stderr.replace("│", "").split())
     assert command("finetune").returncode == 2
 
 
@@ -551,8 +682,10 @@ def test_a_whole_folder_is_evaluated(folder: Path, tmp_path: Path) -> None:
 def test_strategies_and_processes_that_do_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ArgumentError, match="--strategy fsdp is not known; use auto or ddp"):
-        running.start(replace(SETTINGS, strategy="fsdp"), tmp_path / "run", QUIET)
+    with pytest.raises(ArgumentError, match="fsdp goes with neither --ema nor --compile"):
+        running.start(replace(SETTINGS, strategy="fsdp", ema=0.9), tmp_path / "run", QUIET)
+    with pytest.raises(ArgumentError, match="--batch-size 64 is of all 3 processes together"):
+        running.start(replace(SETTINGS, devices="3"), tmp_path / "run", QUIET)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ArgumentError, match="2 processes were started, and --devices auto"):
         running.start(SETTINGS, tmp_path / "run", QUIET)

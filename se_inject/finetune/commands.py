@@ -16,6 +16,18 @@ from rich.table import Table
 from se_inject.errors import ArgumentError, SEInjectError
 
 
+class Strategy(StrEnum):
+    auto = "auto"
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+class BNStats(StrEnum):
+    auto = "auto"
+    frozen = "frozen"
+    moving = "moving"
+
+
 class Train(StrEnum):
     se = "se"
     se_and_head = "se+head"
@@ -26,6 +38,7 @@ _TRAINING, _MODEL, _MACHINE = "Training", "Network", "Machine"
 
 
 def finetune(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -37,13 +50,14 @@ def finetune(
     data: Annotated[
         str,
         typer.Option(
-            help="A folder of class folders (or of train/ and val/), torch/NAME, hfds/NAME, or"
-            " digits: scikit-learn's 1,797 handwritten digits."
+            help="A folder of class folders (or of train/ and val/), torch/NAME of torchvision,"
+            " hfds/NAME of Hugging Face, wds/FOLDER of WebDataset shards, or digits:"
+            " scikit-learn's 1,797 handwritten digits."
         ),
     ] = "digits",
     data_dir: Annotated[
         str | None,
-        typer.Option(help="Where torch/ and hfds/ data lie or go.", show_default="here"),
+        typer.Option(help="Where torch/, hfds/ or wds/ data lie or go.", show_default="here"),
     ] = None,
     output: Annotated[
         Path | None,
@@ -51,7 +65,11 @@ def finetune(
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Go on with a run that was stopped.", show_default=False),
+        typer.Option(
+            metavar="RUN",
+            help="Go on with a run that was stopped; the machine may be another.",
+            show_default=False,
+        ),
     ] = None,
     r: Annotated[
         int, typer.Option("--r", help="Reduction ratio C / rd.", rich_help_panel=_MODEL)
@@ -131,6 +149,14 @@ def finetune(
     train: Annotated[
         Train, typer.Option(help="What learns after the warm-up.", rich_help_panel=_TRAINING)
     ] = Train.all,
+    bn_stats: Annotated[
+        BNStats,
+        typer.Option(
+            help="BatchNorm statistics after the warm-up; auto: frozen in a pretrained base,"
+            " moving in one that begins at random.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = BNStats.auto,
     img_size: Annotated[
         int | None,
         typer.Option(
@@ -195,7 +221,14 @@ def finetune(
         str, typer.Option(help="How many GPUs or processes.", rich_help_panel=_MACHINE)
     ] = "auto",
     nodes: Annotated[int, typer.Option(min=1, help="Machines.", rich_help_panel=_MACHINE)] = 1,
-    strategy: Annotated[str, typer.Option(help="auto or ddp.", rich_help_panel=_MACHINE)] = "auto",
+    strategy: Annotated[
+        Strategy,
+        typer.Option(
+            help="Of several processes: ddp copies the network to each (as auto does), fsdp"
+            " shards it.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = Strategy.auto,
     workers: Annotated[
         int,
         typer.Option(
@@ -229,7 +262,17 @@ def finetune(
 
     console = Console(stderr=True)
     if resume is not None:
-        summary = run.resume(resume, console)
+        given = {name for name in context.params if _is_given(context, name)} - {"resume"}
+        if others := sorted(given - _ON_RESUME.keys()):
+            raise typer.BadParameter(
+                f"--resume goes on as {resume / run.CONFIG} says; only"
+                f" {', '.join(_ON_RESUME.values())} may be others than before, not"
+                f" {', '.join('--' + name.rstrip('_').replace('_', '-') for name in others)}"
+            )
+        values = {"devices": devices, "nodes": nodes, "strategy": strategy.value}
+        values |= {"workers": workers}
+        changes = {name: value for name, value in values.items() if name in given}
+        summary = run.resume(resume, console, **changes)
         folder = resume
     else:
         assert model is not None
@@ -254,13 +297,14 @@ def finetune(
             img_size=img_size,
             val_split=val_split,
             train=train.value,
+            bn_stats=bn_stats.value,
             aa=aa,
             mixup=mixup,
             cutmix=cutmix,
             precision=precision,
             devices=devices,
             nodes=nodes,
-            strategy=strategy,
+            strategy=strategy.value,
             workers=workers,
             seed=seed,
             seeds=seeds,
@@ -273,6 +317,15 @@ def finetune(
         summary = run.start(settings, folder, console)
     if run.rank() == 0:
         _print_summary(summary, folder)
+
+
+_ON_RESUME = {name: f"--{name}" for name in ("devices", "nodes", "strategy", "workers")}
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _print_summary(summary: dict[str, Any], folder: Path) -> None:
@@ -316,7 +369,8 @@ def evaluate(
         highlight=False,
     )
     for name, accuracy in result["classes"].items():
-        console.print(f"  {100 * accuracy:6.2f} %  {name}", highlight=False, markup=False)
+        share = "no image" if accuracy is None else f"{100 * accuracy:6.2f} %"
+        console.print(f"  {share}  {name}", highlight=False, markup=False)
     if result["unreadable"]:
         console.print(f"{len(result['unreadable'])} images could not be read.", highlight=False)
     console.print(f"Confusion matrix: {run / 'confusion.png'}, .csv", highlight=False)

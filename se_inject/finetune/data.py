@@ -6,20 +6,22 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-from se_inject.errors import ArgumentError, DataError
+from se_inject.errors import DataError
 from se_inject.finetune.settings import Settings
+from se_inject.finetune.sources import Source, open_sources
 
-Batch = tuple[Tensor, Tensor, list[str]]  # images, labels, and the names of what was unreadable
+NO_IMAGE = -1  # the label of what is no image
+Sample = tuple[Tensor, int, str]  # image, label, and what is wrong with it
+Batch = tuple[Tensor, Tensor, list[str]]  # images, labels, and what was unreadable
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,14 @@ class Data:
     val: "Images"
 
 
-class Images(Dataset[tuple[Tensor, int] | str]):
-    """Transformed images and labels; in place of an unreadable image, what is wrong with it.
+class Images(Dataset[Sample]):
+    """Transformed images and labels; a black one, with what is wrong, for an unreadable image.
 
     Random transforms draw from numbers that belong to seed, epoch and index alone, so a run that
     was stopped sees, when it goes on, what it would have seen.
     """
 
-    def __init__(self, source: Any, indices: Sequence[int], transform: Any, seed: int) -> None:
+    def __init__(self, source: Source, indices: Sequence[int], transform: Any, seed: int) -> None:
         self.source = source
         self.indices = list(indices)
         self.transform = transform
@@ -48,13 +50,19 @@ class Images(Dataset[tuple[Tensor, int] | str]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+    def __getitem__(self, index: int | None) -> Sample:
+        if index is None:
+            return self._none("")
         try:
             image, label = self.source[self.indices[index]]
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"{self.name(index)}: {error}"
+            return self._none(f"{self.name(index)}: {error}")
         with seeded(self.seed, self.epoch, index):
-            return self.transform(image), int(label)
+            return self.transform(image), int(label), ""
+
+    def _none(self, why: str) -> Sample:
+        with seeded(self.seed):
+            return self.transform(Image.new("RGB", (64, 64))), NO_IMAGE, why
 
     def name(self, index: int) -> str:
         names = getattr(self.source, "names", None)
@@ -80,7 +88,9 @@ def seeded(*numbers: int) -> Iterator[None]:
 class Order(DistributedSampler[Any]):
     """torch's order by seed and epoch, split over the processes; tells its images the epoch.
 
-    Lightning calls ``set_epoch`` before it starts the workers of an epoch.
+    All processes have as many batches, or they would wait for each other: in training the first
+    images come twice, as torch has it; in validation, where each image counts once, there is
+    nothing (None) in their place. Lightning calls ``set_epoch`` before it starts the workers.
     """
 
     def set_epoch(self, epoch: int) -> None:
@@ -89,6 +99,12 @@ class Order(DistributedSampler[Any]):
         assert isinstance(images, Images)
         images.epoch = epoch
 
+    def __iter__(self) -> Iterator[Any]:
+        if self.shuffle:
+            return super().__iter__()
+        own: list[int | None] = list(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]  # it has a length
+        return iter(own + [None] * (self.num_samples - len(own)))
+
 
 def loader(
     images: Images, settings: Settings, *, training: bool, epoch: int, rank: int, world: int
@@ -96,7 +112,7 @@ def loader(
     """Batches of one process; all processes together see batches of ``settings.batch_size``."""
     order = Order(images, world, rank, shuffle=training, seed=images.seed, drop_last=False)
     order.set_epoch(epoch)
-    size = max(1, settings.batch_size // world)
+    size = settings.batch_size // world
     return DataLoader(
         images,
         batch_size=size,
@@ -109,87 +125,18 @@ def loader(
     )
 
 
-def collate(samples: list[tuple[Tensor, int] | str]) -> Batch:
-    """A batch without the images that could not be read."""
-    good = [sample for sample in samples if not isinstance(sample, str)]
-    bad = [sample for sample in samples if isinstance(sample, str)]
-    if not good:
-        return torch.empty(0), torch.empty(0, dtype=torch.long), bad
-    images, labels = default_collate(good)
-    return images, labels, bad
+def collate(samples: list[Sample]) -> Batch:
+    """A batch without what is no image; where nothing else is left, that stays, as NO_IMAGE.
+
+    So no batch is empty: a process that skipped a step would leave the others waiting.
+    """
+    unreadable = [why for _, _, why in samples if why]
+    good = [sample for sample in samples if sample[1] != NO_IMAGE] or samples
+    images, labels = default_collate([(image, label) for image, label, _ in good])
+    return images, labels, unreadable
 
 
-# --- where images come from ----------------------------------------------------------------------
-
-
-class _Digits:
-    """scikit-learn's 1,797 real handwritten digits, 8x8 pixels, enlarged to RGB images."""
-
-    def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        self.pixels = (digits.images * (255 / 16)).astype(np.uint8)
-        self.labels = [int(label) for label in digits.target]
-        self.classes = tuple(map(str, range(10)))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[index]).convert("RGB"), self.labels[index]
-
-
-class _Files:
-    """Images of a timm reader, opened here so that a bad file is an error with its name."""
-
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
-        self.names = reader.filenames(basename=False, absolute=False)
-        self.labels = [int(label) for _, label in reader.samples]
-        order = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
-        self.classes = tuple(map(str, order))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        file, label = self.reader[index]
-        with file:
-            return to_rgb(Image.open(file)), label
-
-
-class _Labelled:
-    """A dataset of (image, label) pairs: torchvision's, Hugging Face's."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-        labels = getattr(dataset, "targets", None)
-        if labels is None:
-            labels = getattr(dataset, "labels", None)
-        if labels is None:  # no other way than to look at all of them
-            labels = [dataset[i][1] for i in range(len(dataset))]
-        self.labels = [int(label) for label in labels]
-        names = getattr(dataset, "classes", None) or range(max(self.labels) + 1)
-        self.classes = tuple(map(str, names))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image, label = self.dataset[index]
-        return to_rgb(image), int(label)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits a channel, RGB: PIL alone would clip 16-bit grey to white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.asarray(image, dtype=np.float64)
-        scale = 255 / 65535 if pixels.max() > 255 else 1.0
-        image = Image.fromarray((pixels * scale).clip(0, 255).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+# --- a run's two sets ---------------------------------------------------------------------------
 
 
 def open_data(
@@ -205,7 +152,7 @@ def open_data(
     Raises:
         DataError: there are no images, one class only, or training and validation do not fit.
     """
-    train, val = _sources(settings)
+    train, val = open_sources(settings)
     if len(train) == 0:
         raise DataError(f"--data {settings.data}: there are no images.")
     if len(train.classes) < 2:
@@ -276,50 +223,3 @@ def split(labels: Sequence[int], share: float) -> tuple[list[int], list[int]]:
         else:
             train.append(index)
     return sorted(train), sorted(val)
-
-
-def _sources(settings: Settings) -> tuple[Any, Any]:
-    if settings.data == "digits":
-        return _Digits(), None
-    if "/" in settings.data and settings.data.partition("/")[0] in ("torch", "hfds"):
-        return _named(settings, "train"), _named(settings, "validation")
-    if settings.data.startswith(("wds/", "tfds/")):
-        raise ArgumentError(
-            f"--data {settings.data}: streams of shards have no index to resume from; unpack them"
-            " to a folder of class folders."
-        )
-    root = Path(settings.data)
-    if not root.is_dir():
-        raise DataError(
-            f"--data {settings.data}: no such folder (nor digits, torch/NAME or hfds/NAME)."
-        )
-    val = next(
-        (root / name for name in ("val", "validation", "test") if (root / name).is_dir()), None
-    )
-    if (root / "train").is_dir() and val is not None:
-        return _folder(root / "train"), _folder(val)
-    return _folder(root), None
-
-
-def _folder(root: Path) -> _Files:
-    from timm.data.readers import create_reader
-
-    try:
-        return _Files(create_reader("folder", str(root)))
-    except RuntimeError as error:
-        raise DataError(
-            f"{root}: no images in it. Wanted is a folder that has a folder for each class."
-        ) from error
-
-
-def _named(settings: Settings, part: str) -> _Labelled:
-    try:
-        dataset = create_dataset(
-            settings.data, root=settings.data_dir or ".", split=part, download=True
-        )
-        return _Labelled(dataset)
-    except Exception as error:  # of a library that downloads and unpacks
-        raise DataError(
-            f"--data {settings.data}: its {part} part cannot be had ({type(error).__name__}:"
-            f" {str(error).splitlines()[0] if str(error) else ''})."
-        ) from error

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,10 +10,13 @@ import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from se_inject.errors import TrainingError
-from se_inject.finetune.data import Batch, seeded
+from se_inject.finetune.data import NO_IMAGE, Batch, seeded
 from se_inject.finetune.settings import Settings
 from se_inject.inject import se_parameters
 
@@ -22,99 +25,152 @@ class Recipe(pl.LightningModule):
     """Phase 1: only the SE blocks and the head learn; phase 2: all, the base at a smaller rate.
 
     In phase 1 the base is frozen wholly: no gradients, and its modules stay in eval mode, so that
-    BatchNorm statistics do not move either, whatever calls ``train()``.
+    BatchNorm statistics do not move either, whatever calls ``train()``. In phase 2 a pretrained
+    base keeps its statistics unless ``--bn-stats moving`` says otherwise: with those of each batch
+    it would compute something else from one step to the next, and unlearn what it knew.
+
+    Args:
+        network: with its SE blocks and the head that is to be trained, on the CPU.
+        classes: of the data.
+        seed: of dropout, stochastic depth and mixup.
+        blocks: names of the blocks that ``--strategy fsdp`` shards one by one.
+
+    Raises:
+        TrainingError: there is nothing to train; in a step, a loss that is no number.
     """
 
-    def __init__(self, network: nn.Module, settings: Settings, classes: int, seed: int) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        settings: Settings,
+        classes: int,
+        seed: int,
+        blocks: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.network = network
+        if torch.cuda.is_available():
+            network.to(memory_format=torch.channels_last)
         # In a list, or Lightning would take the compiled network for a second one.
         self._forward = [torch.compile(network) if settings.compile else network]
         self.settings = settings
         self.seed = seed
+        self.blocks = blocks
         self.unreadable: dict[str, None] = {}  # in the order in which they were met
-        head = list(head_of(network).parameters()) if settings.train != "se" else []
-        self._new = {id(p) for p in (*se_parameters(network), *head)}
+        self.new = new_parameters(network, settings)
         self._smoothing = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
         self._soft = SoftTargetCrossEntropy()
         self._mixup = _mixup(settings, classes)
         self.top1 = MulticlassAccuracy(classes, average="micro")
         self.top5 = MulticlassAccuracy(classes, average="micro", top_k=min(5, classes))
+        self.val_loss = MeanMetric()
         self._images, self._started = 0, 0.0
+        self._statistics_frozen = settings.statistics_frozen
+        if not self._statistics_frozen:
+            _follow_closely(network)
         # As in the last phase, because DDP wires what requires a gradient when it wraps the model.
-        self._set_phase(settings.epochs)
+        self.set_phase(settings.epochs)
         if not any(p.requires_grad for p in network.parameters()):
             raise TrainingError("there is nothing to train: no SE block and no head.")
 
     # --- phases ----------------------------------------------------------------------------------
 
-    def _set_phase(self, epoch: int) -> None:
+    def set_phase(self, epoch: int) -> None:
+        """Let require gradients what learns in this epoch, counted from 0."""
         all_learn = self.settings.train == "all" and epoch >= self.settings.warmup_epochs
-        for p in self.network.parameters():
-            p.requires_grad_(all_learn or id(p) in self._new)
+        for name, p in self.network.named_parameters():
+            p.requires_grad_(all_learn or name in self.new)
         self._base_frozen = not all_learn
 
     def train(self, mode: bool = True) -> "Recipe":
         super().train(mode)
-        if mode and self._base_frozen:
-            for module in self.network.modules():
-                # A container of new parts only (SE blocks, head) trains; the base does not.
-                own = list(module.parameters())
-                if not own or not all(id(p) in self._new for p in own):
+        for prefix, module in self.network.named_modules():
+            # A container of new parts only (SE blocks, head) trains in each phase.
+            own = [f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters()]
+            if mode and (not own or not self.new.issuperset(own)):
+                keeps_statistics = isinstance(module, _BatchNorm) and self._statistics_frozen
+                if self._base_frozen or keeps_statistics:
                     module.training = False
         return self
 
+    def configure_model(self) -> None:
+        """Shard the blocks, then the rest, where ``--strategy fsdp`` asks for it."""
+        if self.device_mesh is None or isinstance(self.network, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for name in self.blocks:
+            fully_shard(self.network.get_submodule(name), mesh=mesh)
+        if not isinstance(self.network, FSDPModule):  # "" among the blocks is the network
+            fully_shard(self.network, mesh=mesh)
+
     def on_train_epoch_start(self) -> None:
-        self._set_phase(self.current_epoch)
+        self.set_phase(self.current_epoch)
         self.train()
         self._images, self._started = 0, time.perf_counter()
 
     # --- steps -----------------------------------------------------------------------------------
 
-    def training_step(self, batch: Batch, index: int) -> Tensor | None:
-        images, labels, unreadable = batch
-        self.unreadable.update(dict.fromkeys(unreadable))
-        if not len(labels):
-            return None
-        if torch.cuda.is_available():
-            images = images.to(memory_format=torch.channels_last)
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        images, labels = self._images_of(batch)
         # Dropout and stochastic depth follow from the step: a resumed run draws the same numbers.
         torch.manual_seed(hash((self.seed, self.global_step, self.global_rank)) % 2**63)
-        if self._mixup is not None and len(labels) % 2 == 0:
+        count = int((labels != NO_IMAGE).sum())
+        if self._mixup is not None and count > 1:
+            even = count // 2 * 2  # it mixes pairs
             with seeded(self.seed, self.global_step, self.global_rank):
-                images, targets = self._mixup(images, labels)
+                images, targets = self._mixup(images[:even], labels[:even])
+            labels = labels[:even]
             scores = self._forward[0](images)
             loss: Tensor = self._soft(scores, targets)
-        else:
+        elif count:
             scores = self._forward[0](images)
             loss = self._smoothing(scores, labels)
+        else:
+            # Nothing to learn from, but the other processes wait for these gradients.
+            scores = self._forward[0](images)
+            loss = scores.sum() * 0
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} at epoch {self.current_epoch + 1}, step {index}. The"
                 " weights of the last whole epoch are kept; try a smaller --lr."
             )
-        self._images += len(labels) * self.trainer.world_size
+        self._images += count * self.trainer.world_size
         accuracy = (scores.argmax(1) == labels).float().mean()
         speed = self._images / (time.perf_counter() - self._started)
-        options: dict[str, Any] = {"on_epoch": True, "batch_size": len(labels), "sync_dist": True}
-        self.log("train_loss", loss.detach(), on_step=True, prog_bar=True, **options)
-        self.log("train_acc", accuracy, on_step=False, prog_bar=True, **options)
+        options: dict[str, Any] = {"on_epoch": True, "batch_size": max(1, count)}
+        self.log(
+            "train_loss", loss.detach(), on_step=True, prog_bar=True, sync_dist=True, **options
+        )
+        self.log("train_acc", accuracy, on_step=False, prog_bar=True, sync_dist=True, **options)
         self.log("images_per_s", speed, on_step=True, on_epoch=False, prog_bar=True)
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        if self.device_mesh is not None:  # DDP does so by itself
+            for buffer in self.network.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
     def validation_step(self, batch: Batch, index: int) -> None:
+        images, labels = self._images_of(batch)
+        scores = self._forward[0](images).float()
+        if labels[0] == NO_IMAGE:
+            return
+        self.top1.update(scores, labels)
+        self.top5.update(scores, labels)
+        self.val_loss.update(nn.functional.cross_entropy(scores, labels), weight=len(labels))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what all processes saw together, each image once."""
+        self.log("val_loss", self.val_loss)
+        self.log("val_acc", self.top1, prog_bar=True)
+        self.log("val_top5", self.top5)
+
+    def _images_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images, labels, unreadable = batch
         self.unreadable.update(dict.fromkeys(unreadable))
-        if not len(labels):
-            return
-        scores = self._forward[0](images).float()
-        self.top1(scores, labels)
-        self.top5(scores, labels)
-        loss = nn.functional.cross_entropy(scores, labels)
-        options: dict[str, Any] = {"on_epoch": True, "on_step": False, "batch_size": len(labels)}
-        self.log("val_loss", loss, sync_dist=True, **options)
-        self.log("val_acc", self.top1, prog_bar=True, **options)
-        self.log("val_top5", self.top5, **options)
+        if torch.cuda.is_available():
+            images = images.to(memory_format=torch.channels_last)
+        return images, labels
 
     # --- optimizer -------------------------------------------------------------------------------
 
@@ -143,7 +199,7 @@ class Recipe(pl.LightningModule):
                     p
                     for name, p in self.network.named_parameters()
                     if p.requires_grad
-                    and (id(p) in self._new) == new
+                    and (name in self.new) == new
                     and (p.dim() > 1 and not name.endswith("bias")) == decays
                 ]
                 if parameters:
@@ -152,6 +208,24 @@ class Recipe(pl.LightningModule):
                         "lr": settings.lr * (1.0 if new else settings.base_lr_scale),
                         "weight_decay": settings.weight_decay if decays else 0.0,
                     }
+
+
+def new_parameters(network: nn.Module, settings: Settings) -> frozenset[str]:
+    """Names of what learns from the first epoch on: the SE blocks and, but for ``se``, the head."""
+    head = list(head_of(network).parameters()) if settings.train != "se" else []
+    new = {id(p) for p in (*se_parameters(network), *head)}
+    return frozenset(name for name, p in network.named_parameters() if id(p) in new)
+
+
+def _follow_closely(network: nn.Module) -> None:
+    """Let BatchNorm statistics follow at PyTorch's rate at least.
+
+    TensorFlow's networks average over some hundred steps (momentum 0.01 or less). A fine-tuning
+    run has not many more: validation would see statistics of weights and images long past.
+    """
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and module.momentum is not None:
+            module.momentum = max(module.momentum, 0.1)
 
 
 def _mixup(settings: Settings, classes: int) -> Mixup | None:

@@ -1,6 +1,8 @@
 """One command: the arms and seeds of a run, its folder, and how it goes on after a stop."""
 
+import copy
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -23,6 +25,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import nn
@@ -70,13 +73,18 @@ def start(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
     return _run(settings, folder, console)
 
 
-def resume(folder: Path, console: Console) -> dict[str, Any]:
+def resume(folder: Path, console: Console, **machine: Any) -> dict[str, Any]:
     """Go on with a run from the last whole epoch of each of its arms.
+
+    Args:
+        machine: settings that may differ from those of the run: devices, nodes, strategy, workers.
 
     Raises:
         ArgumentError: the folder has no run.
     """
-    return _run(Settings.read(folder / CONFIG), folder, console)
+    settings = dataclasses.replace(Settings.read(folder / CONFIG), **machine)
+    settings.check()
+    return _run(settings, folder, console)
 
 
 def _run(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
@@ -112,6 +120,34 @@ def _run(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
     return summary
 
 
+def _processes(settings: Settings) -> int:
+    """How many processes train together.
+
+    Raises:
+        ArgumentError: torchrun or SLURM started another number, or they cannot share a batch.
+    """
+    devices = settings.devices
+    if devices == "auto":
+        of_node = max(1, torch.cuda.device_count())
+    elif devices.isdigit():
+        of_node = int(devices)
+    else:  # a list of GPUs: "0,2"
+        of_node = len([index for index in devices.split(",") if index.strip()])
+    world = of_node * settings.nodes
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched not in (1, world):
+        raise ArgumentError(
+            f"{launched} processes were started, and --devices {devices} --nodes {settings.nodes}"
+            f" say {world}. Say how many there are of each node."
+        )
+    if settings.batch_size % world:
+        raise ArgumentError(
+            f"--batch-size {settings.batch_size} is of all {world} processes together: give a"
+            f" multiple of {world}."
+        )
+    return world
+
+
 def rank() -> int:
     """Which of the processes this is; Lightning reads it from what torchrun or SLURM set."""
     return int(getattr(rank_zero_only, "rank", 0))
@@ -141,10 +177,7 @@ class _Arm:
             )
         size = settings.img_size or config["input_size"][-1]
         example = torch.empty(2, 3, size, size)
-        if self.arm == "control":
-            if any(edit_of(module) for module in network.modules()):
-                remove_se(network)
-        elif not any(edit_of(module) for module in network.modules()):
+        if not _blocks(network):
             inject_se(
                 network,
                 settings.r,
@@ -153,14 +186,18 @@ class _Arm:
                 exclude=settings.exclude or None,
                 example_input=example,
             )
+        blocks = _blocks(network)
+        if self.arm == "control":
+            remove_se(network)
         params, macs = _size(network, example)
-        recipe = Recipe(network, settings, len(data.classes), self.seed)
-        history = RunFolder(self.folder, self.arm, self.seed, data.classes, settings)
+        recipe = Recipe(network, settings, len(data.classes), self.seed, blocks)
+        sharded = settings.strategy == "fsdp"
+        plain = copy.deepcopy(network) if sharded else None
+        history = RunFolder(self.folder, self.arm, self.seed, settings, plain)
         trainer = self._trainer(history)
         if trainer.is_global_zero:
             _check_space(self.folder, params)
             self._say(data, recipe, trainer)
-        begun = time.perf_counter()
         last = self.folder / "last.ckpt"
         done = _epochs_done(last)
         with _stoppable(run, self.console, settings):
@@ -171,10 +208,10 @@ class _Arm:
                 ckpt_path=str(last) if last.exists() else None,
                 weights_only=True,
             )
-        if recipe.unreadable:
-            first = next(iter(recipe.unreadable))
+        if history.unreadable and trainer.is_global_zero:
+            first = next(iter(history.unreadable))
             warnings.warn(
-                f"{len(recipe.unreadable)} images could not be read and were left out, such as"
+                f"{len(history.unreadable)} images could not be read and were left out, such as"
                 f" {first}.",
                 stacklevel=2,
             )
@@ -186,8 +223,8 @@ class _Arm:
             "last_val_acc": rows[-1]["val_acc"],
             "params": params,
             "macs": macs,
-            "seconds": time.perf_counter() - begun,
-            "unreadable": list(recipe.unreadable),
+            "seconds": history.seconds,
+            "unreadable": list(history.unreadable),
             "classes": list(data.classes),
             "input_size": [3, size, size],
             "history": rows,
@@ -212,18 +249,19 @@ class _Arm:
         else:
             callbacks.append(PlainLines(console))
         gpu = torch.cuda.is_available()
-        if settings.strategy != "auto" and not settings.strategy.startswith("ddp"):
-            raise ArgumentError(f"--strategy {settings.strategy} is not known; use auto or ddp.")
+        world = _processes(settings)
         strategy: Any = settings.strategy
-        if strategy in ("auto", "ddp") and settings.train == "all" and settings.warmup_epochs:
+        if strategy == "fsdp":
+            strategy = Sharded(
+                data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+            )
+        elif (world > 1 or strategy == "ddp") and settings.train == "all":
             # In phase 1 the base has no gradients, and DDP would wait for them.
-            several = settings.nodes > 1 or settings.devices not in ("auto", "1")
-            if several or strategy == "ddp" or (gpu and torch.cuda.device_count() > 1):
-                strategy = "ddp_find_unused_parameters_true"
+            strategy = "ddp_find_unused_parameters_true"
         devices: Any = settings.devices
         if devices == "auto":
             devices = "auto" if gpu else 1
-        trainer = pl.Trainer(
+        return pl.Trainer(
             max_epochs=settings.epochs,
             accelerator="gpu" if gpu else "cpu",
             devices=int(devices) if str(devices).isdigit() else devices,
@@ -241,39 +279,35 @@ class _Arm:
             default_root_dir=self.folder,
             plugins=[WholeFiles()],
         )
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched not in (1, trainer.world_size):
-            raise ArgumentError(
-                f"{launched} processes were started, and --devices {settings.devices} --nodes"
-                f" {settings.nodes} say {trainer.world_size}. Say how many there are of each node."
-            )
-        return trainer
 
     def _say(self, data: Data, recipe: Recipe, trainer: pl.Trainer) -> None:
         settings, say = self.settings, self.console.print
-        total = sum(p.numel() for p in recipe.network.parameters())
+        sizes = {name: p.numel() for name, p in recipe.network.named_parameters()}
+        total, new = sum(sizes.values()), sum(sizes[name] for name in recipe.new)
         added = sum(p.numel() for p in se_parameters(recipe.network))
-        phase1 = sum(p.numel() for p in recipe.network.parameters() if id(p) in recipe._new)
-        last = sum(p.numel() for p in recipe.network.parameters() if p.requires_grad)
         say(f"{settings.model}, {self.arm} arm, seed {self.seed}", highlight=False)
         say(
             f"  {len(data.train)} images to train, {len(data.val)} to validate,"
             f" {len(data.classes)} classes"
         )
-        what = "SE blocks and head" if settings.train != "se" else "SE blocks"
-        if settings.train == "all" and 0 < settings.warmup_epochs < settings.epochs:
-            say(
-                f"  epochs 1 to {settings.warmup_epochs}: {what};"
-                f" {settings.warmup_epochs + 1} to {settings.epochs}: all"
-            )
-        else:
-            only_new = settings.train != "all" or settings.warmup_epochs == settings.epochs
-            say(f"  epochs 1 to {settings.epochs}: {what if only_new else 'all'}")
-        for label, count in (("trainable first", phase1), ("at last", last)):
-            say(
-                f"  {label}: {count:,} of {total:,} parameters ({100 * count / total:.2f} %),"
-                f" {added:,} in SE blocks"
-            )
+        parts = [
+            *(["SE blocks"] if added else []),
+            *(["head"] if settings.train != "se" else []),
+        ]
+        phases = [(settings.epochs, " and ".join(parts), new)]
+        if settings.train == "all":
+            first = settings.warmup_epochs
+            phases = [(first, " and ".join(parts), new), (settings.epochs - first, "all", total)]
+        begin = 1
+        for epochs, what, count in phases:
+            if epochs:
+                say(
+                    f"  epochs {begin} to {begin + epochs - 1}: {what}; trainable {count:,} of"
+                    f" {total:,} parameters ({100 * count / total:.2f} %)",
+                    soft_wrap=True,
+                )
+            begin += epochs
+        say(f"  {added:,} parameters are in SE blocks")
         say(
             f"  {trainer.accelerator.__class__.__name__} x {trainer.world_size}, precision"
             f" {trainer.precision}, effective batch {settings.batch_size}, rate {settings.lr:g}"
@@ -288,6 +322,11 @@ def _epochs_done(last: Path) -> int:
         return 0
     checkpoint = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
     return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+
+
+def _blocks(network: nn.Module) -> list[str]:
+    """Names of the blocks that have SE."""
+    return [name for name, module in network.named_modules() if edit_of(module)]
 
 
 def _ranks(trainer: pl.Trainer) -> dict[str, int]:
@@ -372,9 +411,13 @@ def _stoppable(run: Path, console: Console, settings: Settings) -> Iterator[None
         yield
     except (KeyboardInterrupt, SystemExit):
         raise TrainingError(f"stopped. Go on with: se-inject finetune --resume {run}") from None
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        on_cpu = "DefaultCPUAllocator" in str(error)
+        if not (isinstance(error, torch.OutOfMemoryError) or on_cpu):
+            raise
         raise TrainingError(
-            f"out of memory at --batch-size {settings.batch_size}; halve it."
+            f"out of memory at --batch-size {settings.batch_size}. Begin anew with"
+            f" {max(1, settings.batch_size // 2)}, or a smaller --img-size."
         ) from error
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -391,6 +434,24 @@ class WholeFiles(TorchCheckpointIO):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(Path(path)) as part:
             torch.save(checkpoint, part)
+
+
+class Sharded(ModelParallelStrategy):
+    """FSDP2; Lightning's older FSDP needs CUDA and cannot clip gradients by their norm."""
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """As Lightning's, which wants a state of the optimizer for all that has gradients.
+
+        What had not learnt when the checkpoint was made has none.
+        """
+        recipe = self.lightning_module
+        assert isinstance(recipe, Recipe)
+        recipe.set_phase(_epochs_done(Path(checkpoint_path)) - 1)
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        recipe.set_phase(recipe.settings.epochs)
+        return checkpoint
 
 
 def _average(decay: float) -> Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]:
@@ -410,32 +471,66 @@ class RunFolder(Callback):
     """Keeps the metrics of each epoch and the best weights; goes on where a checkpoint was."""
 
     def __init__(
-        self, folder: Path, arm: str, seed: int, classes: tuple[str, ...], settings: Settings
+        self,
+        folder: Path,
+        arm: str,
+        seed: int,
+        settings: Settings,
+        plain: nn.Module | None = None,
     ) -> None:
-        self.folder, self.arm, self.seed, self.classes = folder, arm, seed, classes
+        self.folder, self.arm, self.seed = folder, arm, seed
         self.settings = settings
+        self.plain = plain  # a copy of the network, where the one that learns is sharded
         self.rows: list[dict[str, Any]] = []
         self.best = -1.0
+        self.seconds = 0.0
+        self.unreadable: dict[str, None] = {}  # in the order in which they were met
+        self._since = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "best": self.best}
+        return {
+            "rows": self.rows,
+            "best": self.best,
+            "seconds": self.seconds,
+            "unreadable": list(self.unreadable),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows, self.best = list(state_dict["rows"]), state_dict["best"]
+        self.seconds = state_dict["seconds"]
+        self.unreadable = dict.fromkeys(state_dict["unreadable"])
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since = time.perf_counter()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        accuracy = float(trainer.callback_metrics["val_acc"])
+        assert isinstance(pl_module, Recipe)
+        accuracy = float(pl_module.top1.compute())
         if accuracy <= self.best:
             return
         self.best = accuracy
-        if trainer.is_global_zero and not _is_sharded(pl_module):
-            settings = self.settings
-            from_library = settings.pretrained and ":" not in settings.model
-            known = from_library or settings.checkpoint is not None
+        network = pl_module.network
+        if self.plain is not None:  # all processes take part in gathering what is sharded
+            state = trainer.strategy.lightning_module_state_dict()
+            network = self.plain
+            if trainer.is_global_zero:
+                network.load_state_dict(
+                    {k.removeprefix("network."): v for k, v in state.items()}, strict=True
+                )
+        if trainer.is_global_zero:
             path = self.folder / "best.safetensors"
-            _save_best(pl_module.network, path, base_is_known=known)  # type: ignore[arg-type]  # a Recipe
+            _save_best(network, path, base_is_known=self.settings.base_is_pretrained)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Recipe)
+        met: list[str] = list(pl_module.unreadable)
+        if trainer.world_size > 1:
+            everyones: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(everyones, met)
+            met = [name for names in everyones for name in names]
+        self.unreadable.update(dict.fromkeys(met))
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
         names = ("train_loss_epoch", "train_acc", "val_loss", "val_acc", "val_top5", "images_per_s")
         row = {"arm": self.arm, "seed": self.seed, "epoch": trainer.current_epoch + 1}
@@ -462,10 +557,6 @@ class PlainLines(Callback):
                 f" {float(m['images_per_s']):.0f} images/s",
                 highlight=False,
             )
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    return any(type(p).__name__ == "DTensor" for p in module.parameters())
 
 
 def _save_best(network: nn.Module, path: Path, *, base_is_known: bool) -> None:

@@ -10,6 +10,8 @@ from se_inject.errors import ArgumentError
 from se_inject.files import replacing
 
 Train = Literal["se", "se+head", "all"]
+BNStats = Literal["auto", "frozen", "moving"]
+Strategy = Literal["auto", "ddp", "fsdp"]
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,31 @@ class Settings:
     img_size: int | None = None
     val_split: float = 0.2
     train: Train = "all"
+    bn_stats: BNStats = "auto"
     aa: str | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
     precision: str | None = None
     devices: str = "auto"
     nodes: int = 1
-    strategy: str = "auto"
+    strategy: Strategy = "auto"
     workers: int = 2
     seed: int = 0
     seeds: int = 1
     control: bool = False
     ema: float | None = None
     compile: bool = False
+
+    @property
+    def base_is_pretrained(self) -> bool:
+        """Whether the base has weights that can be had again; a callable's are its own affair."""
+        from_library = self.pretrained and ":" not in self.model
+        return from_library or self.checkpoint is not None
+
+    @property
+    def statistics_frozen(self) -> bool:
+        """Whether BatchNorms keep their statistics in phase 2 too; those of a random base may not."""
+        return self.bn_stats == "frozen" or (self.bn_stats == "auto" and self.base_is_pretrained)
 
     def check(self) -> None:
         """Raise an :class:`ArgumentError` for values that cannot work together."""
@@ -61,6 +75,8 @@ class Settings:
             raise ArgumentError(f"--val-split {self.val_split} is a share between 0 and 1.")
         if self.lr <= 0:
             raise ArgumentError(f"--lr {self.lr} must be above 0.")
+        if self.strategy == "fsdp" and (self.ema or self.compile):
+            raise ArgumentError("--strategy fsdp goes with neither --ema nor --compile.")
         if self.control and self.train == "se":
             raise ArgumentError(
                 "--control with --train se has nothing to train: the control has no SE blocks."

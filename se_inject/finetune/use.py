@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from se_inject.checkpoint import load_se, read_header
 from se_inject.errors import ArgumentError, DataError
 from se_inject.files import replacing
-from se_inject.finetune.data import loader, open_data, to_rgb, transforms
+from se_inject.finetune.data import NO_IMAGE, loader, open_data, transforms
 from se_inject.finetune.run import CONFIG, base_of, with_head
 from se_inject.finetune.settings import Settings
+from se_inject.finetune.sources import to_rgb
 from se_inject.generated import edit_of
 from se_inject.inject import remove_se
 
@@ -70,7 +72,7 @@ def evaluate(run: Trained, folder: Path, data: str | None = None) -> dict[str, A
     scores, labels, unreadable = [], [], []
     for x, y, bad in loader(images.val, settings, training=False, epoch=0, rank=0, world=1):
         unreadable += bad
-        if len(y):
+        if y[0] != NO_IMAGE:
             scores.append(run.network(x).float())
             labels.append(y)
     if not labels:
@@ -80,13 +82,16 @@ def evaluate(run: Trained, folder: Path, data: str | None = None) -> dict[str, A
     _write_matrix(matrix, run.classes, folder)
     top = result[0].topk(min(5, len(run.classes)), dim=1).indices
     hits = top == result[1][:, None]
-    by_class = matrix.diag() / matrix.sum(1).clamp(min=1)
+    by_class = (matrix.diag() / matrix.sum(1)).tolist()  # nan: no image of that class
     return {
         "images": len(result[1]),
         "unreadable": unreadable,
         "top1": hits[:, 0].float().mean().item(),
         "top5": hits.any(1).float().mean().item(),
-        "classes": dict(zip(run.classes, by_class.tolist(), strict=True)),
+        "classes": {
+            name: None if math.isnan(accuracy) else accuracy
+            for name, accuracy in zip(run.classes, by_class, strict=True)
+        },
     }
 
 
