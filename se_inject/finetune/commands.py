@@ -401,8 +401,11 @@ def predict(
 
 
 def _need_lightning() -> None:
+    """Raise an :class:`ArgumentError` where the extra is not installed; else make it quiet."""
     if importlib.util.find_spec("lightning") is None:
         raise ArgumentError("there is no lightning: pip install 'se-inject[finetune]'.")
+    import lightning.pytorch  # noqa: F401  # sets the levels of its loggers
+
     # Tips, devices and its own deprecations; errors still come through.
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

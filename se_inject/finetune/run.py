@@ -127,7 +127,7 @@ def _processes(settings: Settings) -> int:
         ArgumentError: torchrun or SLURM started another number, or they cannot share a batch.
     """
     devices = settings.devices
-    if devices == "auto":
+    if devices in ("auto", "-1"):
         of_node = max(1, torch.cuda.device_count())
     elif devices.isdigit():
         of_node = int(devices)
@@ -190,6 +190,8 @@ class _Arm:
         if self.arm == "control":
             remove_se(network)
         params, macs = _size(network, example)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         recipe = Recipe(network, settings, len(data.classes), self.seed, blocks)
         sharded = settings.strategy == "fsdp"
         plain = copy.deepcopy(network) if sharded else None
@@ -224,6 +226,7 @@ class _Arm:
             "params": params,
             "macs": macs,
             "seconds": history.seconds,
+            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             "unreadable": list(history.unreadable),
             "classes": list(data.classes),
             "input_size": [3, size, size],

@@ -61,7 +61,7 @@ class Settings:
 
     @property
     def statistics_frozen(self) -> bool:
-        """Whether BatchNorms keep their statistics in phase 2 too; those of a random base may not."""
+        """Whether BatchNorms keep their statistics in phase 2 too; a random base has none yet."""
         return self.bn_stats == "frozen" or (self.bn_stats == "auto" and self.base_is_pretrained)
 
     def check(self) -> None:

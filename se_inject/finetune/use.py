@@ -32,6 +32,12 @@ class Trained:
     classes: tuple[str, ...]
     data_config: dict[str, Any]  # how timm prepares images for it
 
+    def scores(self, images: Tensor) -> Tensor:
+        """Of images [N, C, H, W], as [N, classes] in float32 on the CPU."""
+        device = next(self.network.parameters()).device
+        scores: Tensor = self.network(images.to(device))
+        return scores.float().cpu()
+
 
 def load_run(folder: Path) -> Trained:
     """Raises:
@@ -53,7 +59,8 @@ def load_run(folder: Path) -> Trained:
             remove_se(network)
         network = with_head(network, len(classes))
     load_se(network, best)
-    return Trained(network.eval(), settings, classes, config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Trained(network.eval().to(device), settings, classes, config)
 
 
 @torch.no_grad()
@@ -73,7 +80,7 @@ def evaluate(run: Trained, folder: Path, data: str | None = None) -> dict[str, A
     for x, y, bad in loader(images.val, settings, training=False, epoch=0, rank=0, world=1):
         unreadable += bad
         if y[0] != NO_IMAGE:
-            scores.append(run.network(x).float())
+            scores.append(run.scores(x))
             labels.append(y)
     if not labels:
         raise DataError(f"--data {settings.data}: no image can be read, such as {unreadable[0]}.")
@@ -104,7 +111,7 @@ def predict(run: Trained, path: Path, count: int = 3) -> list[tuple[str, float]]
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: no image that can be read ({error}).") from error
     _, transform = transforms(run.settings, run.data_config)
-    probabilities: Tensor = run.network(transform(pixels)[None]).float().softmax(1)[0]
+    probabilities = run.scores(transform(pixels)[None]).softmax(1)[0]
     values, indices = probabilities.topk(min(count, len(run.classes)))
     return [(run.classes[i], p) for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
 
