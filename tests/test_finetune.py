@@ -244,7 +244,7 @@ try:
     else:
         start(
             Settings("test_resnet", pretrained=False, epochs=3, warmup_epochs=1, img_size=32,
-                     workers=2, lr=3e-3, aa="rand-m9-mstd0.5"),  # workers resume otherwise
+                     workers=2, lr=3e-3, aa="rand-m9-mstd0.5", val_split=0.5),  # workers resume otherwise
             folder, Console(stderr=True),
         )
 except SEInjectError as error:

@@ -253,12 +253,13 @@ class _Arm:
             callbacks.append(PlainLines(console))
         gpu = torch.cuda.is_available()
         world = _processes(settings)
+        two_phases = settings.train == "all" and settings.warmup_epochs > 0
         strategy: Any = settings.strategy
         if strategy == "fsdp":
             strategy = Sharded(
                 data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
             )
-        elif (world > 1 or strategy == "ddp") and settings.train == "all":
+        elif two_phases and (world > 1 or strategy == "ddp"):
             # In phase 1 the base has no gradients, and DDP would wait for them.
             strategy = "ddp_find_unused_parameters_true"
         devices: Any = settings.devices
