@@ -236,7 +236,6 @@ from rich.console import Console
 from se_inject.errors import SEInjectError
 from se_inject.finetune.run import resume, start
 from se_inject.finetune.settings import Settings
-from se_inject.finetune.sources import to_rgb
 folder = Path(sys.argv[2])
 try:
     if sys.argv[1] == "resume":
@@ -244,7 +243,8 @@ try:
     else:
         start(
             Settings("test_resnet", pretrained=False, epochs=3, warmup_epochs=1, img_size=32,
-                     workers=2, lr=3e-3, aa="rand-m9-mstd0.5", val_split=0.5),  # workers resume otherwise
+                     workers=2, # they resume in another way than workers=0
+                     lr=3e-3, aa="rand-m9-mstd0.5", val_split=0.5),
             folder, Console(stderr=True),
         )
 except SEInjectError as error:
