@@ -68,6 +68,7 @@ def report_dict(name: str, plan: Plan, costs: Costs) -> dict[str, Any]:
     return {
         "model": name,
         "r": data["r"],
+        "variant": data["variant"],
         "input_size": plan.input_size,
         "base": costs.base.to_dict(),
         "augmented": costs.augmented.to_dict(),
@@ -175,11 +176,15 @@ def _notes(plan: Plan, costs: Costs) -> Iterable[str]:
             f" {2 * costs.base.macs / unit:.3f} → {2 * costs.augmented.macs / unit:.3f} {letter}."
         )
         yield "1 MAC = 2 FLOPs; the papers' GFLOPs are GMACs."
-    floored = [s for s in plan.sites if s.bottleneck == plan.divisor > s.channels / s.r]
+    if options := plan.variant.differing():
+        said = ", ".join(f"{name}={value}" for name, value in options.items())
+        yield f"The paper's variant with {said}."
+    divisor = plan.variant.divisor
+    floored = [s for s in plan.sites if s.bottleneck == divisor > s.channels / s.r]
     if floored:
-        hint = " (--divisor 1 gives the paper's plain C/r)" if plan.divisor > 1 else ""
+        hint = " (--divisor 1 gives the paper's plain C/r)" if divisor > 1 else ""
         yield (
-            f"{_plural(len(floored), 'bottleneck')} kept at width {plan.divisor}, where C/r"
+            f"{_plural(len(floored), 'bottleneck')} kept at width {divisor}, where C/r"
             f" is less{hint}."
         )
 

@@ -52,6 +52,7 @@ class NodeFacts:
     channel_dim: int | None  # None: not known
     live: bool  # computed from the block's inputs
     storage: int | None  # equal for tensors that share memory
+    writes: frozenset[int]  # the storages that it changes in place
     ops: tuple[Op, ...]  # what ran in it, inside children too
 
 
@@ -529,19 +530,25 @@ class _FactFinder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         start = len(self.log.ops)
+        inputs = [self.env[i] for i in n.all_input_nodes if i in self.env]
+        before = [(t, t._version) for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
         value = super().run_node(n)
         is_tensor = isinstance(value, Tensor)
-        inputs = [self.env[i] for i in n.all_input_nodes if i in self.env]
         self.log.ensure_followed(value, inputs)
         self.facts[n] = NodeFacts(
             shape=tuple(value.shape) if is_tensor else None,
             dtype=value.dtype if is_tensor else None,
             channel_dim=self.log.channel_dim(value) if is_tensor else None,
             live=any(self.log.is_live(leaf) for leaf in pytree.tree_leaves(value)),
-            storage=value.untyped_storage()._cdata if is_tensor else None,
+            storage=_storage(value) if is_tensor else None,
+            writes=frozenset(_storage(t) for t, version in before if t._version != version),
             ops=tuple(self.log.ops[start:]),
         )
         return value
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _mutable(value: Any) -> Any:

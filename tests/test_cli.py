@@ -118,6 +118,7 @@ def test_json_is_one_object_with_the_promised_keys(call) -> None:
     assert list(data) == [
         "model",
         "r",
+        "variant",
         "input_size",
         "base",
         "augmented",
