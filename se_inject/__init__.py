@@ -11,6 +11,7 @@ the same outputs to the last bit, until training moves the new weights.
     errors.py           the one family of errors
     variants.py         the paper's gates, squeezes and placements: one table
     squeeze_excite.py   the SE block: the only new nn.Module, and what one costs
+    attention.py        other attention of timm by its name, in place of SE
     ops.py              what torch functions do to feature maps
     record.py           model + example input -> how its modules are called
     trace.py            recorded calls -> one torch.fx graph per block, shapes on its nodes
@@ -28,6 +29,7 @@ the same outputs to the last bit, until training moves the new weights.
     restore.py          MODEL and a file of save_se -> the network that was saved
     finetune/           data, recipe, runs; imported by its commands only
     zoo.py              every model of timm and torchvision -> what can be injected
+    options.py          the options that several commands have
     cli.py              Typer: parse, call, print
 """
 

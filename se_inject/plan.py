@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from se_inject.attention import Attention
 from se_inject.checks import check_arguments, check_model
 from se_inject.errors import ArgumentError, NoSiteError, SEInjectError
 from se_inject.generated import edit_of
@@ -151,7 +152,9 @@ class Plan:
         """The plan as JSON-ready data."""
         return {
             "r": dict(self.r) if isinstance(self.r, Mapping) else self.r,
-            "variant": asdict(self.variant),
+            "variant": asdict(self.variant)
+            if self.se_layer is None
+            else {"placement": self.variant.placement, "attention": layer_name(self.se_layer)},
             "added": {"params": self.added.params, "macs": self.added.macs},
             "sites": [site.to_dict() for site in self.sites],
             "skipped": [skipped.to_dict() for skipped in self.skipped],
@@ -412,17 +415,18 @@ def _layer_cost(
     """What a user's layer adds: its parameters, and what the flop counter sees of it."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    text = f"se_layer({channels})"
+    if isinstance(se_layer, Attention):
+        text = se_layer.text(channels)
     try:
         with torch.device("meta"):
             layer = se_layer(channels)
     except SEInjectError:
         raise
     except Exception as error:  # a user's code
-        raise ArgumentError(_fault(f"se_layer({channels})", error)) from error
+        raise ArgumentError(_fault(text, error)) from error
     if not isinstance(layer, nn.Module):
-        raise ArgumentError(
-            f"se_layer({channels}) returned {type(layer).__name__}; return an nn.Module."
-        )
+        raise ArgumentError(f"{text} returned {type(layer).__name__}; return an nn.Module.")
     # The layer itself may be in use elsewhere; a norm in it may want more than one image to learn.
     layer = meta_copy(layer).to(dtype).eval()
     flops = 0
@@ -432,16 +436,20 @@ def _layer_cost(
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 shape = tuple(layer(x).shape)
         except Exception as error:  # a user's code
-            name = f"se_layer({channels}) on a map {list(x.shape)}"
-            raise ArgumentError(_fault(name, error)) from error
+            raise ArgumentError(_fault(f"{text} on a map {list(x.shape)}", error)) from error
         if shape != tuple(x.shape):
             raise ArgumentError(
-                f"se_layer({channels}) turns a map {list(x.shape)} into {list(shape)};"
-                " it must keep the shape."
+                f"{text} turns a map {list(x.shape)} into {list(shape)}; it must keep the shape."
             )
         flops += counter.get_total_flops()
     params = sum(p.numel() for p in layer.parameters())
     return SECost(params=params, layers=flops // 2, squeeze=0, scale=0)
+
+
+def layer_name(se_layer: SELayer) -> str:
+    """Of timm's attention, or of a user's function or class."""
+    name = getattr(se_layer, "name", None) or getattr(se_layer, "__name__", None)
+    return name if isinstance(name, str) else type(se_layer).__name__
 
 
 def _fault(what: str, error: Exception) -> str:

@@ -17,7 +17,7 @@ from torch import fx
 from se_inject.cost import Costs, Count
 from se_inject.errors import ArgumentError
 from se_inject.inject import edit_graph
-from se_inject.plan import Plan, Site, Skipped, near_names, sum_costs
+from se_inject.plan import Plan, Site, Skipped, layer_name, near_names, sum_costs
 from se_inject.sites import Reason
 
 # How the block that is the model itself, whose name is empty, is shown.
@@ -179,6 +179,9 @@ def _notes(plan: Plan, costs: Costs) -> Iterable[str]:
     if options := plan.variant.differing():
         said = ", ".join(f"{name}={value}" for name, value in options.items())
         yield f"The paper's variant with {said}."
+    if plan.se_layer is not None:
+        name = layer_name(plan.se_layer)
+        yield f"{name} in place of SE blocks: it may change what the network computes."
     divisor = plan.variant.divisor
     floored = [s for s in plan.sites if s.bottleneck == divisor > s.channels / s.r]
     if floored:
