@@ -215,7 +215,9 @@ class _Flow:
             reads = [i for i in node.all_input_nodes if i in aliases or i in moved]
             new = [i for i in reads if i in moved or (i is source and node in readers)]
             facts = self.facts[node]
-            if new and (facts.storage in (storage, None)):  # a view, or a container of it
+            if new and is_callers and node.op == "output":
+                return False  # the caller may go on with its own tensor by two names
+            if new and facts.storage in (storage, None):  # a view, or a container of it
                 moved.add(node)
             steps.append((bool(new), len(new) < len(reads), storage in facts.writes))
         for i, (new_, old, writes) in enumerate(steps):
