@@ -509,7 +509,7 @@ def _plan(
     if settings.custom and se_layer is None:
         raise CheckpointError(
             f"{path} was saved from a model with another se_layer. Pass that to load_se too:"
-            " load_se(base, path, se_layer=...)."
+            " load_se(base, path, se_layer=...), or --attention NAME."
         )
     blocks = {site.block: site for site in sites}
     try:
