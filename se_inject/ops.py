@@ -80,9 +80,13 @@ class Op:
 
     @property
     def is_activation(self) -> bool:
-        """Acts on each element of one map alone; a product of two maps counts (``x * sigmoid``)."""
-        product = self.name in _MULTIPLY and not self.gates
-        return self.name.rstrip("_") in _ACTIVATION or product
+        """Acts on each element of one map alone."""
+        return self.name.rstrip("_") in _ACTIVATION
+
+    @property
+    def is_product(self) -> bool:
+        """Of a map and a number, a parameter or another map (``x * sigmoid(x)``)."""
+        return self.name in _MULTIPLY and not self.gates
 
     @property
     def is_permutation(self) -> bool:

@@ -227,8 +227,10 @@ class _Flow:
                 return False
         return True
 
-    def next_step(self, node: fx.Node, wanted: Callable[[Sequence[Op]], bool]) -> fx.Node | None:
-        """The step that follows, if it is a wanted one; over identities and permutations."""
+    def next_step(
+        self, node: fx.Node, wanted: Callable[[Sequence[Op]], bool], *, permuted: bool = False
+    ) -> fx.Node | None:
+        """The step that follows, if it is a wanted one; over identities (and permutations)."""
         while len(node.users) == 1:
             (node,) = node.users
             if len(self.inputs.get(node, ())) != 1 or self.facts[node].shape is None:
@@ -236,7 +238,7 @@ class _Flow:
             ops = self.facts[node].ops
             if ops and wanted(ops):
                 return node
-            if not all(op.is_permutation for op in ops):
+            if not all(permuted and op.is_permutation for op in ops):
                 return None
         return None
 
@@ -510,7 +512,7 @@ def _after_spatial_convolution(flow: _Flow, node: fx.Node, residual: _Residual) 
     if any(op.adds_depth for op in ops[last + 1 :]):
         return Reason.CONVOLUTION_INSIDE
     if not _is_norm(ops[last + 1 :]):
-        source = flow.next_step(source, _is_norm) or source
+        source = flow.next_step(source, _is_norm, permuted=True) or source
     if ops[last].is_depthwise and not any(op.is_activation for op in flow.facts[source].ops):
         source = flow.next_step(source, _is_activation) or source
     _, end, *_ = _tail(flow, node, residual)
@@ -536,12 +538,16 @@ def _separate(flow: _Flow, point: _Point) -> _Point | Reason:
 
 
 def _is_norm(ops: Sequence[Op]) -> bool:
-    """A norm, perhaps with an activation behind it."""
-    return any(op.is_affine for op in ops) and not any(op.adds_depth or op.joins for op in ops)
+    """Begins as a norm (an activation with a gain ends as one), perhaps with an activation."""
+    first = next((op for op in ops if not op.is_permutation), None)
+    plain = not any(op.adds_depth or op.joins for op in ops)
+    return plain and first is not None and first.is_affine
 
 
 def _is_activation(ops: Sequence[Op]) -> bool:
-    return all(op.is_activation for op in ops) and not all(op.scales for op in ops)
+    """Alone, or made of products (``x * sigmoid(x)``, a gain)."""
+    named = any(op.is_activation for op in ops)
+    return named and all(op.is_activation or op.is_product for op in ops)
 
 
 def _channel_dim(flow: _Flow, point: _Point) -> int | None:

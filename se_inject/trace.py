@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from se_inject.generated import ForwardSource
-from se_inject.ops import Op, OpLog
+from se_inject.ops import Op, OpLog, leaves
 from se_inject.record import (
     Arguments,
     Call,
@@ -531,7 +531,7 @@ class _FactFinder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         start = len(self.log.ops)
         inputs = [self.env[i] for i in n.all_input_nodes if i in self.env]
-        before = [(t, t._version) for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+        before = [(t, t._version) for t in leaves(inputs) if isinstance(t, Tensor)]
         value = super().run_node(n)
         is_tensor = isinstance(value, Tensor)
         self.log.ensure_followed(value, inputs)
@@ -541,10 +541,17 @@ class _FactFinder(fx.Interpreter):
             channel_dim=self.log.channel_dim(value) if is_tensor else None,
             live=any(self.log.is_live(leaf) for leaf in pytree.tree_leaves(value)),
             storage=_storage(value) if is_tensor else None,
-            writes=frozenset(_storage(t) for t, version in before if t._version != version),
+            writes=frozenset(
+                _storage(t) for t, version in before if t._version != version or self._drops(n)
+            ),
             ops=tuple(self.log.ops[start:]),
         )
         return value
+
+    def _drops(self, n: fx.Node) -> bool:
+        """Whether it is a dropout in place, which writes in train mode only."""
+        child = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        return isinstance(child, nn.modules.dropout._DropoutNd) and child.inplace
 
 
 def _storage(tensor: Tensor) -> int:

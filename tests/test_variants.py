@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from blocks import Plain, Root, same_before_and_after
 from helpers import open_gates, randomize
 from test_sites import SITES, Net
+from timm.layers import LayerNorm2d
 from timm.models._efficientnet_blocks import InvertedResidual
+from timm.models.nfnet import GammaAct
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
 
 from se_inject import (
     ArgumentError,
@@ -376,6 +379,58 @@ class TwoArguments(Plain):
 class TwoBranchInputs(Plain):
     def forward(self, x: Tensor, y: Tensor, shortcut: Tensor) -> Tensor:
         return self.norm(self.conv(x * y)) + shortcut
+
+
+class Inverted(nn.Module):
+    """With a norm that is frozen, or none and a gain on the activation."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.norm, self.act, self.project = norm, nn.ReLU6(), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.project(self.act(self.norm(self.conv(x))))
+
+
+class Gained(Inverted):
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+        self.conv, self.act = nn.Conv2d(16, 16, 3, padding=1), GammaAct("relu", 1.7)
+
+
+@pytest.mark.parametrize(
+    ("block", "source"),
+    [
+        (Inverted(nn.BatchNorm2d(16)), "act"),
+        (Inverted(FrozenBatchNorm2d(16)), "act"),
+        (Inverted(nn.Identity()), "act"),
+        (Inverted(LayerNorm2d(16)), "act"),
+        (Gained(), "conv"),  # no norm, and no depthwise convolution
+    ],
+    ids=["norm", "frozen norm", "no norm", "layer norm", "gain"],
+)
+def test_3x3_is_behind_the_norm_whatever_it_is(block: nn.Module, source: str) -> None:
+    plan = plan_se(Root(block), example_input=torch.randn(2, 16, 8, 8), placement="3x3")
+    assert [str(s.where[0].source) for s in plan.sites if s.block == "block"] == [source]
+
+
+class DropsItsInput(nn.Module):
+    """In train mode the shortcut reads what the branch has dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.conv = nn.Dropout(0.5, inplace=True), nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.drop(x)) + x
+
+
+def test_a_dropout_in_place_on_the_fork_is_seen_in_eval_mode() -> None:
+    root = Root(DropsItsInput())
+    plan = plan_se(root, example_input=torch.randn(2, 16, 8, 8), placement="pre")
+    assert [s.reason for s in plan.skipped if s.block == "block"] == [Reason.SHARED_IN_PLACE]
+    assert same_before_and_after(root, training=True) == ["plain", "block"]
 
 
 def test_pre_takes_the_one_argument_that_the_branch_reads() -> None:
