@@ -144,7 +144,7 @@ def fold_gates(model: nn.Module) -> None:
             for tensor in _affine(source):
                 tensor.mul_(factor)
             layer.fc1.weight.div_(factor)
-            layer.init = "paper"
+            layer.to_literal_gate()
 
 
 def _affine(layer: nn.Module) -> list[Tensor]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -83,9 +84,7 @@ class SqueezeExcite(nn.Module):
         device, dtype: of the new parameters.
     """
 
-    # Of the class too: a block that was pickled before there were variants has none of its own.
-    squeeze: Squeeze = "avg"
-    gate: Gate = "sigmoid"
+    __jit_unused_properties__: ClassVar[list[str]] = ["gate_scale"]
 
     def __init__(
         self,
@@ -106,11 +105,31 @@ class SqueezeExcite(nn.Module):
         self.squeeze = squeeze
         self.gate = gate
         self.init = init
-        self.space = layout.space
+        self.space = list(layout.space)
         self.fc1 = _pointwise(layout, channels, bottleneck, bias, device, dtype)
         self.fc2 = _pointwise(layout, bottleneck, channels, bias, device, dtype)
         if init == "identity":
             self._close_fc2()
+        self._choose()
+
+    def _choose(self) -> None:
+        """The functions of the forward, as attributes: TorchScript reads no table."""
+        self._squeeze = SQUEEZES[self.squeeze].of
+        self._gate = GATES[self.gate].of(self.init)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_squeeze", "_gate")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A block that was pickled before there were variants does not name its own.
+        state = {"squeeze": "avg", "gate": "sigmoid"} | state
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
+        self._choose()
+
+    def to_literal_gate(self) -> None:
+        """Take the gate that the paper writes, whatever the parameters are."""
+        self.init = "paper"
+        self._choose()
 
     @property
     def gate_scale(self) -> float | None:
@@ -142,8 +161,8 @@ class SqueezeExcite(nn.Module):
         ``x += residual``. Where the two maps differ in memory format, a sum has that of its first
         operand; where they differ in dtype, one in place keeps it.
         """
-        s = SQUEEZES[self.squeeze].of(x, self.space)
-        s = GATES[self.gate].of(self.init)(self.fc2(torch.relu(self.fc1(s))))
+        s = self._squeeze(x, self.space)
+        s = self._gate(self.fc2(torch.relu(self.fc1(s))))
         if residual is None:
             return x * s
         if x.stride() == residual.stride() and x.dtype == residual.dtype:
@@ -154,7 +173,7 @@ class SqueezeExcite(nn.Module):
 
     def extra_repr(self) -> str:
         formula = GATES[self.gate].formulas[self.init]
-        return f"gate={formula}, squeeze={self.squeeze}, space={self.space}"
+        return f"gate={formula}, squeeze={self.squeeze}, space={tuple(self.space)}"
 
 
 def _pointwise(

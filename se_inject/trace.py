@@ -111,7 +111,8 @@ def trace_blocks(model: nn.Module, example_input: Any = None, *, follow: bool = 
         ForwardError: the forward failed before its end, for another reason than that it needs
             values where meta tensors have none.
     """
-    with _LOCK, _foreign_random_numbers():
+    # Tensors of inference mode do not say when they are changed in place.
+    with _LOCK, _foreign_random_numbers(), torch.inference_mode(False):
         return _trace_blocks(model, example_input, follow)
 
 
@@ -531,7 +532,8 @@ class _FactFinder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         start = len(self.log.ops)
         inputs = [self.env[i] for i in n.all_input_nodes if i in self.env]
-        before = [(t, t._version) for t in leaves(inputs) if isinstance(t, Tensor)]
+        tensors = [t for t in leaves(inputs) if isinstance(t, Tensor) and not t.is_inference()]
+        before = [(t, t._version) for t in tensors]
         value = super().run_node(n)
         is_tensor = isinstance(value, Tensor)
         self.log.ensure_followed(value, inputs)

@@ -1,6 +1,7 @@
 """The paper's variants of an SE block: one table, which the code and its tests read.
 
-A new gate or squeeze is a new row (and its name in the ``Literal``).
+A new gate or squeeze is a new row (and its name in the ``Literal``). The functions are plain ones
+with the types that TorchScript knows.
 """
 
 from collections.abc import Callable
@@ -34,17 +35,33 @@ class GateFunctions:
         return self.identity if init == "identity" else self.paper
 
 
+def _sigmoid(z: Tensor) -> Tensor:
+    return z.sigmoid()
+
+
 def _double_sigmoid(z: Tensor) -> Tensor:
     return z.sigmoid() * 2
+
+
+def _tanh(z: Tensor) -> Tensor:
+    return z.tanh()
 
 
 def _tanh_plus_one(z: Tensor) -> Tensor:
     return z.tanh() + 1
 
 
+def _relu(z: Tensor) -> Tensor:
+    return torch.relu(z)
+
+
 def _relu_of_one_plus(z: Tensor) -> Tensor:
     # Not 1 + relu(z): that has no gradient at 0, where the training starts.
     return torch.relu(z + 1)
+
+
+def _hard_sigmoid(z: Tensor) -> Tensor:
+    return F.hardsigmoid(z)
 
 
 def _double_hard_sigmoid(z: Tensor) -> Tensor:
@@ -53,14 +70,12 @@ def _double_hard_sigmoid(z: Tensor) -> Tensor:
 
 GATES: dict[Gate, GateFunctions] = {
     "sigmoid": GateFunctions(
-        torch.sigmoid, _double_sigmoid, {"paper": "sigmoid", "identity": "2 * sigmoid"}, 2.0
+        _sigmoid, _double_sigmoid, {"paper": "sigmoid", "identity": "2 * sigmoid"}, 2.0
     ),
-    "tanh": GateFunctions(torch.tanh, _tanh_plus_one, {"paper": "tanh", "identity": "1 + tanh"}),
-    "relu": GateFunctions(
-        torch.relu, _relu_of_one_plus, {"paper": "relu", "identity": "relu(1 + z)"}
-    ),
+    "tanh": GateFunctions(_tanh, _tanh_plus_one, {"paper": "tanh", "identity": "1 + tanh"}),
+    "relu": GateFunctions(_relu, _relu_of_one_plus, {"paper": "relu", "identity": "relu(1 + z)"}),
     "hard_sigmoid": GateFunctions(
-        F.hardsigmoid,
+        _hard_sigmoid,
         _double_hard_sigmoid,
         {"paper": "hard_sigmoid", "identity": "2 * hard_sigmoid"},
         2.0,
@@ -72,19 +87,19 @@ GATES: dict[Gate, GateFunctions] = {
 class SqueezeFunction:
     """What the two layers see of a map, and what that costs."""
 
-    of: Callable[[Tensor, tuple[int, ...]], Tensor]  # the map, and the dims of its space
+    of: Callable[[Tensor, list[int]], Tensor]  # the map, and the dims of its space
     pools: bool  # to one position; otherwise the layers run at every position
 
 
-def _mean(x: Tensor, space: tuple[int, ...]) -> Tensor:
+def _mean(x: Tensor, space: list[int]) -> Tensor:
     return x.mean(space, keepdim=True)
 
 
-def _max(x: Tensor, space: tuple[int, ...]) -> Tensor:
+def _max(x: Tensor, space: list[int]) -> Tensor:
     return x.amax(space, keepdim=True)
 
 
-def _all_positions(x: Tensor, space: tuple[int, ...]) -> Tensor:
+def _all_positions(x: Tensor, space: list[int]) -> Tensor:
     return x
 
 

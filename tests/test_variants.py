@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -218,6 +219,35 @@ def test_a_block_compiles_and_exports(squeeze: Squeeze, gate: Gate) -> None:
     compiled = torch.compile(se, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), se(x))
     assert torch.equal(torch.export.export(se, (x,)).module()(x), se(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.parametrize("init", get_args(Init))
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("squeeze", SQUEEZES)
+def test_a_block_is_scripted_copied_and_pickled(squeeze: Squeeze, gate: Gate, init: Init) -> None:
+    se = SqueezeExcite(16, 8, squeeze=squeeze, gate=gate, init=init)
+    torch.nn.init.normal_(se.fc2.weight)
+    x = torch.randn(2, 16, 5, 5)
+    for other in (torch.jit.script(se), copy.deepcopy(se), pickle.loads(pickle.dumps(se))):
+        assert torch.equal(other(x), se(x))
+
+
+def test_a_block_pickled_before_there_were_variants() -> None:
+    se = SqueezeExcite(16, 8, init="paper")
+    state = se.__getstate__()
+    del state["squeeze"], state["gate"]
+    old = SqueezeExcite.__new__(SqueezeExcite)
+    old.__setstate__(state | {"gate_scale": 1.0})
+    x = torch.randn(2, 16, 5, 5)
+    assert torch.equal(old(x), se(x))
+
+
+def test_what_is_planned_in_inference_mode_is_planned_alike() -> None:
+    root = Root(Refused(relu_on_the_fork))
+    with torch.inference_mode():
+        plan = plan_se(root, example_input=torch.randn(2, 16, 8, 8), placement="pre")
+    assert [s.reason for s in plan.skipped if s.block == "block"] == [Reason.SHARED_IN_PLACE]
 
 
 @pytest.mark.parametrize("squeeze", ["max", "none"])
@@ -438,6 +468,20 @@ def test_pre_takes_the_one_argument_that_the_branch_reads() -> None:
     plan = plan_se(root, example_input=torch.randn(2, 16, 8, 8), placement="pre")
     assert [str(s.where[0].source) for s in plan.sites if s.block == "block"] == ["x"]
     assert "block" in same_before_and_after(root)
+
+
+def test_pre_of_a_unit_and_of_the_long_skip_above_it() -> None:
+    """The unit's own block reads what the block of the long skip gives."""
+    model = Net(SITES["units under a long skip"][0]()).eval()
+    image = torch.randn(2, 3, 16, 16)
+    inject_se(model, example_input=image, placement="pre")
+    open_gates(model)
+    m = model.block
+    x = model.stem(image)
+    y = m.se3(x)
+    h = y + m.body(m.se(y))
+    h = h + m.other(m.se2(h))
+    torch.testing.assert_close(model(image), x + m.last(h))
 
 
 def test_pre_is_refused_where_the_branch_reads_two() -> None:
