@@ -199,8 +199,9 @@ class _Flow:
     def separable(self, source: fx.Node, readers: Sequence[fx.Node]) -> bool:
         """Whether the readers can be given a tensor of their own in place of ``source``.
 
-        What one side changes in place from then on, the other must not read; and the caller must
-        not see it, where the tensor is the caller's.
+        What they change in place from then on, nobody else may read, and not the caller, where the
+        tensor is the caller's. What others change is lost on them, and on the backward pass: the SE
+        block keeps its input for that.
         """
         storage = self.facts[source].storage
         aliases = [n for n, facts in self.facts.items() if facts.storage == storage]
@@ -208,7 +209,7 @@ class _Flow:
         is_callers = not self.facts[first].ops  # nothing in this block has made it
         start = min(self.order[reader] for reader in readers)
         moved: set[fx.Node] = set()
-        steps: list[tuple[bool, bool, bool]] = []
+        steps: list[tuple[bool, bool]] = []  # reads the old tensor; writes the old or the new
         for node in self.order:
             if self.order[node] < start or node not in self.facts:
                 continue
@@ -219,13 +220,11 @@ class _Flow:
                 return False  # the caller may go on with its own tensor by two names
             if new and facts.storage in (storage, None):  # a view, or a container of it
                 moved.add(node)
-            steps.append((bool(new), len(new) < len(reads), storage in facts.writes))
-        for i, (new_, old, writes) in enumerate(steps):
-            if writes and new_ and (is_callers or any(o for _, o, _ in steps[i:])):
-                return False
-            if writes and old and any(n for n, _, _ in steps[i:]):
-                return False
-        return True
+            steps.append((len(new) < len(reads), storage in facts.writes))
+        return not any(
+            writes and (is_callers or any(old for old, _ in steps[i:]))
+            for i, (_, writes) in enumerate(steps)
+        )
 
     def next_step(
         self, node: fx.Node, wanted: Callable[[Sequence[Op]], bool], *, permuted: bool = False
