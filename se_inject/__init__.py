@@ -9,7 +9,9 @@ hand-written CNN, and leaves everything else alone: the same object, the same ch
 the same outputs to the last bit, until training moves the new weights.
 
     errors.py           the one family of errors
+    variants.py         the paper's gates, squeezes and placements: one table
     squeeze_excite.py   the SE block: the only new nn.Module, and what one costs
+    attention.py        other attention of timm by its name, in place of SE
     ops.py              what torch functions do to feature maps
     record.py           model + example input -> how its modules are called
     trace.py            recorded calls -> one torch.fx graph per block, shapes on its nodes
@@ -27,6 +29,7 @@ the same outputs to the last bit, until training moves the new weights.
     restore.py          MODEL and a file of save_se -> the network that was saved
     finetune/           data, recipe, runs; imported by its commands only
     zoo.py              every model of timm and torchvision -> what can be injected
+    options.py          the options that several commands have
     cli.py              Typer: parse, call, print
 """
 
@@ -47,6 +50,7 @@ from se_inject.export import to_stock
 from se_inject.inject import inject_se, remove_se, se_parameters
 from se_inject.plan import Plan, Site, Skipped, plan_se
 from se_inject.squeeze_excite import SqueezeExcite
+from se_inject.variants import Variant
 
 __version__ = "0.1.0"
 
@@ -65,6 +69,7 @@ __all__ = [
     "TrainingError",
     "UnknownModelError",
     "UnsupportedModelError",
+    "Variant",
     "inject_se",
     "load_se",
     "plan_se",

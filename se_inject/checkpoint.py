@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ from se_inject.inject import remove_se
 from se_inject.plan import Patterns, Plan, SELayer, matching, plan_se
 from se_inject.record import Arguments, block_label
 from se_inject.squeeze_excite import SqueezeExcite
+from se_inject.variants import Variant
 
-FORMAT = 1
+# Format 1 had no squeeze, gate and bias: its blocks are the standard ones, the defaults.
+FORMAT = 2
 _KEY = "se_inject"
 # Count training steps and nothing else: a base that has seen more batches is the same base.
 _COUNTERS = "num_batches_tracked"
@@ -73,7 +75,7 @@ def save_se(model: nn.Module, path: str | os.PathLike[str], *, extra: Patterns =
         "format": FORMAT,
         "version": _version(),
         "model": type(model).__name__,
-        "sites": [asdict(site) for site in sites],
+        "sites": [site.to_dict() for site in sites],
         "examples": examples,
         "modules": _modules(model),
         "base": {key: _fingerprint(key, state[key], hashed=key not in kept) for key in base},
@@ -143,9 +145,7 @@ def load_se(
 class _Settings:
     """What all sites of one ``inject_se`` call share."""
 
-    divisor: int
-    placement: str
-    init: str
+    variant: Variant
     custom: bool  # made by a user's se_layer
     example: int  # which of the header's examples the forward was recorded with
 
@@ -158,6 +158,11 @@ class _Site:
     channels: int | None  # None: of a user's se_layer, which need not say
     bottleneck: int | None
     settings: _Settings
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["settings"] |= data["settings"].pop("variant")
+        return data
 
 
 @dataclass(frozen=True)
@@ -221,9 +226,11 @@ def _site(
         channels=layer.channels if ours else None,
         bottleneck=layer.bottleneck if ours else None,
         settings=_Settings(
-            divisor=settings.divisor,
-            placement=settings.placement,
-            init=layer.init if ours else settings.init,  # it is another once its gate is folded
+            # Its init is another once its gate is folded. Of a layer of the user's own, only the
+            # placement is ours.
+            variant=replace(settings.variant, init=layer.init)
+            if ours
+            else Variant(settings.variant.placement),
             custom=not ours,
             example=examples.index(example),
         ),
@@ -382,8 +389,8 @@ def _parse(text: str, path: Path) -> Header:
             raise TypeError(f"format {number!r}")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error!r}).") from error
-    if number != FORMAT:
-        older = number < FORMAT
+    if not 1 <= number <= FORMAT:
+        older = number < 1
         raise CheckpointError(
             f"{path}: made by se-inject {version} in format {number}; this is {_version()}, format"
             f" {FORMAT}. {'Load it with that version.' if older else 'Upgrade se-inject.'}"
@@ -409,16 +416,20 @@ def _parse(text: str, path: Path) -> Header:
 
 
 def _parse_site(data: Any) -> _Site:
-    settings = _Settings(**data["settings"])
+    own = dict(data["settings"])
+    custom, example = own.pop("custom"), own.pop("example")
+    settings = _Settings(Variant(**own), custom, example)
     site = _Site(**{**data, "settings": settings})
-    texts = (site.block, site.child, settings.placement, settings.init)
-    numbers = (site.r, settings.divisor, settings.example, site.channels, site.bottleneck)
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"a name in {texts}")
-    if not all(n is None or type(n) is int for n in numbers) or None in numbers[:3]:
+    if not isinstance(site.block, str) or not isinstance(site.child, str):
+        raise TypeError(f"a name in {(site.block, site.child)}")
+    numbers = (site.r, example, site.channels, site.bottleneck)
+    if not all(n is None or type(n) is int for n in numbers) or None in numbers[:2]:
         raise TypeError(f"a number in {numbers}")
-    if type(settings.custom) is not bool:
-        raise TypeError(f"custom {settings.custom!r}")
+    for option in fields(Variant):  # unknown names are refused where the blocks are planned
+        if type(getattr(settings.variant, option.name)) is not type(option.default):
+            raise TypeError(f"{option.name} {getattr(settings.variant, option.name)!r}")
+    if type(custom) is not bool:
+        raise TypeError(f"custom {custom!r}")
     return site
 
 
@@ -498,7 +509,7 @@ def _plan(
     if settings.custom and se_layer is None:
         raise CheckpointError(
             f"{path} was saved from a model with another se_layer. Pass that to load_se too:"
-            " load_se(base, path, se_layer=...)."
+            " load_se(base, path, se_layer=...), or --attention NAME."
         )
     blocks = {site.block: site for site in sites}
     try:
@@ -509,9 +520,7 @@ def _plan(
                 {_literal(block): site.r for block, site in blocks.items()},
                 example_input=example,
                 include=[_literal(block) for block in blocks],
-                divisor=settings.divisor,
-                placement=settings.placement,  # type: ignore[arg-type]  # checked there
-                init=settings.init,  # type: ignore[arg-type]  # checked there
+                **vars(settings.variant),  # checked there
                 se_layer=se_layer if settings.custom else None,
             )
     except SEInjectError as error:

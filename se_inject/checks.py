@@ -2,31 +2,35 @@
 
 import operator
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
 from se_inject.errors import ArgumentError, UnsupportedModelError
 from se_inject.record import block_label
-from se_inject.squeeze_excite import Init
-
-Placement = Literal["standard"]
+from se_inject.variants import Variant
 
 
-def check_arguments(r: Any, divisor: Any, placement: Any, init: Any, se_layer: Any) -> None:
+def check_arguments(r: Any, variant: Variant, se_layer: Any) -> None:
     """Raise an :class:`ArgumentError` for a value that cannot work."""
     if isinstance(r, Mapping) and not r:
         raise ArgumentError("r={} says nothing of any block; write {'*': 16}.")
     for value in r.values() if isinstance(r, Mapping) else [r]:
         _check_positive_int("r", value, "the reduction ratio C / rd, such as 16")
-    _check_positive_int("divisor", divisor, "8 as in timm, or 1 for the paper's plain C/r")
-    if placement not in get_args(Placement):
-        raise ArgumentError(f"placement={placement!r} is not known; use 'standard'.")
-    if init not in get_args(Init):
-        raise ArgumentError(f"init={init!r} is not known; use 'identity' or 'paper'.")
-    if se_layer is not None and not callable(se_layer):
+    divisor_means = "8 as in timm, or 1 for the paper's plain C/r"
+    _check_positive_int("divisor", variant.divisor, divisor_means)
+    variant.check()
+    if se_layer is None:
+        return
+    if not callable(se_layer):
         raise ArgumentError(f"se_layer={se_layer!r} is not callable; pass channels -> nn.Module.")
+    own = [f"{k}={v!r}" for k, v in variant.differing().items() if k != "placement"]
+    if own:
+        raise ArgumentError(
+            f"{', '.join(own)} is of the SE block, which se_layer replaces: leave it out, or build"
+            " the layer so."
+        )
 
 
 def _check_positive_int(name: str, value: Any, meaning: str) -> None:

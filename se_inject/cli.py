@@ -19,6 +19,19 @@ from rich.console import Console
 
 from se_inject.errors import ArgumentError, SEInjectError
 from se_inject.finetune import commands
+from se_inject.options import (
+    AttentionOption,
+    BiasOption,
+    DivisorOption,
+    ExcludeOption,
+    GateOption,
+    IncludeOption,
+    InitOption,
+    PlacementOption,
+    RatioOption,
+    SqueezeOption,
+    parse_ratio,
+)
 
 
 class _DefaultReport(typer.core.TyperGroup):
@@ -73,27 +86,16 @@ def report_command(
             show_default=False,
         ),
     ],
-    r: Annotated[
-        int, typer.Option("--r", help="Reduction ratio C / rd of the SE bottleneck.")
-    ] = 16,
-    divisor: Annotated[
-        int,
-        typer.Option(help="Bottleneck widths are multiples of this, and at least this."),
-    ] = 8,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Only blocks that match this glob, such as 'layer4.*'. Repeatable.",
-            show_default="all",
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="No blocks that match this glob; wins over --include. Repeatable.",
-            show_default="none",
-        ),
-    ] = None,
+    r: RatioOption = ["16"],  # noqa: B006  # read only; typer shows it in the help
+    divisor: DivisorOption = 8,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    placement: PlacementOption = "standard",
+    squeeze: SqueezeOption = "avg",
+    gate: GateOption = "sigmoid",
+    bias: BiasOption = True,
+    init: InitOption = "identity",
+    attention: AttentionOption = None,
     img_size: Annotated[
         int | None,
         typer.Option(
@@ -127,12 +129,18 @@ def report_command(
 
     - `se-inject torchvision/mobilenet_v2 --img-size 192 --json`
 
+    - `se-inject resnet50 --placement identity --squeeze max --gate tanh --no-bias`
+
+    - `se-inject resnet50 --r 'layer4.*=32,16' --attention eca`
+
     - `se-inject my_pkg.nets:build --include 'stage3.*' --show stage3.0`
     """
     if as_json and show is not None:
         raise typer.BadParameter("--json and --show exclude each other")
+    ratio = parse_ratio(r)
     import torch
 
+    from se_inject.attention import Attention
     from se_inject.cost import count_costs
     from se_inject.models import input_size, load_model
     from se_inject.plan import plan_se
@@ -143,10 +151,16 @@ def report_command(
         size = input_size(model, network, img_size, in_chans)
         plan = plan_se(
             network,
-            r,
-            divisor=divisor,
+            ratio,
             include=include or None,
             exclude=exclude or None,
+            placement=placement,
+            squeeze=squeeze,
+            gate=gate,
+            bias=bias,
+            init=init,
+            divisor=divisor,
+            se_layer=None if attention is None else Attention(attention),
             example_input=None if size is None else torch.empty(2, *size, device="meta"),
         )
         costs = None if show is not None else count_costs(plan)
@@ -285,10 +299,12 @@ def export(
         int | None,
         typer.Option(min=1, help="Input channels of the base.", show_default="the model's own"),
     ] = None,
+    attention: AttentionOption = None,
 ) -> None:
     """Write a trained network in a form that needs no se_inject to load.
 
-    Each file is compared with the model before it is kept.
+    Each file is compared with the model before it is kept. Which blocks go where is in the file
+    of the weights; --attention is needed only where they are not SE blocks.
 
     Examples:
 
@@ -296,13 +312,19 @@ def export(
 
     - `se-inject export resnet50 --weights best.safetensors --format onnx --output net.onnx`
     """
+    from se_inject.attention import Attention
     from se_inject.export import write_onnx, write_stock, write_torch_export
     from se_inject.restore import restore_model
 
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch|onnxscript")  # their own deprecations
         network = restore_model(
-            model, weights, checkpoint=checkpoint, in_chans=in_chans, num_classes=num_classes
+            model,
+            weights,
+            checkpoint=checkpoint,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            se_layer=None if attention is None else Attention(attention),
         )
         if target is Format.stock:
             hint = write_stock(network, output)

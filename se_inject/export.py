@@ -1,6 +1,7 @@
 """Injected model -> networks that need no se_inject: stock timm, ``torch.export``, ONNX.
 
-The gate of an identity start is ``2 * sigmoid``; stock SE blocks have a plain sigmoid. The factor
+The gate of an identity start is ``2 * sigmoid``; stock SE blocks have a plain sigmoid (of the
+paper's variants, timm has those without biases: theirs are then 0). The factor
 is only a parametrisation: with the layer that feeds the SE block doubled, and ``fc1`` halved
 because it then sees doubled means, ``x * 2 sigmoid(f(x))`` is ``2x * sigmoid(f(2x / 2))``. Doubling
 and halving are exact in floating point, so the outputs stay equal to the last bit.
@@ -24,6 +25,7 @@ from se_inject.files import replacing
 from se_inject.generated import edit_of
 from se_inject.record import block_label, first_line
 from se_inject.squeeze_excite import SqueezeExcite
+from se_inject.variants import GATES
 
 
 def to_stock(model: nn.Module) -> nn.Module:
@@ -37,16 +39,19 @@ def to_stock(model: nn.Module) -> nn.Module:
 
     Raises:
         NoSiteError: the model has no SE block.
-        ExportError: timm has no such network, or a gate's factor cannot be folded away; the
-            message names it. ``torch.export`` takes such a model as it is.
+        ExportError: timm has no such network (no variant of the block but the one without
+            biases), or a gate's factor cannot be folded away; the message names it.
+            ``torch.export`` takes such a model as it is.
     """
     check_model(model)
+    _check_variant(model)
     with torch.random.fork_rng(devices=[]):
         architecture = _architecture(model)
         names = _stock_names(architecture)
         twin = copy.deepcopy(model).cpu().eval()
         if names:
             fold_gates(twin)
+            _add_biases(twin)
         state = twin.state_dict()
         reasons = []
         for name in names:
@@ -65,19 +70,46 @@ def to_stock(model: nn.Module) -> nn.Module:
     )
 
 
+def _check_variant(model: nn.Module) -> None:
+    """Raise an :class:`ExportError` for a variant of the SE block that no stock network has."""
+    for name, module in model.named_modules():
+        if edit := edit_of(module):
+            options = edit.settings.variant.differing()
+            options.pop("bias", None)  # no biases are biases of 0
+            if options:
+                said = ", ".join(f"{option}={value!r}" for option, value in options.items())
+                raise ExportError(
+                    f"no network of timm has SE blocks with {said}, as {block_label(name)} has."
+                    " `--format torch-export`, or torch.export.export(model, ...), needs none."
+                )
+
+
+def _add_biases(model: nn.Module) -> None:
+    """Give the layers of SE blocks that have no biases such of 0, as stock blocks have them."""
+    for module in model.modules():
+        if isinstance(module, SqueezeExcite):
+            for layer in (module.fc1, module.fc2):
+                if layer.bias is None:
+                    layer.bias = nn.Parameter(torch.zeros_like(layer.weight[:, 0].flatten()))
+
+
 def fold_gates(model: nn.Module) -> None:
     """Turn every gate ``2 * sigmoid`` into a plain sigmoid, in place; outputs stay as they are.
 
+    ``2 * hard_sigmoid`` into ``hard_sigmoid`` too, with every squeeze: doubled maps have doubled
+    means, maxima and values.
+
     Raises:
         NoSiteError: the model has no SE block.
-        ExportError: what feeds an SE block is no norm, convolution or Linear of its own, or does
-            not feed it alone. Nothing is changed then.
+        ExportError: a gate is no multiple of the paper's (``1 + tanh``), or what feeds an SE block
+            is no norm, convolution or Linear of its own, or does not feed it alone. Nothing is
+            changed then.
     """
     uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     shared = Counter(
         id(p) for m in model.modules() for p in (*m._parameters.values(), *m._buffers.values())
     )
-    folds: list[tuple[nn.Module, SqueezeExcite]] = []
+    folds: list[tuple[nn.Module, SqueezeExcite, float]] = []
     found = False
     for name, module in model.named_modules():
         if (edit := edit_of(module)) is None:
@@ -87,6 +119,12 @@ def fold_gates(model: nn.Module) -> None:
             layer = getattr(module, child)
             if not isinstance(layer, SqueezeExcite) or layer.gate_scale == 1.0:
                 continue
+            if layer.gate_scale is None:
+                raise ExportError(
+                    f"the gate of {block_label(name)}'s SE block is"
+                    f" {GATES[layer.gate].formulas[layer.init]}, which is no multiple of"
+                    f" {layer.gate}: there is no factor to fold."
+                )
             source = None if feed is None else _last_affine(module.get_submodule(feed))
             if (
                 source is None
@@ -98,15 +136,15 @@ def fold_gates(model: nn.Module) -> None:
                     f" {feed or 'an operation'}, which is no norm or convolution that feeds it"
                     " alone: the factor 2 of its gate has nowhere to go."
                 )
-            folds.append((source, layer))
+            folds.append((source, layer, layer.gate_scale))
     if not found:
         raise NoSiteError(f"{type(model).__name__} has no SE block; inject_se(model) makes them.")
     with torch.no_grad():
-        for source, layer in folds:
+        for source, layer, factor in folds:
             for tensor in _affine(source):
-                tensor.mul_(layer.gate_scale)
-            layer.fc1.weight.div_(layer.gate_scale)
-            layer.gate_scale, layer.init = 1.0, "paper"
+                tensor.mul_(factor)
+            layer.fc1.weight.div_(factor)
+            layer.to_literal_gate()
 
 
 def _affine(layer: nn.Module) -> list[Tensor]:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx, nn
 
 from se_inject.record import Arguments
+from se_inject.variants import Variant
 
 _numbers = itertools.count(1)
 
@@ -86,9 +87,7 @@ class Settings:
     """What ``inject_se`` was told, as a checkpoint of the SE blocks has to say it again."""
 
     r: tuple[int, ...]  # of each child
-    divisor: int
-    placement: str
-    init: str
+    variant: Variant
     custom: bool  # made by a user's se_layer
     example: Arguments = field(compare=False)  # on meta
 

@@ -13,8 +13,9 @@ after::
     se = self.se(bn2, shortcut, in_place = True)
 
 and, where stochastic depth or a layer scale stands between, ``drop_path = self.drop_path(bn2)``
-becomes ``se = self.se(bn2); drop_path = self.drop_path(se)``. The block's class becomes a
-subclass with this forward; nothing else of the model changes.
+becomes ``se = self.se(bn2); drop_path = self.drop_path(se)``. So it is with the other placements:
+the readers of a map read ``self.se`` of it. The block's class becomes a subclass with this
+forward; nothing else of the model changes.
 """
 
 from collections.abc import Iterator
@@ -23,14 +24,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from se_inject.checks import Placement
 from se_inject.errors import NoSiteError, UnsupportedModelError
 from se_inject.generated import Edit, ForwardSource, Settings, edit_of
 from se_inject.plan import Patterns, Plan, Ratio, SELayer, Site, plan_se
 from se_inject.record import block_label
 from se_inject.sites import ResidualSite
-from se_inject.squeeze_excite import Init
 from se_inject.trace import TracedBlock, TracedForward
+from se_inject.variants import Gate, Init, Placement, Squeeze
 
 
 def inject_se(
@@ -41,6 +41,9 @@ def inject_se(
     include: Patterns = None,
     exclude: Patterns = None,
     placement: Placement = "standard",
+    squeeze: Squeeze = "avg",
+    gate: Gate = "sigmoid",
+    bias: bool = True,
     init: Init = "identity",
     divisor: int = 8,
     se_layer: SELayer | None = None,
@@ -55,7 +58,8 @@ def inject_se(
 
     >>> model = inject_se(timm.create_model("resnet50", pretrained=True))
 
-    The arguments and errors are those of :func:`plan_se`, which only says what would be done.
+    The arguments (placement, squeeze, gate and bias make the paper's variants) and errors are
+    those of :func:`plan_se`, which only says what would be done.
     """
     return plan_se(
         model,
@@ -64,6 +68,9 @@ def inject_se(
         include=include,
         exclude=exclude,
         placement=placement,
+        squeeze=squeeze,
+        gate=gate,
+        bias=bias,
         init=init,
         divisor=divisor,
         se_layer=se_layer,
@@ -175,9 +182,7 @@ def _edit(
         train=None if block.train is block.eval else source(block.train, 1, "forward (train)"),
         settings=Settings(
             r=tuple(site.r for site in sites),
-            divisor=plan.divisor,
-            placement=plan.placement,
-            init=plan.init,
+            variant=plan.variant,
             custom=plan.se_layer is not None,
             example=plan.example,
         ),
@@ -195,11 +200,12 @@ def _feed(site: Site) -> str | None:
     """The child that runs once and whose output the SE block alone reads, in both modes."""
     targets = set()
     for where in site.where:
-        branch = where.branch
+        source = where.source
         calls = [
-            n for n in branch.graph.nodes if (n.op, n.target) == ("call_module", branch.target)
+            n for n in source.graph.nodes if (n.op, n.target) == ("call_module", source.target)
         ]
-        targets.add(str(branch.target) if len(calls) == 1 and len(branch.users) == 1 else None)
+        alone = len(calls) == 1 and set(source.users) == set(where.readers)
+        targets.add(str(source.target) if alone else None)
     return targets.pop() if len(targets) == 1 else None
 
 
@@ -231,20 +237,28 @@ def edit_graph(
     edited = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     edited.output(edited.graph_copy(graph, copies))
+    output = next(n for n in graph.nodes if n.op == "output")
+    copies[output] = next(n for n in edited.nodes if n.op == "output")
+    # What reads a map for a reader: an SE block that another site has put before it.
+    stand_ins: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
     for site, child in zip(sites, children, strict=True):
-        addition, branch = copies[site.addition], copies[site.branch]
+        source = copies[site.source]
         if site.fused and fuse:
+            addition = copies[site.addition]
             kind = {"residual_first": site.shortcut_first, "in_place": site.in_place}
             flags: dict[str, Any] = {name: True for name, value in kind.items() if value}
             with edited.inserting_after(addition):
-                se = edited.call_module(child, (branch, copies[site.shortcut]), flags)
+                se = edited.call_module(child, (source, copies[site.shortcut]), flags)
             addition.replace_all_uses_with(se)
             edited.erase_node(addition)
             copies[site.addition] = se
-        else:
-            reader = copies[site.reader]
-            with edited.inserting_before(reader):
-                se = edited.call_module(child, (branch,))
-            reader.replace_input_with(branch, se)
+            continue
+        edges = [(site.source, reader) for reader in site.readers]
+        readers = [stand_ins.get(edge) or copies[edge[1]] for edge in edges]
+        with edited.inserting_before(min(readers)):
+            se = edited.call_module(child, (source,))
+        for reader in readers:
+            reader.replace_input_with(source, se)
+        stand_ins |= dict.fromkeys(edges, se)
     edited.lint()
     return edited

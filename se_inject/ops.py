@@ -27,6 +27,10 @@ _RESHAPE = {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"}
 _REARRANGE = {"unfold", "fold", "__get__"}
 _MATRIX_PRODUCT = {"matmul", "__matmul__", "bmm", "einsum", "scaled_dot_product_attention"}
 _SIGMOID = {"sigmoid", "sigmoid_", "hardsigmoid", "softmax", "tanh", "logsigmoid"}
+# Act on each element alone. In-place names of methods count too.
+_ACTIVATION = {"relu", "relu6", "leaky_relu", "rrelu", "prelu", "elu", "selu", "celu", "gelu"}
+_ACTIVATION |= {"silu", "mish", "hardswish", "hardtanh", "softplus", "softsign", "clamp", "clip"}
+_ACTIVATION |= _SIGMOID - {"softmax"}
 # Take only the shape or dtype from their second tensor.
 _LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
 # What an excitation passes; the reciprocal deviation of a norm does not.
@@ -52,10 +56,46 @@ class Op:
     alpha: float = 1.0  # of an addition
     gates: bool = False  # a live map times a live per-channel gate, constant over space
     scales: bool = False  # a live map times or by constants or parameters
+    kernel: tuple[int, ...] = ()  # of a convolution: [out, in / groups, *space]
 
     @property
     def is_convolution(self) -> bool:
         return self.name in _CONVOLUTION
+
+    @property
+    def is_spatial_convolution(self) -> bool:
+        """A convolution that sees more than one position."""
+        return any(size > 1 for size in self.kernel[2:])
+
+    @property
+    def is_depthwise(self) -> bool:
+        """A convolution of each channel alone."""
+        return self.is_convolution and self.kernel[1:2] == (1,) and self.shape[1] > 1
+
+    @property
+    def is_affine(self) -> bool:
+        """A norm, or the factor or summand that is left of one that is frozen."""
+        norms = _CHANNELS_FIRST_NORM | {"layer_norm", "rms_norm"}
+        return self.name in norms or self.scales or (self.name in _ADD and not self.adds_maps)
+
+    @property
+    def is_activation(self) -> bool:
+        """Acts on each element of one map alone."""
+        return self.name.rstrip("_") in _ACTIVATION
+
+    @property
+    def is_product(self) -> bool:
+        """Of a map and a number, a parameter or another map (``x * sigmoid(x)``)."""
+        return self.name in _MULTIPLY and not self.gates
+
+    @property
+    def is_permutation(self) -> bool:
+        return self.name in _PERMUTE
+
+    @property
+    def reads_channels_first(self) -> bool:
+        """Knows the channels of its input at dim 1."""
+        return self.is_convolution or self.name in _CHANNELS_FIRST_NORM
 
     @property
     def adds_depth(self) -> bool:
@@ -207,6 +247,9 @@ class OpLog(TorchFunctionMode):
                 return Op(name, shape, scales=True)
             if name in _MULTIPLY:
                 return Op(name, shape, gates=self._gates(a, b) or self._gates(b, a))
+        elif name in _CONVOLUTION:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            return Op(name, shape, kernel=tuple(weight.shape))
         elif name == "einsum" and len(sources) == 2 and out.shape == sources[0].shape:
             return Op(name, shape, gates=self._gates(sources[0], sources[1]))
         return Op(name, shape)

@@ -9,21 +9,21 @@ import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from se_inject.checks import Placement, check_arguments, check_model
-from se_inject.errors import ArgumentError, NoSiteError
+from se_inject.attention import Attention
+from se_inject.checks import check_arguments, check_model
+from se_inject.errors import ArgumentError, NoSiteError, SEInjectError
 from se_inject.generated import edit_of
-from se_inject.record import Arguments, block_label, meta_copy
+from se_inject.record import Arguments, block_label, first_line, meta_copy
 from se_inject.sites import Reason, ResidualSite, find_sites
 from se_inject.squeeze_excite import (
     IMAGES,
-    Init,
     Layout,
     SECost,
     SqueezeExcite,
@@ -31,6 +31,7 @@ from se_inject.squeeze_excite import (
     se_cost,
 )
 from se_inject.trace import Trace, TracedBlock, UntracedBlock, trace_blocks
+from se_inject.variants import Gate, Init, Placement, Squeeze, Variant
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,7 +51,7 @@ class Site:
     channels: int
     r: int
     bottleneck: int | None  # None: a user's se_layer, which has none that we know of
-    shape: tuple[int, ...]  # (C, H, W) or (C, T, H, W) of the branch map in the first call
+    shape: tuple[int, ...]  # (C, H, W) or (C, T, H, W) of the scaled map in the first call
     layout: Layout
     cost: SECost
     device: torch.device
@@ -105,10 +106,8 @@ class Plan:
 
     model: nn.Module = field(repr=False, compare=False)
     r: Ratio
-    divisor: int
-    placement: Placement
-    init: Init
-    se_layer: SELayer | None
+    variant: Variant
+    se_layer: SELayer | None  # in place of the SE block: of the variant only the placement counts
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
     example: Arguments = field(repr=False, compare=False)  # what the recorded forward was given
@@ -135,7 +134,10 @@ class Plan:
             site.channels,
             site.bottleneck,
             layout=site.layout,
-            init=self.init,
+            squeeze=self.variant.squeeze,
+            gate=self.variant.gate,
+            bias=self.variant.bias,
+            init=self.variant.init,
             device=site.device,
             dtype=site.dtype,
         )
@@ -150,6 +152,9 @@ class Plan:
         """The plan as JSON-ready data."""
         return {
             "r": dict(self.r) if isinstance(self.r, Mapping) else self.r,
+            "variant": asdict(self.variant)
+            if self.se_layer is None
+            else {"placement": self.variant.placement, "attention": layer_name(self.se_layer)},
             "added": {"params": self.added.params, "macs": self.added.macs},
             "sites": [site.to_dict() for site in self.sites],
             "skipped": [skipped.to_dict() for skipped in self.skipped],
@@ -169,6 +174,9 @@ def plan_se(
     include: Patterns = None,
     exclude: Patterns = None,
     placement: Placement = "standard",
+    squeeze: Squeeze = "avg",
+    gate: Gate = "sigmoid",
+    bias: bool = True,
     init: Init = "identity",
     divisor: int = 8,
     se_layer: SELayer | None = None,
@@ -185,12 +193,28 @@ def plan_se(
             dict of keyword arguments. By default images of the size that the model's
             ``pretrained_cfg`` says, or 224 (then a few other sizes).
         include, exclude: glob or globs on block names ("layer4.*"); exclude wins.
-        placement: ``"standard"``: on the branch, before the addition.
-        init: ``"identity"`` keeps the function of the model to the last bit at the start;
-            ``"paper"`` is the plain sigmoid over random layers, to train from scratch.
+        placement: where at a residual addition the SE block goes (the paper's Tables 14, 15):
+
+            - ``"standard"``: on the branch, before the addition;
+            - ``"pre"``: on what the branch reads; the shortcut keeps the map as it was;
+            - ``"post"``: behind the addition and, where one follows, its activation;
+            - ``"identity"``: on the shortcut;
+            - ``"3x3"``: on the branch, behind its last spatial convolution and norm; behind the
+              activation too where that convolution is depthwise, as MobileNetV3 has it.
+
+            Which additions are residual is the same for all; where a placement makes no sense,
+            ``Plan.skipped`` has the reason.
+        squeeze: ``"avg"``, ``"max"``, or ``"none"``: the two layers at every position (Table 16).
+        gate: ``"sigmoid"``, ``"tanh"``, ``"relu"`` or ``"hard_sigmoid"`` (Table 12); formulas in
+            :class:`SqueezeExcite`.
+        bias: whether the two layers have biases; those of the paper's ablations have none.
+        init: ``"identity"`` keeps the function of the model to the last bit at the start, with
+            every squeeze and gate; ``"paper"`` is the literal gate over random layers, to train
+            from scratch.
         divisor: the bottleneck width is a multiple of this, and at least this (timm: 8).
         se_layer: ``channels -> nn.Module`` in place of SE: a layer from [N, C, H, W] to the same
-            shape. Whether the function is preserved is then up to that layer.
+            shape. Whether the function is preserved is then up to that layer; r, squeeze, gate,
+            bias and init are not for it.
 
     Raises:
         ArgumentError: an argument cannot work, or a glob matches no block.
@@ -198,13 +222,17 @@ def plan_se(
         ForwardError: the forward fails on the example input.
         NoSiteError: there is no residual addition that can take an SE block.
     """
-    check_arguments(r, divisor, placement, init, se_layer)
+    variant = Variant(placement, squeeze, gate, bias, init, divisor)
+    check_arguments(r, variant, se_layer)
     r = {k: int(v) for k, v in r.items()} if isinstance(r, Mapping) else int(r)
     check_model(model)
     modules = dict(model.named_modules())
-    trace, found, skipped = _find(modules, model, example_input, se_layer, follow=False)
+    images_only = se_layer is not None
+    trace, found, skipped = _find(modules, model, example_input, placement, images_only)
     if any(entry.reason == Reason.CHANNELS_UNKNOWN for entry in skipped):
-        trace, found, skipped = _find(modules, model, example_input, se_layer, follow=True)
+        trace, found, skipped = _find(
+            modules, model, example_input, placement, images_only, follow=True
+        )
     if trace.stopped:
         warnings.warn(
             f"{trace.stopped}: blocks that would run after that are not planned.",
@@ -237,7 +265,7 @@ def plan_se(
                 name,
                 taken[name],
                 ratios[name],
-                divisor,
+                variant,
                 se_layer,
                 in_eval,
                 in_train,
@@ -247,9 +275,7 @@ def plan_se(
     return Plan(
         model=model,
         r=r,
-        divisor=divisor,
-        placement=placement,
-        init=init,
+        variant=variant,
         se_layer=se_layer,
         sites=tuple(sites),
         skipped=tuple(skipped),
@@ -263,9 +289,10 @@ def _find(
     modules: Mapping[str, nn.Module],
     model: nn.Module,
     example_input: Any,
-    se_layer: SELayer | None,
+    placement: Placement,
+    images_only: bool,
     *,
-    follow: bool,
+    follow: bool = False,
 ) -> tuple[Trace, list[_Found], list[Skipped]]:
     """Trace the model: its sites (block, in eval, in train), and all other additions."""
     injected = [name for name, module in modules.items() if edit_of(module)]
@@ -278,7 +305,7 @@ def _find(
         if isinstance(block, UntracedBlock):
             skipped += _untraced(block)
             continue
-        pairs, others = _sites_of(block, modules[block.name], images_only=se_layer is not None)
+        pairs, others = _sites_of(block, modules[block.name], placement, images_only)
         found += [(block.name, *pair) for pair in pairs]
         skipped += others
     if trace.stopped:
@@ -291,17 +318,19 @@ _GUESSED = "what it calls where the values of tensors are other than false or 0"
 
 
 def _sites_of(
-    block: TracedBlock, module: nn.Module, *, images_only: bool
+    block: TracedBlock, module: nn.Module, placement: Placement, images_only: bool
 ) -> tuple[list[tuple[ResidualSite, ResidualSite]], list[Skipped]]:
     """The sites of a block, each in its eval and train graph, and its other additions.
 
     ``images_only``: a user's ``se_layer`` takes [N, C, H, W], so other layouts are skipped.
     """
-    sites, rejected = find_sites(block.eval.graph, block.eval.calls, module)
+    sites, rejected = find_sites(block.eval.graph, block.eval.calls, module, placement)
     skipped = [Skipped(block.name, rejection.reason) for rejection in rejected]
     in_train = sites
     if block.train is not block.eval:
-        in_train, rejected_in_train = find_sites(block.train.graph, block.train.calls, module)
+        in_train, rejected_in_train = find_sites(
+            block.train.graph, block.train.calls, module, placement
+        )
         more = Counter(r.reason for r in rejected_in_train) - Counter(r.reason for r in rejected)
         skipped += [Skipped(block.name, reason, "in train mode") for reason in more.elements()]
     if [_position(site) for site in sites] != [_position(site) for site in in_train]:
@@ -318,7 +347,7 @@ def _sites_of(
 
 def _position(site: ResidualSite) -> tuple[str, int]:
     """What tells sites of one block apart in both of its graphs."""
-    return str(site.branch.target), site.channels
+    return str(site.source.target), site.channels
 
 
 def _untraced(block: UntracedBlock) -> list[Skipped]:
@@ -334,7 +363,7 @@ def _make_site(
     name: str,
     number: int,
     r: int,
-    divisor: int,
+    variant: Variant,
     se_layer: SELayer | None,
     in_eval: ResidualSite,
     in_train: ResidualSite,
@@ -343,8 +372,8 @@ def _make_site(
     layout = in_eval.layout
     spaces = [tuple(shape[d] for d in layout.space) for shape in in_eval.shapes]
     if se_layer is None:
-        bottleneck = bottleneck_width(channels, r, divisor)
-        cost = se_cost(channels, bottleneck, spaces)
+        bottleneck = bottleneck_width(channels, r, variant.divisor)
+        cost = se_cost(channels, bottleneck, spaces, squeeze=variant.squeeze, bias=variant.bias)
     else:
         bottleneck = None
         cost = _layer_cost(se_layer, channels, in_eval.dtype, spaces)
@@ -386,26 +415,48 @@ def _layer_cost(
     """What a user's layer adds: its parameters, and what the flop counter sees of it."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.device("meta"):
-        layer = se_layer(channels)
+    text = f"se_layer({channels})"
+    if isinstance(se_layer, Attention):
+        text = se_layer.text(channels)
+    try:
+        with torch.device("meta"):
+            layer = se_layer(channels)
+    except SEInjectError:
+        raise
+    except Exception as error:  # a user's code
+        raise ArgumentError(_fault(text, error)) from error
     if not isinstance(layer, nn.Module):
-        raise ArgumentError(
-            f"se_layer({channels}) returned {type(layer).__name__}; return an nn.Module."
-        )
-    layer = meta_copy(layer).to(dtype)  # the layer itself may be in use elsewhere
+        raise ArgumentError(f"{text} returned {type(layer).__name__}; return an nn.Module.")
+    # The layer itself may be in use elsewhere; a norm in it may want more than one image to learn.
+    layer = meta_copy(layer).to(dtype).eval()
     flops = 0
     for space in spaces:
         x = torch.empty(1, channels, *space, dtype=dtype, device="meta")
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            shape = tuple(layer(x).shape)
+        try:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                shape = tuple(layer(x).shape)
+        except Exception as error:  # a user's code
+            raise ArgumentError(_fault(f"{text} on a map {list(x.shape)}", error)) from error
         if shape != tuple(x.shape):
             raise ArgumentError(
-                f"se_layer({channels}) turns a map {list(x.shape)} into {list(shape)};"
-                " it must keep the shape."
+                f"{text} turns a map {list(x.shape)} into {list(shape)}; it must keep the shape."
             )
         flops += counter.get_total_flops()
     params = sum(p.numel() for p in layer.parameters())
     return SECost(params=params, layers=flops // 2, squeeze=0, scale=0)
+
+
+def layer_name(se_layer: SELayer) -> str:
+    """Of timm's attention, or of a user's function or class."""
+    name = getattr(se_layer, "name", None) or getattr(se_layer, "__name__", None)
+    return name if isinstance(name, str) else type(se_layer).__name__
+
+
+def _fault(what: str, error: Exception) -> str:
+    said = f": {text}" if (text := first_line(error)) else ""
+    return (
+        f"{what} fails ({type(error).__name__}{said}). Exclude such blocks, or use another layer."
+    )
 
 
 def sum_costs(costs: Iterable[SECost]) -> SECost:

@@ -17,7 +17,7 @@ from torch import fx
 from se_inject.cost import Costs, Count
 from se_inject.errors import ArgumentError
 from se_inject.inject import edit_graph
-from se_inject.plan import Plan, Site, Skipped, near_names, sum_costs
+from se_inject.plan import Plan, Site, Skipped, layer_name, near_names, sum_costs
 from se_inject.sites import Reason
 
 # How the block that is the model itself, whose name is empty, is shown.
@@ -68,6 +68,7 @@ def report_dict(name: str, plan: Plan, costs: Costs) -> dict[str, Any]:
     return {
         "model": name,
         "r": data["r"],
+        "variant": data["variant"],
         "input_size": plan.input_size,
         "base": costs.base.to_dict(),
         "augmented": costs.augmented.to_dict(),
@@ -175,11 +176,18 @@ def _notes(plan: Plan, costs: Costs) -> Iterable[str]:
             f" {2 * costs.base.macs / unit:.3f} → {2 * costs.augmented.macs / unit:.3f} {letter}."
         )
         yield "1 MAC = 2 FLOPs; the papers' GFLOPs are GMACs."
-    floored = [s for s in plan.sites if s.bottleneck == plan.divisor > s.channels / s.r]
+    if options := plan.variant.differing():
+        said = ", ".join(f"{name}={value}" for name, value in options.items())
+        yield f"The paper's variant with {said}."
+    if plan.se_layer is not None:
+        name = layer_name(plan.se_layer)
+        yield f"{name} in place of SE blocks: it may change what the network computes."
+    divisor = plan.variant.divisor
+    floored = [s for s in plan.sites if s.bottleneck == divisor > s.channels / s.r]
     if floored:
-        hint = " (--divisor 1 gives the paper's plain C/r)" if plan.divisor > 1 else ""
+        hint = " (--divisor 1 gives the paper's plain C/r)" if divisor > 1 else ""
         yield (
-            f"{_plural(len(floored), 'bottleneck')} kept at width {plan.divisor}, where C/r"
+            f"{_plural(len(floored), 'bottleneck')} kept at width {divisor}, where C/r"
             f" is less{hint}."
         )
 

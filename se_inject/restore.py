@@ -7,6 +7,7 @@ from torch import nn
 from se_inject.checkpoint import Header, load_se, read_header
 from se_inject.errors import UnknownModelError
 from se_inject.models import load_model, load_weights
+from se_inject.plan import SELayer
 
 
 def restore_model(
@@ -16,6 +17,7 @@ def restore_model(
     checkpoint: Path | None = None,
     in_chans: int | None = None,
     num_classes: int | None = None,
+    se_layer: SELayer | None = None,
 ) -> nn.Module:
     """Build the base, give it its weights, and put the saved SE blocks in.
 
@@ -25,6 +27,7 @@ def restore_model(
         checkpoint: the base's own weights. Without it, and where the file does not hold them all,
             the pretrained ones of the library.
         in_chans, num_classes: of the base; of timm's models, the number of classes is in the file.
+        se_layer: as in :func:`load_se`.
 
     Raises:
         CheckpointError: a file is damaged, or made for another network.
@@ -38,7 +41,7 @@ def restore_model(
         base = _pretrained(name, in_chans, num_classes)
     if checkpoint is not None:
         load_weights(base, checkpoint)
-    return load_se(base, weights).eval()
+    return load_se(base, weights, se_layer=se_layer).eval()
 
 
 def _pretrained(name: str, in_chans: int | None, num_classes: int | None) -> nn.Module:

@@ -3,10 +3,10 @@
 A residual site is an addition ``out = F(x) + shortcut(x)`` of two maps of one shape, where the
 branch F passes at least one convolution and the shortcut is the identity or a short projection.
 The SE block goes on the branch, after its last convolution and norm and before stochastic depth,
-layer scale and skip gain.
+layer scale and skip gain, or where another placement of the paper has it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -17,6 +17,7 @@ from se_inject.ops import Op
 from se_inject.record import Shape
 from se_inject.squeeze_excite import Layout
 from se_inject.trace import NodeFacts
+from se_inject.variants import Placement
 
 
 class Reason(StrEnum):
@@ -34,6 +35,10 @@ class Reason(StrEnum):
     LAYOUT = "se_layer takes [N, C, H, W], and this map has another layout"
     CHANNELS_UNKNOWN = "cannot tell which dim holds the channels"
     SHARED_IN_PLACE = "changes in place a map that is read again"
+    SEVERAL_INPUTS = "pre: the branch reads several maps"
+    NO_SPATIAL = "3x3: no spatial convolution on the branch"
+    SIDE_BY_SIDE = "3x3: the branch's last spatial convolution sees a part of it only"
+    CONVOLUTION_INSIDE = "3x3: a child has the spatial convolution and another one behind it"
     HIDDEN = "inside a function that fx does not enter"
     UNTRACED = "cannot be traced"
     MODES_DIFFER = "train and eval mode add different maps"
@@ -47,10 +52,10 @@ class ResidualSite:
     """Where in a block graph an SE block goes."""
 
     addition: fx.Node
-    branch: fx.Node  # the map to scale: the SE block reads it
-    reader: fx.Node  # what reads the branch next: the addition, or what stands before it
-    shortcut: fx.Node  # the other operand of the addition
-    fused: bool  # nothing stands between: the SE block takes over the addition
+    source: fx.Node  # the map to scale: the SE block reads it
+    readers: tuple[fx.Node, ...]  # what reads the scaled map in its place
+    shortcut: fx.Node  # the operand of the addition that is not the branch
+    fused: bool  # the addition alone reads the branch: the SE block takes it over
     shortcut_first: bool  # the sum has the memory format of its first operand
     in_place: bool  # and keeps its dtype too
     channels: int
@@ -68,7 +73,10 @@ class Rejection:
 
 
 def find_sites(
-    graph: fx.Graph, calls: Sequence[Mapping[fx.Node, NodeFacts]], module: nn.Module
+    graph: fx.Graph,
+    calls: Sequence[Mapping[fx.Node, NodeFacts]],
+    module: nn.Module,
+    placement: Placement = "standard",
 ) -> tuple[list[ResidualSite], list[Rejection]]:
     """The residual sites of one block graph, and every other addition of two maps.
 
@@ -76,6 +84,8 @@ def find_sites(
         graph: the block's own forward, every child a leaf.
         calls: what each node computed, one mapping a recorded call.
         module: the block; only asked whether it has a method that folds its convolutions.
+        placement: where at a residual addition the SE block goes; which additions are residual is
+            the same for all.
     """
     flow = _Flow(graph, calls[0])
     additions = [n for n in graph.nodes if flow.addition(n) is not None]
@@ -93,7 +103,7 @@ def find_sites(
     for node in additions:
         shape = shapes[node]
         verdict = (
-            _site(flow, calls, node, additions, residuals)
+            _site(flow, calls, node, additions, residuals, placement)
             if isinstance(shape, _Residual)
             else shape
         )
@@ -185,6 +195,51 @@ class _Flow:
             if facts.storage == storage and self.order[node] < self.order[step]
             for user in node.users
         )
+
+    def separable(self, source: fx.Node, readers: Sequence[fx.Node]) -> bool:
+        """Whether the readers can be given a tensor of their own in place of ``source``.
+
+        What they change in place from then on, nobody else may read, and not the caller, where the
+        tensor is the caller's. What others change is lost on them, and on the backward pass: the SE
+        block keeps its input for that.
+        """
+        storage = self.facts[source].storage
+        aliases = [n for n, facts in self.facts.items() if facts.storage == storage]
+        first = min(aliases, key=self.order.__getitem__)
+        is_callers = not self.facts[first].ops  # nothing in this block has made it
+        start = min(self.order[reader] for reader in readers)
+        moved: set[fx.Node] = set()
+        steps: list[tuple[bool, bool]] = []  # reads the old tensor; writes the old or the new
+        for node in self.order:
+            if self.order[node] < start or node not in self.facts:
+                continue
+            reads = [i for i in node.all_input_nodes if i in aliases or i in moved]
+            new = [i for i in reads if i in moved or (i is source and node in readers)]
+            facts = self.facts[node]
+            if new and is_callers and node.op == "output":
+                return False  # the caller may go on with its own tensor by two names
+            if new and facts.storage in (storage, None):  # a view, or a container of it
+                moved.add(node)
+            steps.append((len(new) < len(reads), storage in facts.writes))
+        return not any(
+            writes and (is_callers or any(old for old, _ in steps[i:]))
+            for i, (_, writes) in enumerate(steps)
+        )
+
+    def next_step(
+        self, node: fx.Node, wanted: Callable[[Sequence[Op]], bool], *, permuted: bool = False
+    ) -> fx.Node | None:
+        """The step that follows, if it is a wanted one; over identities (and permutations)."""
+        while len(node.users) == 1:
+            (node,) = node.users
+            if len(self.inputs.get(node, ())) != 1 or self.facts[node].shape is None:
+                return None
+            ops = self.facts[node].ops
+            if ops and wanted(ops):
+                return node
+            if not all(permuted and op.is_permutation for op in ops):
+                return None
+        return None
 
     def keeps_fork(self, fork: fx.Node | None, end: fx.Node) -> bool:
         """Whether a term of ``end`` is the fork itself, through no convolution or Linear.
@@ -298,6 +353,7 @@ def _site(
     node: fx.Node,
     additions: Sequence[fx.Node],
     residuals: Mapping[fx.Node, _Residual],
+    placement: Placement,
 ) -> ResidualSite | Reason:
     residual = residuals[node]
     path = flow.between(residual.fork, residual.branch)
@@ -307,27 +363,26 @@ def _site(
         return Reason.FUSION
     if any(op.gates for op in flow.ops(path)):
         return Reason.GATED
-    point = _insertion_point(flow, node, residual)
+    point = _POINTS[placement](flow, node, residual)
     if isinstance(point, Reason):
         return point
-    branch, reader, fused = point
-    facts = flow.facts[branch]
-    assert facts.shape is not None
-    assert facts.dtype is not None
-    if not facts.dtype.is_floating_point:
+    facts = flow.facts[point.source]
+    if facts.shape is None or facts.dtype is None or not facts.dtype.is_floating_point:
         return Reason.NO_MAP
-    channel_dim = _channel_dim(flow, residual, branch)
+    if len(facts.shape) not in (4, 5):
+        return Reason.TOKENS if len(facts.shape) == 3 else Reason.NO_MAP
+    channel_dim = _channel_dim(flow, point)
     if channel_dim not in (1, len(facts.shape) - 1):
         return Reason.CHANNELS_UNKNOWN
-    shapes = tuple(shape for call in calls if (shape := call[branch].shape) is not None)
+    shapes = tuple(shape for call in calls if (shape := call[point.source].shape) is not None)
     if len({shape[channel_dim] for shape in shapes}) > 1:
         return Reason.WIDTHS
     return ResidualSite(
         addition=node,
-        branch=branch,
-        reader=reader,
+        source=point.source,
+        readers=point.readers,
         shortcut=residual.shortcut,
-        fused=fused,
+        fused=point.fused,
         shortcut_first=flow.operands(node)[0] is residual.shortcut,
         in_place=_is_in_place(node),
         channels=facts.shape[channel_dim],
@@ -369,35 +424,141 @@ def _is_sibling(flow: _Flow, node: fx.Node, residual: _Residual, other: fx.Node)
     return from_fork and bool(flow.joins_after(node) & flow.joins_after(other))
 
 
-def _insertion_point(
-    flow: _Flow, node: fx.Node, residual: _Residual
-) -> tuple[fx.Node, fx.Node, bool] | Reason:
-    """Walk back from the addition over stochastic depth, dropout, layer scale and gains.
+# --- where the SE block goes -------------------------------------------------------------------
 
-    Returns the node whose output the SE block scales, the node that reads it next, and whether
-    the SE block can take over the addition.
-    """
-    branch, reader, chain = residual.branch, node, [residual.branch]
-    while _is_tail(flow, branch):
-        (before,) = flow.inputs[branch]
-        branch, reader = before, branch
-        chain.append(branch)
+
+@dataclass(frozen=True)
+class _Point:
+    """The map that the SE block reads, and what reads its output in place of the map."""
+
+    source: fx.Node
+    readers: tuple[fx.Node, ...]
+    alike: tuple[fx.Node, ...] = ()  # maps whose dims are those of the source
+    fused: bool = False
+
+
+def _before_addition(flow: _Flow, node: fx.Node, residual: _Residual) -> _Point | Reason:
+    """standard: on the branch, before stochastic depth, dropout, layer scale and gains."""
+    reader, *chain = _tail(flow, node, residual)
+    branch = chain[0]
     # ``x += F(x)`` changes the caller's x; only the addition itself can go on doing so.
     mutates_shortcut = _is_in_place(node) and node.args[0] is residual.shortcut
     for step in {node, reader}:
         # Who reads ``out`` after ``out += x`` reads the sum; after the SE block it would not.
         if _is_in_place(step) and step.args[0] in chain and flow.read_again(step):
             return Reason.SHARED_IN_PLACE
-    return branch, reader, reader is node and not mutates_shortcut
+    # What stands between branch and addition moves no dim.
+    fused = reader is node and not mutates_shortcut
+    return _Point(branch, (reader,), (residual.shortcut,), fused)
 
 
-def _channel_dim(flow: _Flow, residual: _Residual, branch: fx.Node) -> int | None:
-    """Of the branch map; where it is lost in a reshape, what it is added to has the same.
+def _tail(flow: _Flow, node: fx.Node, residual: _Residual) -> list[fx.Node]:
+    """What reads the branch map, the branch map itself, and what only drops or scales it."""
+    reader, chain = node, [residual.branch]
+    while _is_tail(flow, chain[0]):
+        reader = chain[0]
+        chain = [flow.inputs[reader][0], *chain]
+    return [reader, *chain]
 
-    What stands between the two (stochastic depth, scales) moves no dim.
+
+def _on_branch_input(flow: _Flow, node: fx.Node, residual: _Residual) -> _Point | Reason:
+    """pre: on what the branch reads; the shortcut reads the map as it was."""
+    path = flow.between(residual.fork, residual.branch)
+    source = residual.fork
+    if source is None:  # the shortcut is another argument of the block
+        entries = [n for n in path if not flow.inputs[n]]
+        if len(entries) != 1:
+            return Reason.SEVERAL_INPUTS
+        source = entries[0]
+    readers = [user for user in source.users if user in path]
+    while flow.facts[source].shape is None and len(readers) == 1:  # a list of maps, say
+        source = readers[0]
+        readers = [user for user in source.users if user in path]
+    if flow.facts[source].shape is None:
+        return Reason.SEVERAL_INPUTS
+    alike = (residual.branch,) if source is residual.shortcut else ()
+    return _separate(flow, _Point(source, tuple(readers), alike))
+
+
+def _after_addition(flow: _Flow, node: fx.Node, residual: _Residual) -> _Point | Reason:
+    """post: behind the addition and, where one follows, its activation."""
+    source = flow.next_step(node, _is_activation) or node
+    return _separate(
+        flow, _Point(source, tuple(source.users), (residual.branch, residual.shortcut))
+    )
+
+
+def _on_shortcut(flow: _Flow, node: fx.Node, residual: _Residual) -> _Point | Reason:
+    """identity: on the operand of the addition that is not the branch."""
+    return _separate(flow, _Point(residual.shortcut, (node,), (residual.branch,)))
+
+
+def _after_spatial_convolution(flow: _Flow, node: fx.Node, residual: _Residual) -> _Point | Reason:
+    """3x3: behind the branch's last spatial convolution and its norm.
+
+    Behind the activation too, where the convolution is depthwise: there MobileNetV3 and
+    EfficientNet have it.
     """
-    known = flow.facts[branch].channel_dim
-    return known if known is not None else flow.facts[residual.shortcut].channel_dim
+    path = flow.between(residual.fork, residual.branch)
+    spatial = [n for n in path if any(op.is_spatial_convolution for op in flow.facts[n].ops)]
+    if not spatial:
+        return Reason.NO_SPATIAL
+    source = spatial[-1]
+    if not flow.dominates(source, residual.branch):
+        return Reason.SIDE_BY_SIDE
+    ops = flow.facts[source].ops
+    last = max(i for i, op in enumerate(ops) if op.is_spatial_convolution)
+    if any(op.adds_depth for op in ops[last + 1 :]):
+        return Reason.CONVOLUTION_INSIDE
+    if not _is_norm(ops[last + 1 :]):
+        source = flow.next_step(source, _is_norm, permuted=True) or source
+    if ops[last].is_depthwise and not any(op.is_activation for op in flow.facts[source].ops):
+        source = flow.next_step(source, _is_activation) or source
+    _, end, *_ = _tail(flow, node, residual)
+    if source is end or source not in flow.between(residual.fork, end):
+        return _before_addition(flow, node, residual)
+    return _separate(flow, _Point(source, tuple(source.users)))
+
+
+_POINTS: dict[Placement, Callable[[_Flow, fx.Node, _Residual], _Point | Reason]] = {
+    "standard": _before_addition,
+    "pre": _on_branch_input,
+    "post": _after_addition,
+    "identity": _on_shortcut,
+    "3x3": _after_spatial_convolution,
+}
+
+
+def _separate(flow: _Flow, point: _Point) -> _Point | Reason:
+    """The point, unless the copy that the SE block makes would be seen."""
+    if not point.readers or not flow.separable(point.source, point.readers):
+        return Reason.SHARED_IN_PLACE
+    return point
+
+
+def _is_norm(ops: Sequence[Op]) -> bool:
+    """Begins as a norm (an activation with a gain ends as one), perhaps with an activation."""
+    first = next((op for op in ops if not op.is_permutation), None)
+    plain = not any(op.adds_depth or op.joins for op in ops)
+    return plain and first is not None and first.is_affine
+
+
+def _is_activation(ops: Sequence[Op]) -> bool:
+    """Alone, or made of products (``x * sigmoid(x)``, a gain)."""
+    named = any(op.is_activation for op in ops)
+    return named and all(op.is_activation or op.is_product for op in ops)
+
+
+def _channel_dim(flow: _Flow, point: _Point) -> int | None:
+    """Of the source: known there, or from maps like it, or from the layer that reads it."""
+    for node in (point.source, *point.alike):
+        if (known := flow.facts[node].channel_dim) is not None:
+            return known
+    for reader in point.source.users:
+        ops = flow.facts[reader].ops if reader in flow.facts else ()
+        if ops and ops[0].reads_channels_first and reader.all_input_nodes == [point.source]:
+            return 1
+    return None
 
 
 def _is_tail(flow: _Flow, node: fx.Node) -> bool:

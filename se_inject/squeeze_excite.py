@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-Init = Literal["identity", "paper"]
+from se_inject.variants import GATES, SQUEEZES, Gate, Init, Squeeze
 
 
 def bottleneck_width(channels: int, r: int, divisor: int = 8) -> int:
@@ -58,15 +58,33 @@ class SqueezeExcite(nn.Module):
     ``fc2`` [C, rd, 1, 1], 1x1 convolutions with bias, so that timm's checkpoints fit. For video
     maps [N, C, T, H, W] they are 1x1x1 convolutions, for channels-last maps [N, H, W, C] Linears.
 
+    ``init="identity"`` zeroes ``fc2``, so that it gives 0 whatever it sees, and takes a gate that
+    is exactly 1 there: a pretrained network computes what it did before. ``init="paper"`` is the
+    paper's formula over randomly initialised layers:
+
+    ============  ==================  ==================
+    gate          ``"paper"``         ``"identity"``
+    ============  ==================  ==================
+    sigmoid       sigmoid(z)          2 * sigmoid(z)
+    tanh          tanh(z)             1 + tanh(z)
+    relu          max(z, 0)           max(1 + z, 0)
+    hard_sigmoid  relu6(z + 3) / 6    relu6(z + 3) / 3
+    ============  ==================  ==================
+
     Args:
         channels: C, the channels of the map.
         bottleneck: rd, the width between the two layers (see :func:`bottleneck_width`).
         layout: of the map; [N, C, H, W] by default.
-        init: ``"identity"`` zeroes ``fc2`` and uses the gate ``2 * sigmoid``: every gate is
-            exactly 1 at the start, so a pretrained network computes what it did before.
-            ``"paper"`` is the paper's plain sigmoid over randomly initialised layers.
+        squeeze: ``"avg"``; ``"max"``, the maximum over H, W (Table 11 of the paper); ``"none"``,
+            its NoSqueeze (Table 16): the two layers run at every position, and the gate
+            [N, C, H, W] differs from position to position.
+        gate: a row of the table above (the paper's Table 12).
+        bias: of both layers; the paper's ablations have none.
+        init: a column of the table above.
         device, dtype: of the new parameters.
     """
+
+    __jit_unused_properties__: ClassVar[list[str]] = ["gate_scale"]
 
     def __init__(
         self,
@@ -74,6 +92,9 @@ class SqueezeExcite(nn.Module):
         bottleneck: int,
         *,
         layout: Layout = IMAGES,
+        squeeze: Squeeze = "avg",
+        gate: Gate = "sigmoid",
+        bias: bool = True,
         init: Init = "identity",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -81,14 +102,39 @@ class SqueezeExcite(nn.Module):
         super().__init__()
         self.channels = channels
         self.bottleneck = bottleneck
+        self.squeeze = squeeze
+        self.gate = gate
         self.init = init
-        self.space = layout.space
-        # A power of two, so that folding it into the layer before loses no bit.
-        self.gate_scale = 2.0 if init == "identity" else 1.0
-        self.fc1 = _pointwise(layout, channels, bottleneck, device, dtype)
-        self.fc2 = _pointwise(layout, bottleneck, channels, device, dtype)
+        self.space = list(layout.space)
+        self.fc1 = _pointwise(layout, channels, bottleneck, bias, device, dtype)
+        self.fc2 = _pointwise(layout, bottleneck, channels, bias, device, dtype)
         if init == "identity":
             self._close_fc2()
+        self._choose()
+
+    def _choose(self) -> None:
+        """The functions of the forward, as attributes: TorchScript reads no table."""
+        self._squeeze = SQUEEZES[self.squeeze].of
+        self._gate = GATES[self.gate].of(self.init)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_squeeze", "_gate")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A block that was pickled before there were variants does not name its own.
+        state = {"squeeze": "avg", "gate": "sigmoid"} | state
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
+        self._choose()
+
+    def to_literal_gate(self) -> None:
+        """Take the gate that the paper writes, whatever the parameters are."""
+        self.init = "paper"
+        self._choose()
+
+    @property
+    def gate_scale(self) -> float | None:
+        """What the gate is times the paper's; None: no multiple of it."""
+        return 1.0 if self.init == "paper" else GATES[self.gate].factor
 
     def reset_parameters(self) -> None:
         """Initialise anew, as after ``to_empty()`` of a model that was built on meta."""
@@ -115,10 +161,8 @@ class SqueezeExcite(nn.Module):
         ``x += residual``. Where the two maps differ in memory format, a sum has that of its first
         operand; where they differ in dtype, one in place keeps it.
         """
-        s: Tensor = x.mean(self.space, keepdim=True)
-        s = self.fc2(torch.relu(self.fc1(s))).sigmoid()
-        if self.gate_scale != 1.0:
-            s = s * self.gate_scale
+        s = self._squeeze(x, self.space)
+        s = self._gate(self.fc2(torch.relu(self.fc1(s))))
         if residual is None:
             return x * s
         if x.stride() == residual.stride() and x.dtype == residual.dtype:
@@ -128,31 +172,32 @@ class SqueezeExcite(nn.Module):
         return residual + x * s if residual_first else x * s + residual
 
     def extra_repr(self) -> str:
-        gate = "sigmoid" if self.gate_scale == 1.0 else f"{self.gate_scale:g} * sigmoid"
-        return f"gate={gate}, space={self.space}"
+        formula = GATES[self.gate].formulas[self.init]
+        return f"gate={formula}, squeeze={self.squeeze}, space={tuple(self.space)}"
 
 
 def _pointwise(
     layout: Layout,
     width_in: int,
     width_out: int,
+    bias: bool,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> nn.Conv2d | nn.Conv3d | nn.Linear:
     """A layer over the channels alone."""
     if layout.channels_last:
-        return nn.Linear(width_in, width_out, device=device, dtype=dtype)
+        return nn.Linear(width_in, width_out, bias, device=device, dtype=dtype)
     convolution = nn.Conv3d if layout.ndim == 5 else nn.Conv2d
-    return convolution(width_in, width_out, 1, device=device, dtype=dtype)
+    return convolution(width_in, width_out, 1, bias=bias, device=device, dtype=dtype)
 
 
 @dataclass(frozen=True)
 class SECost:
     """What one SE block adds. MACs are for one image; 1 MAC = 2 FLOPs.
 
-    ``layers`` are those of the two 1x1 convolutions, C*rd + rd*C; ``squeeze`` and ``scale`` are
-    one operation each an element of the map, C*H*W (video: C*T*H*W). Biases, ReLU and the gate
-    are not counted.
+    ``layers`` are those of the two 1x1 convolutions, C*rd + rd*C (without a squeeze: at each
+    position); ``squeeze``, mean or maximum, and ``scale`` are one operation each an element of the
+    map, C*H*W (video: C*T*H*W). Biases, ReLU and the gate are not counted.
     """
 
     params: int
@@ -165,17 +210,27 @@ class SECost:
         return self.layers + self.squeeze + self.scale
 
 
-def se_cost(channels: int, bottleneck: int, spaces: Sequence[Sequence[int]]) -> SECost:
+def se_cost(
+    channels: int,
+    bottleneck: int,
+    spaces: Sequence[Sequence[int]],
+    *,
+    squeeze: Squeeze = "avg",
+    bias: bool = True,
+) -> SECost:
     """Parameters and MACs of a :class:`SqueezeExcite` block.
 
     Args:
         channels, bottleneck: C and rd.
         spaces: the (H, W) or (T, H, W) of the map, one for each call of the block in a forward.
+        squeeze, bias: as of the block.
     """
-    elements = sum(channels * math.prod(space) for space in spaces)
+    weights = 2 * channels * bottleneck
+    positions = sum(math.prod(space) for space in spaces)
+    pools = SQUEEZES[squeeze].pools
     return SECost(
-        params=2 * channels * bottleneck + bottleneck + channels,
-        layers=len(spaces) * 2 * channels * bottleneck,
-        squeeze=elements,
-        scale=elements,
+        params=weights + (bottleneck + channels if bias else 0),
+        layers=weights * (len(spaces) if pools else positions),
+        squeeze=channels * positions if pools else 0,
+        scale=channels * positions,
     )

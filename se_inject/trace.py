@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from se_inject.generated import ForwardSource
-from se_inject.ops import Op, OpLog
+from se_inject.ops import Op, OpLog, leaves
 from se_inject.record import (
     Arguments,
     Call,
@@ -52,6 +52,7 @@ class NodeFacts:
     channel_dim: int | None  # None: not known
     live: bool  # computed from the block's inputs
     storage: int | None  # equal for tensors that share memory
+    writes: frozenset[int]  # the storages that it changes in place
     ops: tuple[Op, ...]  # what ran in it, inside children too
 
 
@@ -110,7 +111,8 @@ def trace_blocks(model: nn.Module, example_input: Any = None, *, follow: bool = 
         ForwardError: the forward failed before its end, for another reason than that it needs
             values where meta tensors have none.
     """
-    with _LOCK, _foreign_random_numbers():
+    # Tensors of inference mode do not say when they are changed in place.
+    with _LOCK, _foreign_random_numbers(), torch.inference_mode(False):
         return _trace_blocks(model, example_input, follow)
 
 
@@ -529,19 +531,33 @@ class _FactFinder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         start = len(self.log.ops)
+        inputs = [self.env[i] for i in n.all_input_nodes if i in self.env]
+        tensors = [t for t in leaves(inputs) if isinstance(t, Tensor) and not t.is_inference()]
+        before = [(t, t._version) for t in tensors]
         value = super().run_node(n)
         is_tensor = isinstance(value, Tensor)
-        inputs = [self.env[i] for i in n.all_input_nodes if i in self.env]
         self.log.ensure_followed(value, inputs)
         self.facts[n] = NodeFacts(
             shape=tuple(value.shape) if is_tensor else None,
             dtype=value.dtype if is_tensor else None,
             channel_dim=self.log.channel_dim(value) if is_tensor else None,
             live=any(self.log.is_live(leaf) for leaf in pytree.tree_leaves(value)),
-            storage=value.untyped_storage()._cdata if is_tensor else None,
+            storage=_storage(value) if is_tensor else None,
+            writes=frozenset(
+                _storage(t) for t, version in before if t._version != version or self._drops(n)
+            ),
             ops=tuple(self.log.ops[start:]),
         )
         return value
+
+    def _drops(self, n: fx.Node) -> bool:
+        """Whether it is a dropout in place, which writes in train mode only."""
+        child = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        return isinstance(child, nn.modules.dropout._DropoutNd) and child.inplace
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _mutable(value: Any) -> Any:

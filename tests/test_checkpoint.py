@@ -167,7 +167,36 @@ def test_ratios_and_a_second_injection_come_back(tmp_path: Path) -> None:
     assert torch.equal(output(again), output(model))
     assert [type(m.se) for m in again.layer3 if getattr(m, "se", None)] == []
     settings = edit_of(again.layer2[0]).settings
-    assert (settings.r, settings.divisor, settings.init) == ((4,), 1, "paper")
+    assert (settings.r, settings.variant.divisor, settings.variant.init) == ((4,), 1, "paper")
+
+
+def test_a_file_from_before_there_were_variants(tmp_path: Path) -> None:
+    model = trained()
+    save_se(model, tmp_path / "se.safetensors")
+
+    def as_format_1(header: dict[str, Any], _: dict[str, Tensor]) -> None:
+        header["format"] = 1
+        for site in header["sites"]:
+            assert site["settings"].pop("squeeze") == "avg"
+            assert site["settings"].pop("gate") == "sigmoid"
+            assert site["settings"].pop("bias") is True
+            assert set(site["settings"]) == {"divisor", "placement", "init", "custom", "example"}
+
+    rewritten(tmp_path / "se.safetensors", as_format_1)
+    assert torch.equal(output(load_se(base(), tmp_path / "se.safetensors")), output(model))
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "identity", "3x3"])
+def test_variants_come_back(placement: Any, tmp_path: Path) -> None:
+    options = {"squeeze": "max", "gate": "tanh", "bias": False}
+    model = opened(inject_se(base(), 8, placement=placement, include="layer1.*", **options))
+    opened(inject_se(model, 4, include="layer2.*", squeeze="none", gate="relu", init="paper"))
+    save_se(model, tmp_path / "se.safetensors")
+    again = load_se(base(), tmp_path / "se.safetensors")
+    assert torch.equal(output(again), output(model))
+    assert edit_of(again.layer1[0]).settings == edit_of(model.layer1[0]).settings
+    assert edit_of(again.layer2[0]).settings == edit_of(model.layer2[0]).settings
+    assert torch.equal(output(pickle.loads(pickle.dumps(copy.deepcopy(again)))), output(model))
 
 
 def test_another_attention_has_to_be_given_again(tmp_path: Path) -> None:
@@ -235,7 +264,7 @@ def hostile_zip(path: Path) -> None:
 
 
 def newer(path: Path) -> None:
-    rewritten(path, lambda header, _: header.update(format=2, version="9.9"))
+    rewritten(path, lambda header, _: header.update(format=3, version="9.9"))
 
 
 def older(path: Path) -> None:
@@ -260,6 +289,14 @@ def other_width(path: Path) -> None:
     rewritten(path, lambda header, _: header["sites"][0].update(bottleneck=16))
 
 
+def unknown_gate(path: Path) -> None:
+    rewritten(path, lambda header, _: header["sites"][0]["settings"].update(gate="step"))
+
+
+def bias_as_text(path: Path) -> None:
+    rewritten(path, lambda header, _: header["sites"][0]["settings"].update(bias="no"))
+
+
 def unknown_block(path: Path) -> None:
     rewritten(path, lambda header, _: header["sites"][0].update(block="layer9.0"))
 
@@ -281,11 +318,13 @@ BAD_FILES = {
     foreign: "not one of save_se",
     hostile: "not a whole .safetensors file",
     hostile_zip: "not a whole .safetensors file",
-    newer: "made by se-inject 9.9 in format 2; .* Upgrade",
+    newer: "made by se-inject 9.9 in format 3; .* Upgrade",
     older: "made by se-inject 0.0.1 in format 0; .* Load it with that version",
     without_sites: "its header is damaged",
     damaged_site: "its header is damaged",
     damaged_example: "its header is damaged",
+    unknown_gate: "does not fit this base: gate='step' is not known; use 'sigmoid', 'tanh'",
+    bias_as_text: "its header is damaged .*bias 'no'",
     other_width: r"has widths \(64, 16\), and here it is \(64, 8\)",
     unknown_block: "does not fit this base: .*layer9.0",
     missing_key: "the file lacks 'layer3.1.se.fc2.bias'",

@@ -118,6 +118,7 @@ def test_json_is_one_object_with_the_promised_keys(call) -> None:
     assert list(data) == [
         "model",
         "r",
+        "variant",
         "input_size",
         "base",
         "augmented",
@@ -127,6 +128,14 @@ def test_json_is_one_object_with_the_promised_keys(call) -> None:
     ]
     assert data["model"] == "resnet50"
     assert data["r"] == 16
+    assert data["variant"] == {
+        "placement": "standard",
+        "squeeze": "avg",
+        "gate": "sigmoid",
+        "bias": True,
+        "init": "identity",
+        "divisor": 8,
+    }
     assert data["input_size"] == [3, 192, 192]
     assert data["base"]["params"] == 25_557_032
     assert data["augmented"]["macs"] == data["base"]["macs"] + data["added"]["macs"]
@@ -151,6 +160,16 @@ def test_json_is_one_object_with_the_promised_keys(call) -> None:
     [
         (["resnet18", "--divisor", "1"], r"^layer1\.0 +64×56×56 +64→4 "),
         (["resnet18", "--r", "8"], r"^layer4\.1 +512×7×7 +512→64 "),
+        (["resnet18", "--r", "layer4.*=32, layer3.*=8", "--r", "16"], r"^layer4\.1 .* 512→16 "),
+        (["resnet18", "--r", "layer4.*=32", "--r", "*=8"], r"^layer3\.1 .* 256→32 "),
+        (["resnet50", "--placement", "pre"], r"^layer1\.0 +64×56×56 +64→8 "),
+        (["resnet18", "--squeeze", "none"], r"^layer4\.1 .* 33,312 +1,605,632 +0 +25,088"),
+        (
+            ["resnet18", "--gate", "tanh", "--no-bias"],
+            r"^The paper's variant with gate=tanh, bias=False\.$",
+        ),
+        (["resnet18", "--attention", "eca"], r"^eca in place of SE blocks"),
+        (["resnet18", "--attention", "halo", "--img-size", "256"], r"^8 sites"),
         (["resnet18", "--include", "layer4.*"], r"^2 sites"),
         (["resnet18", "--include", "layer3.*", "--include", "layer4.*"], r"^4 sites"),
         (["resnet18", "--img-size", "288"], r"^layer1\.0 +64×72×72"),
@@ -212,6 +231,17 @@ def test_a_module_in_the_current_directory_is_found(
         ),
         (["resnet18", "--r", "0"], r"^error: r=0 is not a positive whole number"),
         (["resnet18", "--r", "-4"], r"^error: r=-4 is not a positive whole number"),
+        (["resnet18", "--r", "layer9.*=8,16"], r"^error: r='layer9\.\*' matches no block"),
+        (["resnet18", "--r", "layer4.*=8"], r"^error: r=.* says nothing of block 'layer1\.0'"),
+        (["resnet18", "--attention", "ecaa"], r"^error: no attention 'ecaa' in timm; use eca"),
+        (
+            ["resnet18", "--attention", "eca", "--gate", "tanh"],
+            r"^error: gate='tanh' is of the SE block, which se_layer replaces",
+        ),
+        (
+            ["torchvision/mobilenet_v2", "--placement", "3x3"],
+            r"^error: no residual site .* 10 x 3x3: a child has the spatial convolution",
+        ),
         (["resnet18", "--include", "nope"], r"^error: include='nope' matches no block"),
         (["resnet18", "--exclude", "nope"], r"^error: exclude='nope' matches no block"),
         (["resnet18", "--show", "layer9.0"], r"^error: block 'layer9\.0' gets no SE block"),
@@ -238,6 +268,13 @@ def test_a_clear_error_and_exit_status_1(call, args: list[str], message: str) ->
     [
         ["resnet18", "--r", "abc"],
         ["resnet18", "--r", "2.5"],
+        ["resnet18", "--r", "layer4.*=x"],
+        ["resnet18", "--r", "=8"],
+        ["resnet18", "--r", "16,8"],
+        ["resnet18", "--r", "16", "--r", "*=8"],
+        ["resnet18", "--r", "layer4.*=8,layer4.*=16,16"],
+        ["resnet18", "--placement", "somewhere"],
+        ["resnet18", "--gate", "step"],
         ["--no"],
         ["resnet18", "--json", "--show", "layer1.0"],
     ],
@@ -254,7 +291,8 @@ def test_wrong_usage_has_exit_status_2(call, args: list[str]) -> None:
 def test_help_names_every_option_with_its_default() -> None:
     result: Result = CliRunner().invoke(cli.app, ["report", "--help"], env={"COLUMNS": "100"})
     assert result.exit_code == 0
-    for option in ("--r", "--divisor", "--include", "--img-size", "--show", "--json", "--verbose"):
+    options = "--r --divisor --include --img-size --show --json --verbose --placement --squeeze"
+    for option in f"{options} --gate --no-bias --init --attention".split():
         assert option in result.output
     assert "default: 16" in result.output
     assert "se-inject resnet50 --r 16" in result.output

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import se_inject.export
 from se_inject import ExportError, NoSiteError, inject_se, save_se, se_parameters, to_stock
+from se_inject.attention import Attention
 from se_inject.export import fold_gates, write_onnx, write_torch_export
 
 X = torch.randn(2, 3, 64, 64)
@@ -119,6 +121,57 @@ def test_a_factor_with_nowhere_to_go_is_named_and_nothing_changes() -> None:
         assert all(torch.equal(model.state_dict()[key], state[key]) for key in state)
 
 
+def opened(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for p in se_parameters(model):
+            p.normal_(0, 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("squeeze", ["avg", "max", "none"])
+@pytest.mark.parametrize("gate", ["sigmoid", "hard_sigmoid"])
+@pytest.mark.parametrize("placement", ["standard", "3x3"])
+def test_folding_a_variant_loses_no_bit(placement: Any, gate: Any, squeeze: Any) -> None:
+    model = randomize(timm.create_model("resnet26"))
+    options = {"placement": placement, "gate": gate, "squeeze": squeeze, "bias": False}
+    opened(inject_se(model, example_input=X, **options))
+    expected = model(X)
+    fold_gates(model)
+    assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("gate", ["tanh", "relu"])
+def test_a_gate_that_is_no_multiple_of_the_papers_is_not_folded(gate: Any) -> None:
+    model = inject_se(timm.create_model("resnet18"), example_input=X, gate=gate)
+    with pytest.raises(ExportError, match=rf"no multiple of {gate}: there is no factor to fold"):
+        fold_gates(model)
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_a_map_that_others_read_takes_no_factor(placement: Any) -> None:
+    model = inject_se(timm.create_model("resnet18"), example_input=X, placement=placement)
+    with pytest.raises(ExportError, match="has nowhere to go"):
+        fold_gates(model)
+
+
+def test_stock_without_biases_has_biases_of_zero() -> None:
+    base = randomize(timm.create_model("resnet18"))
+    model = opened(inject_se(base, example_input=X, bias=False))
+    stock = to_stock(model)
+    torch.testing.assert_close(stock(X), model(X), rtol=1e-5, atol=1e-6)
+    assert not stock.layer1[0].se.fc1.bias.any()
+    assert model.layer1[0].se.fc1.bias is None
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.export, about itself
+def test_a_variant_has_a_program_of_its_own(tmp_path: Path) -> None:
+    options = {"placement": "post", "squeeze": "max", "gate": "hard_sigmoid", "bias": False}
+    model = opened(inject_se(timm.create_model("test_resnet"), example_input=X, **options))
+    write_torch_export(model, tmp_path / "net.pt2")
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    torch.testing.assert_close(program(X), model(X), rtol=1e-5, atol=1e-6)
+
+
 def test_weight_standardisation_takes_no_factor() -> None:
     """nf_resnet26's ScaledStdConv2d is a Conv2d, and takes any scale out of its weight."""
     with pytest.raises(ExportError, match="conv3, which is no norm or convolution"):
@@ -126,6 +179,14 @@ def test_weight_standardisation_takes_no_factor() -> None:
 
 
 NO_STOCK = {
+    "placement": (
+        lambda: inject_se(timm.create_model("resnet18"), placement="pre"),
+        r"no network of timm has SE blocks with placement='pre', as 'layer1.0' has. `--format",
+    ),
+    "squeeze and gate": (
+        lambda: inject_se(timm.create_model("resnet18"), squeeze="max", gate="tanh", bias=False),
+        "has SE blocks with squeeze='max', gate='tanh', as",
+    ),
     "no name": (
         lambda: inject_se(timm.create_model("mobilenetv2_035")),
         "timm has no network like mobilenetv2_035 .*torch-export",
@@ -286,6 +347,19 @@ def test_other_formats(folder: Path, tmp_path: Path, target: str, suffix: str) -
     assert (result.returncode, result.stderr) == (0, "")
     assert f"{output}: same outputs as the model." in result.stdout
     assert output.stat().st_size > 4 * 11_000_000
+
+
+def test_other_attention_is_named_again(tmp_path: Path) -> None:
+    base = randomize(timm.create_model("test_resnet"))
+    inject_se(base, example_input=X, se_layer=Attention("eca"))
+    save_se(base, tmp_path / "se.safetensors", extra="trained")
+    arguments = ("export", "test_resnet", "--weights", str(tmp_path / "se.safetensors"))
+    arguments += ("--format", "torch-export", "--output", str(tmp_path / "net.pt2"))
+    result = run(*arguments)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "another se_layer" in result.stderr
+    result = run(*arguments, "--attention", "eca")
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_clear_errors(folder: Path, tmp_path: Path) -> None:

@@ -1,17 +1,23 @@
 """Counts that others published: the paper, timm and torchvision."""
 
 import math
+from pathlib import Path
 
+import paper_tables
 import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model_weights, list_models
 
-from se_inject import Plan, inject_se, plan_se
+from se_inject import Plan, SqueezeExcite, inject_se, plan_se
 from se_inject.cost import count_costs, count_model
 from se_inject.models import load_model
 from se_inject.squeeze_excite import bottleneck_width, se_cost
+from se_inject.variants import Squeeze
+
+PAGE = Path(__file__).parents[1] / "docs" / "paper.md"
 
 
 def plan(name: str, **kwargs: object) -> Plan:
@@ -44,6 +50,65 @@ def test_the_papers_macs_of_v1_resnet50() -> None:
     costs = count_costs(plan_se(model))
     assert costs.base.macs / 1e9 == pytest.approx(3.858, abs=5e-4)
     assert costs.augmented.macs / 1e9 == pytest.approx(3.8715, abs=5e-4)
+
+
+# --- the paper's tables: the networks of examples/paper_tables.py ------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
+def test_table_1_widths(name: str) -> None:
+    assert paper_tables.widths(name) == "[16, 256], [32, 512], [64, 1024], [128, 2048]"
+
+
+@pytest.mark.parametrize(
+    ("squeeze", "which", "macs", "params"),
+    [
+        ("avg", "base", "3.86", "25.6"),
+        ("none", "se", "4.27", "28.1"),
+        ("avg", "se", "3.87", "28.1"),
+    ],
+)
+def test_table_16_to_the_printed_digit(squeeze: str, which: str, macs: str, params: str) -> None:
+    figures = getattr(paper_tables.count("resnet50", squeeze=squeeze, bias=False), which)
+    assert (f"{figures.macs:.2f}", f"{figures.params:.1f}") == (macs, params)
+
+
+ABLATIONS: list[tuple[dict[str, object], float]] = [
+    *(({"r": r}, paper) for r, (_, paper) in paper_tables.RATIOS.items()),
+    *(({"include": glob}, paper) for glob, _, paper in paper_tables.STAGES.values()),
+    ({"placement": "3x3"}, 25.8),
+]
+
+
+@pytest.mark.parametrize(("options", "paper"), ABLATIONS, ids=str)
+def test_tables_10_13_and_15_parameters(options: dict[str, object], paper: float) -> None:
+    """Counted with the statistics of the norms, as the paper must have done."""
+    ours = paper_tables.count("resnet50", **options, **paper_tables.ABLATION).se.with_statistics
+    assert abs(ours - paper) < 0.1
+    if options != {"r": 8}:  # 30.64, printed as 30.7
+        assert f"{ours:.1f}" == f"{paper:.1f}"
+
+
+def test_the_page_is_what_its_script_writes() -> None:
+    made, kept = (
+        "\n".join(page).splitlines() for page in (paper_tables.page(), [PAGE.read_text()])
+    )
+    versions = next(i for i, line in enumerate(made) if line.startswith("Made by"))
+    assert made[:versions] == kept[:versions]
+    assert made[versions + 1 :] == kept[versions + 1 :]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("squeeze", ["avg", "max", "none"])
+def test_costs_of_a_variant_are_what_is_there(squeeze: Squeeze, bias: bool) -> None:
+    se = SqueezeExcite(48, 8, squeeze=squeeze, bias=bias, device="meta")
+    cost = se_cost(48, 8, [(7, 5)], squeeze=squeeze, bias=bias)
+    with FlopCounterMode(display=False) as counter:
+        se(torch.empty(1, 48, 7, 5, device="meta"))
+    assert cost.params == sum(p.numel() for p in se.parameters())
+    assert 2 * cost.layers == counter.get_total_flops()
+    assert cost.squeeze == (0 if squeeze == "none" else 48 * 35)
+    assert cost.scale == 48 * 35
 
 
 def test_divisor_1_gives_the_papers_plain_ratio() -> None:

@@ -11,6 +11,7 @@ import torch
 from grammar import Network, networks
 from helpers import open_gates, randomize
 from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
 
 from se_inject import NoSiteError, plan_se, remove_se
 from se_inject.generated import edit_of
@@ -54,6 +55,42 @@ def test_sites_are_those_written_and_the_function_stays(network: Network) -> Non
     if not sites:
         return
 
+    check_function(model, plan, state, before)
+
+
+@settings(
+    max_examples=EXAMPLES // 2,
+    deadline=None,
+    derandomize="SE_INJECT_EXAMPLES" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(networks(), st.sampled_from(["pre", "post", "identity", "3x3"]))
+def test_other_placements_keep_the_function(network: Network, placement: Any) -> None:
+    """The same sites, or reasons of the placement's own for those that are not served."""
+    note(f"{placement}\n{network.text}")
+    torch.manual_seed(0)
+    model = randomize(network.build()).eval()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    before = outputs(model)
+    model.load_state_dict(state)
+    try:
+        plan: Any = plan_se(model, r=2, divisor=2, example_input=X, placement=placement)
+        sites, skipped = plan.sites, plan.skipped
+    except NoSiteError as error:
+        sites, skipped = (), error.skipped
+    served, left = Counter(site.block for site in sites), Counter(s.block for s in skipped)
+    assert not served - Counter(block for block, _ in network.sites.elements())
+    assert served + left == Counter(
+        block for block, _ in (*network.sites.elements(), *network.skipped.elements())
+    )
+    if sites:
+        check_function(model, plan, state, before)
+
+
+def check_function(
+    model: torch.nn.Module, plan: Any, state: dict[str, torch.Tensor], before: list[torch.Tensor]
+) -> None:
+    """Equal after the plan, other with open gates, equal after removal."""
     plan.apply()
     for a, b in zip(outputs(model), before, strict=True):
         assert torch.equal(a, b)

@@ -150,7 +150,7 @@ def test_the_se_block_comes_before_stochastic_depth_and_scales(
     model = timm.create_model(name, **(DROP_PATH if before_tail else {})).to(device)
     plan = plan_se(model)
     site = plan.sites[-1]
-    reader = site.where[0].reader
+    (reader,) = site.where[0].readers
     assert site.where[0].fused == (before_tail is None)
     if before_tail is None:
         assert reader is site.where[0].addition

@@ -1,0 +1,73 @@
+"""Other attention of timm by its name, as a ``se_layer``."""
+
+import difflib
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from torch import nn
+
+from se_inject.errors import ArgumentError
+
+# What timm.layers.create_attn knows (1.0.31); it has no list of its own.
+ATTENTIONS: tuple[str, ...] = (
+    "se",
+    "ese",
+    "eca",
+    "ecam",
+    "ceca",
+    "ge",
+    "gc",
+    "gca",
+    "cbam",
+    "lcbam",
+)
+ATTENTIONS += ("coord", "scoord", "ela", "strip", "sk", "splat")
+ATTENTIONS += ("lambda", "bottleneck", "halo", "nl", "bat")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """``channels -> nn.Module``: one of the layers of ``timm.layers.create_attn``.
+
+    They are built with timm's defaults. Unlike the SE block they do not begin as the identity.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in ATTENTIONS:
+            near = difflib.get_close_matches(self.name, ATTENTIONS, n=3, cutoff=0.3) or ATTENTIONS
+            raise ArgumentError(f"no attention {self.name!r} in timm; use {', '.join(near)}.")
+
+    def __call__(self, channels: int) -> nn.Module:
+        from timm.layers import create_attn
+
+        try:
+            layer: nn.Module = create_attn(self.name, channels)
+        except AssertionError as error:
+            if "Invalid attn module" in str(error):
+                raise ArgumentError(
+                    f"timm {version('timm')} has no attention {self.name!r}: upgrade timm."
+                ) from error
+            raise
+        except TypeError:
+            if self.name != "ge":
+                raise
+            layer = _gather_excite(channels)
+        return layer
+
+    def text(self, channels: int) -> str:
+        """How a message names the layer."""
+        return f"create_attn({self.name!r}, {channels})"
+
+
+def _gather_excite(channels: int) -> nn.Module:
+    """GatherExcite with timm's defaults, which timm 1.0.31 itself cannot build.
+
+    It passes the device of the perceptron in the place of another argument.
+    """
+    from timm.layers import ConvMlp, create_attn, make_divisible
+
+    layer: nn.Module = create_attn("ge", channels, use_mlp=False)
+    layer.mlp = ConvMlp(channels, make_divisible(channels / 16, 1, round_limit=0.0))
+    return layer
