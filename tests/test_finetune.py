@@ -648,6 +648,14 @@ def se_file(folder: Path) -> Path:
 
 BEGINNINGS: dict[str, Any] = {
     "an SE checkpoint": lambda folder: {"checkpoint": str(se_file(folder))},
+    "a variant": lambda folder: {
+        "placement": "identity",
+        "squeeze": "max",
+        "gate": "tanh",
+        "bias": False,
+        "r": {"layer1.*": 4, "*": 8},
+    },
+    "other attention": lambda folder: {"attention": "eca", "train": "se+head"},
     "an average over a frozen base": lambda folder: {"train": "se+head", "ema": 0.9},
     "a callable": lambda folder: {
         "model": "test_finetune:own_network",

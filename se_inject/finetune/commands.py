@@ -5,7 +5,6 @@ import json
 import logging
 import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,25 +13,20 @@ from rich.console import Console
 from rich.table import Table
 
 from se_inject.errors import ArgumentError, SEInjectError
-
-
-class Strategy(StrEnum):
-    auto = "auto"
-    ddp = "ddp"
-    fsdp = "fsdp"
-
-
-class BNStats(StrEnum):
-    auto = "auto"
-    frozen = "frozen"
-    moving = "moving"
-
-
-class Train(StrEnum):
-    se = "se"
-    se_and_head = "se+head"
-    all = "all"
-
+from se_inject.finetune.settings import BNStats, Settings, Strategy, Train
+from se_inject.options import (
+    AttentionOption,
+    BiasOption,
+    DivisorOption,
+    ExcludeOption,
+    GateOption,
+    IncludeOption,
+    InitOption,
+    PlacementOption,
+    RatioOption,
+    SqueezeOption,
+    parse_ratio,
+)
 
 _TRAINING, _MODEL, _MACHINE = "Training", "Network", "Machine"
 
@@ -71,29 +65,16 @@ def finetune(
             show_default=False,
         ),
     ] = None,
-    r: Annotated[
-        int, typer.Option("--r", help="Reduction ratio C / rd.", rich_help_panel=_MODEL)
-    ] = 16,
-    divisor: Annotated[
-        int,
-        typer.Option(help="Bottleneck widths are multiples of this.", rich_help_panel=_MODEL),
-    ] = 8,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Only blocks that match this glob. Repeatable.",
-            show_default="all",
-            rich_help_panel=_MODEL,
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="No blocks that match this glob. Repeatable.",
-            show_default="none",
-            rich_help_panel=_MODEL,
-        ),
-    ] = None,
+    r: RatioOption = ["16"],  # noqa: B006  # read only; typer shows it in the help
+    divisor: DivisorOption = 8,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    placement: PlacementOption = "standard",
+    squeeze: SqueezeOption = "avg",
+    gate: GateOption = "sigmoid",
+    bias: BiasOption = True,
+    init: InitOption = "identity",
+    attention: AttentionOption = None,
     pretrained: Annotated[
         bool, typer.Option(help="Begin from the library's weights.", rich_help_panel=_MODEL)
     ] = True,
@@ -148,7 +129,7 @@ def finetune(
     ] = 1.0,
     train: Annotated[
         Train, typer.Option(help="What learns after the warm-up.", rich_help_panel=_TRAINING)
-    ] = Train.all,
+    ] = "all",
     bn_stats: Annotated[
         BNStats,
         typer.Option(
@@ -156,7 +137,7 @@ def finetune(
             " moving in one that begins at random.",
             rich_help_panel=_TRAINING,
         ),
-    ] = BNStats.auto,
+    ] = "auto",
     img_size: Annotated[
         int | None,
         typer.Option(
@@ -228,7 +209,7 @@ def finetune(
             " shards it.",
             rich_help_panel=_MACHINE,
         ),
-    ] = Strategy.auto,
+    ] = "auto",
     workers: Annotated[
         int,
         typer.Option(
@@ -258,7 +239,6 @@ def finetune(
         raise typer.BadParameter("give MODEL, or --resume RUN")
     _need_lightning()
     from se_inject.finetune import run
-    from se_inject.finetune.settings import Settings
 
     console = Console(stderr=True)
     if resume is not None:
@@ -269,7 +249,7 @@ def finetune(
                 f" {', '.join(_ON_RESUME.values())} may be others than before, not"
                 f" {', '.join('--' + name.rstrip('_').replace('_', '-') for name in others)}"
             )
-        values = {"devices": devices, "nodes": nodes, "strategy": strategy.value}
+        values = {"devices": devices, "nodes": nodes, "strategy": strategy}
         values |= {"workers": workers}
         changes = {name: value for name, value in values.items() if name in given}
         summary = run.resume(resume, console, **changes)
@@ -280,10 +260,16 @@ def finetune(
             model=model,
             data=str(Path(data).resolve()) if Path(data).is_dir() else data,
             data_dir=None if data_dir is None else str(Path(data_dir).resolve()),
-            r=r,
+            r=parse_ratio(r),
             divisor=divisor,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
+            placement=placement,
+            squeeze=squeeze,
+            gate=gate,
+            bias=bias,
+            init=init,
+            attention=attention,
             pretrained=pretrained,
             checkpoint=None if checkpoint is None else str(checkpoint.resolve()),
             epochs=epochs,
@@ -296,15 +282,15 @@ def finetune(
             clip=clip,
             img_size=img_size,
             val_split=val_split,
-            train=train.value,
-            bn_stats=bn_stats.value,
+            train=train,
+            bn_stats=bn_stats,
             aa=aa,
             mixup=mixup,
             cutmix=cutmix,
             precision=precision,
             devices=devices,
             nodes=nodes,
-            strategy=strategy.value,
+            strategy=strategy,
             workers=workers,
             seed=seed,
             seeds=seeds,

@@ -181,10 +181,16 @@ class _Arm:
             inject_se(
                 network,
                 settings.r,
-                divisor=settings.divisor,
+                example_input=example,
                 include=settings.include or None,
                 exclude=settings.exclude or None,
-                example_input=example,
+                placement=settings.placement,
+                squeeze=settings.squeeze,
+                gate=settings.gate,
+                bias=settings.bias,
+                init=settings.init,
+                divisor=settings.divisor,
+                se_layer=settings.se_layer,
             )
         blocks = _blocks(network)
         if self.arm == "control":
@@ -341,7 +347,7 @@ def base_of(settings: Settings) -> tuple[nn.Module, dict[str, Any]]:
     """The network with its weights, and how timm prepares images for it."""
     checkpoint = None if settings.checkpoint is None else Path(settings.checkpoint)
     if checkpoint is not None and _is_se_file(checkpoint):
-        network = restore_model(settings.model, checkpoint)
+        network = restore_model(settings.model, checkpoint, se_layer=settings.se_layer)
     else:
         pretrained = settings.pretrained and checkpoint is None
         try:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from se_inject.attention import Attention
 from se_inject.errors import ArgumentError
 from se_inject.files import replacing
+from se_inject.variants import Gate, Init, Placement, Squeeze
 
 Train = Literal["se", "se+head", "all"]
 BNStats = Literal["auto", "frozen", "moving"]
@@ -21,10 +23,16 @@ class Settings:
     model: str
     data: str = "digits"
     data_dir: str | None = None
-    r: int = 16
+    r: int | dict[str, int] = 16
     divisor: int = 8
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    placement: Placement = "standard"
+    squeeze: Squeeze = "avg"
+    gate: Gate = "sigmoid"
+    bias: bool = True
+    init: Init = "identity"
+    attention: str | None = None  # of timm, in place of SE
     pretrained: bool = True
     checkpoint: str | None = None
     epochs: int = 10
@@ -52,6 +60,11 @@ class Settings:
     control: bool = False
     ema: float | None = None
     compile: bool = False
+
+    @property
+    def se_layer(self) -> Attention | None:
+        """What goes in in place of SE blocks."""
+        return None if self.attention is None else Attention(self.attention)
 
     @property
     def base_is_pretrained(self) -> bool:

@@ -58,7 +58,7 @@ def load_run(folder: Path) -> Trained:
         if any(edit_of(module) for module in network.modules()):  # --checkpoint was of save_se
             remove_se(network)
         network = with_head(network, len(classes))
-    load_se(network, best)
+    load_se(network, best, se_layer=settings.se_layer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Trained(network.eval().to(device), settings, classes, config)
 
