@@ -112,24 +112,51 @@ class SqueezeExcite(nn.Module):
 
         Returns ``x * s``, or ``residual + x * s`` in one pass (``torch.addcmul``), which never
         writes ``x * s`` to memory. The flags tell which sum is replaced: ``residual + x``, or
-        ``x += residual``. Where the two maps differ in memory format, a sum has that of its first
-        operand; where they differ in dtype, one in place keeps it.
+        ``x += residual``, which in ``torch.inference_mode`` is written to the memory of ``x`` as
+        before. Where the two maps differ in memory format, a sum has that of its first operand;
+        where they differ in dtype, one in place keeps it.
         """
-        s: Tensor = x.mean(self.space, keepdim=True)
+        s: Tensor = self._squeeze(x)
         s = self.fc2(torch.relu(self.fc1(s))).sigmoid()
         if self.gate_scale != 1.0:
             s = s * self.gate_scale
         if residual is None:
             return x * s
         if x.stride() == residual.stride() and x.dtype == residual.dtype:
+            if torch.jit.is_scripting():  # type: ignore[attr-defined]
+                return torch.addcmul(residual, x, s)
+            # ``x += residual`` wrote to x too; without autograd its memory takes the sum again.
+            if in_place and _takes_out(x):
+                return torch.addcmul(residual, x, s, out=x)
             return torch.addcmul(residual, x, s)
         if in_place:
             return (x * s).add_(residual)
         return residual + x * s if residual_first else x * s + residual
 
+    def _squeeze(self, x: Tensor) -> Tensor:
+        """The mean over space, as sum / n: the gradient of a sum is a view that fills no map."""
+        if x.dtype == torch.float16:  # whose sum could overflow
+            return x.mean(self.space, keepdim=True)
+        n = 1
+        for dim in self.space:
+            n *= x.shape[dim]
+        return x.sum(self.space, keepdim=True) / n
+
     def extra_repr(self) -> str:
         gate = "sigmoid" if self.gate_scale == 1.0 else f"{self.gate_scale:g} * sigmoid"
         return f"gate={gate}, space={self.space}"
+
+
+def _takes_out(x: Tensor) -> bool:
+    """Whether ``x`` can be an ``out=``, for which autograd, forward AD and vmap have no rule.
+
+    A tensor made in inference mode takes part in neither of the first two.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_inference()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _pointwise(
