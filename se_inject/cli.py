@@ -114,6 +114,14 @@ def report_command(
             show_default=False,
         ),
     ] = None,
+    benchmark: Annotated[
+        bool,
+        typer.Option("--benchmark", help="Also run it before and after, and report the latency."),
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="Where --benchmark runs: cpu, cuda, cuda:1, mps.")
+    ] = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch of --benchmark.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Every site and every skipped addition.")
@@ -121,11 +129,14 @@ def report_command(
 ) -> None:
     """Report what SE blocks would add to MODEL: parameters and MACs, block by block.
 
-    The model is built without weights and is not run (hf-hub: fetches the model's config).
+    The model is built without weights and is not run (hf-hub: fetches the model's config), except
+    by --benchmark, which runs it with random weights.
 
     Examples:
 
     - `se-inject resnet50 --r 16`
+
+    - `se-inject resnet50 --benchmark --batch-size 8`
 
     - `se-inject torchvision/mobilenet_v2 --img-size 192 --json`
 
@@ -137,17 +148,21 @@ def report_command(
     """
     if as_json and show is not None:
         raise typer.BadParameter("--json and --show exclude each other")
+    if benchmark and show is not None:
+        raise typer.BadParameter("--benchmark and --show exclude each other")
     ratio = parse_ratio(r)
     import torch
 
     from se_inject.attention import Attention
+    from se_inject.benchmark import check_device, measure_latency
     from se_inject.cost import count_costs
     from se_inject.models import input_size, load_model
     from se_inject.plan import plan_se
     from se_inject.report import block_code, print_report, report_dict
 
     with contextlib.redirect_stdout(sys.stderr):  # what a user's builder prints is no report
-        network = load_model(model, in_chans=in_chans, meta=True)
+        place = check_device(device) if benchmark else None
+        network = load_model(model, in_chans=in_chans, meta=place is None)
         size = input_size(model, network, img_size, in_chans)
         plan = plan_se(
             network,
@@ -164,13 +179,16 @@ def report_command(
             example_input=None if size is None else torch.empty(2, *size, device="meta"),
         )
         costs = None if show is not None else count_costs(plan)
+        latency = None
+        if place is not None:
+            latency = measure_latency(plan, batch_size=batch_size, device=place)
     console = Console()
     if costs is None:
         console.print(block_code(plan, show or ""))
     elif as_json:
-        print(json.dumps(report_dict(model, plan, costs), indent=2))
+        print(json.dumps(report_dict(model, plan, costs, latency), indent=2))
     else:
-        print_report(console, model, plan, costs, verbose=verbose)
+        print_report(console, model, plan, costs, latency, verbose=verbose)
 
 
 class Library(StrEnum):

@@ -96,11 +96,19 @@ def _from_library(
     return _build(name, timm.create_model, name, **options)
 
 
+# What initialisations do to a tensor in place; none changes its shape or dtype.
+_FILLS = {
+    *(torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.erfinv_, torch.Tensor.clamp_),
+    *(torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.fill_, torch.Tensor.zero_),
+}
+
+
 class ParametersOnMeta(TorchFunctionMode):
     """Allocate on meta what layers allocate for their parameters (``torch.empty``).
 
     ``torch.device("meta")`` would do so for every tensor, and builders that compute on tensors
-    (torchvision's RegNets their widths) would fail.
+    (torchvision's RegNets their widths) would fail. Filling a tensor that holds no values is left
+    out: PyTorch would check shapes for each step of a truncated normal, in Python.
     """
 
     def __torch_function__(
@@ -111,6 +119,8 @@ class ParametersOnMeta(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func in _FILLS and args and args[0].is_meta:
+            return args[0]
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx
 
+from se_inject.benchmark import Latency
 from se_inject.cost import Costs, Count
 from se_inject.errors import ArgumentError
 from se_inject.inject import edit_graph
@@ -27,20 +28,28 @@ _MANY = 24
 
 
 def print_report(
-    console: Console, name: str, plan: Plan, costs: Costs, *, verbose: bool = False
+    console: Console,
+    name: str,
+    plan: Plan,
+    costs: Costs,
+    latency: Latency | None = None,
+    *,
+    verbose: bool = False,
 ) -> None:
     """Print everything that ``se-inject MODEL`` says.
 
     Args:
         console: where to; tables are fitted to its width.
         name: the model, as the user wrote it.
+        latency: what ``--benchmark`` measured.
         verbose: one row a site however many there are, and every skipped addition.
     """
     _print_table(console, site_table(plan, by_stage=not verbose))
     if plan.skipped:
         _print_table(console, skipped_table(plan.skipped, verbose=verbose))
         console.print()
-    for line in (summary(name, costs), *_notes(plan, costs)):
+    timed = () if latency is None else _latency_lines(latency)
+    for line in (summary(name, costs), *_notes(plan, costs), *timed):
         # Not broken: a terminal wraps it, and a pipe gets one line to search in.
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
@@ -62,10 +71,15 @@ def plan_table(plan: Plan) -> RenderableType:
     return Group(*parts)
 
 
-def report_dict(name: str, plan: Plan, costs: Costs) -> dict[str, Any]:
-    """The report as JSON-ready data, with the keys that scripts rely on."""
+def report_dict(
+    name: str, plan: Plan, costs: Costs, latency: Latency | None = None
+) -> dict[str, Any]:
+    """The report as JSON-ready data, with the keys that scripts rely on.
+
+    ``latency`` is a key of it only where it was measured.
+    """
     data = plan.to_dict()
-    return {
+    report = {
         "model": name,
         "r": data["r"],
         "variant": data["variant"],
@@ -76,6 +90,7 @@ def report_dict(name: str, plan: Plan, costs: Costs) -> dict[str, Any]:
         "sites": data["sites"],
         "skipped": data["skipped"],
     }
+    return report if latency is None else {**report, "latency": latency.to_dict()}
 
 
 def site_table(plan: Plan, *, by_stage: bool = True) -> Table:
@@ -190,6 +205,20 @@ def _notes(plan: Plan, costs: Costs) -> Iterable[str]:
             f"{_plural(len(floored), 'bottleneck')} kept at width {divisor}, where C/r"
             f" is less{hint}."
         )
+
+
+def _latency_lines(latency: Latency) -> Iterable[str]:
+    threads = "" if latency.threads is None else f", {_plural(latency.threads, 'thread')}"
+    low, middle, high = (100 * value for value in latency.overhead)
+    yield (
+        f"Latency at batch size {latency.batch_size} ({latency.device}{threads}):"
+        f" {latency.before_ms:.2f} → {latency.after_ms:.2f} ms ({middle:+.1f} %; half of"
+        f" {latency.rounds} rounds within {low:+.1f} to {high:+.1f} %)."
+    )
+    yield (
+        "MACs and FLOPs hide this cost: SE reads every branch map once more, and its small layers"
+        " run one after the other."
+    )
 
 
 def _amount(count: Count, digits: int) -> str:

@@ -158,14 +158,20 @@ class SqueezeExcite(nn.Module):
 
         Returns ``x * s``, or ``residual + x * s`` in one pass (``torch.addcmul``), which never
         writes ``x * s`` to memory. The flags tell which sum is replaced: ``residual + x``, or
-        ``x += residual``. Where the two maps differ in memory format, a sum has that of its first
-        operand; where they differ in dtype, one in place keeps it.
+        ``x += residual``, which in ``torch.inference_mode`` is written to the memory of ``x`` as
+        before. Where the two maps differ in memory format, a sum has that of its first operand;
+        where they differ in dtype, one in place keeps it.
         """
         s = self._squeeze(x, self.space)
         s = self._gate(self.fc2(torch.relu(self.fc1(s))))
         if residual is None:
             return x * s
         if x.stride() == residual.stride() and x.dtype == residual.dtype:
+            if torch.jit.is_scripting():  # type: ignore[attr-defined]
+                return torch.addcmul(residual, x, s)
+            # ``x += residual`` wrote to x too; without autograd its memory takes the sum again.
+            if in_place and _takes_out(x):
+                return torch.addcmul(residual, x, s, out=x)
             return torch.addcmul(residual, x, s)
         if in_place:
             return (x * s).add_(residual)
@@ -174,6 +180,18 @@ class SqueezeExcite(nn.Module):
     def extra_repr(self) -> str:
         formula = GATES[self.gate].formulas[self.init]
         return f"gate={formula}, squeeze={self.squeeze}, space={tuple(self.space)}"
+
+
+def _takes_out(x: Tensor) -> bool:
+    """Whether ``x`` can be an ``out=``, for which autograd, forward AD and vmap have no rule.
+
+    A tensor made in inference mode takes part in neither of the first two.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_inference()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _pointwise(

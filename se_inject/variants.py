@@ -92,7 +92,13 @@ class SqueezeFunction:
 
 
 def _mean(x: Tensor, space: list[int]) -> Tensor:
-    return x.mean(space, keepdim=True)
+    """As sum / n: the gradient of a sum is a view, that of a mean fills a map."""
+    if x.dtype == torch.float16:  # whose sum could overflow
+        return x.mean(space, keepdim=True)
+    n = 1
+    for dim in space:
+        n *= x.shape[dim]
+    return x.sum(space, keepdim=True) / n
 
 
 def _max(x: Tensor, space: list[int]) -> Tensor:

@@ -13,7 +13,7 @@ from torchvision.models import get_model_weights, list_models
 
 from se_inject import Plan, SqueezeExcite, inject_se, plan_se
 from se_inject.cost import count_costs, count_model
-from se_inject.models import load_model
+from se_inject.models import ParametersOnMeta, load_model
 from se_inject.squeeze_excite import bottleneck_width, se_cost
 from se_inject.variants import Squeeze
 
@@ -220,3 +220,15 @@ def test_base_counts_are_those_that_torchvision_publishes(name: str) -> None:
         published = weights.meta["_ops"]
         printed = 10.0 ** -len(str(published).partition(".")[2])
         assert math.isclose(count.macs / 1e9, published, rel_tol=0.01, abs_tol=printed)
+
+
+def test_a_meta_build_fills_nothing_and_a_real_one_beside_it_everything() -> None:
+    """Initialisation is skipped where there are no values, and only there."""
+    with ParametersOnMeta():
+        layer = nn.Linear(3, 2)
+        nn.init.trunc_normal_(layer.weight)
+        real = torch.zeros(3)
+        nn.init.ones_(real).mul_(2).add_(1)
+    assert layer.weight.is_meta
+    assert isinstance(layer.weight, nn.Parameter)
+    assert real.tolist() == [3, 3, 3]

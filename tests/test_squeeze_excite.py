@@ -1,5 +1,7 @@
 """The SE block against the formula of the paper and against ``timm.layers.SEModule``."""
 
+import copy
+
 import pytest
 import torch
 from timm.layers import SEModule
@@ -88,3 +90,114 @@ def test_other_layouts_are_the_formula_on_a_permuted_map(
     dims = (0, layout.channel_dim, *(d % len(shape) for d in layout.space))
     expected = formula(se, x.permute(dims))
     torch.testing.assert_close(se(x).permute(dims), expected, rtol=1e-12, atol=1e-12)
+
+
+# --- fast paths: in place without autograd, the squeeze as a sum --------------------------------
+
+SHAPES = [(2, 24, 7, 5), (1, 16, 1, 1), (3, 20, 8, 8), (1, 13, 9, 1), (5, 3, 4, 11)]
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, memory: str) -> tuple[torch.Tensor, ...]:
+    """A branch map and a residual: dense, channels last, or every second pixel of a larger map."""
+    x, residual = torch.randn(2, *shape[:2], 2 * shape[2], shape[3], dtype=torch.float64).to(dtype)
+    if memory == "strided":
+        return x[:, :, ::2], residual[:, :, ::2]
+    formats = {"nchw": torch.contiguous_format, "channels-last": torch.channels_last}
+    first = x[:, :, : shape[2]], residual[:, :, : shape[2]]
+    return tuple(t.contiguous(memory_format=formats[memory]) for t in first)
+
+
+@pytest.mark.parametrize("memory", ["nchw", "channels-last", "strided"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)],
+    ids=["fp64", "fp32", "bf16", "fp16"],
+)
+def test_every_path_is_the_formula(
+    shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, memory: str, device: str
+) -> None:
+    se = SqueezeExcite(shape[1], 8, device=device, dtype=dtype)
+    torch.nn.init.normal_(se.fc2.weight)
+    x, residual = (t.to(device) for t in make(shape, dtype, memory))
+    reference = copy.deepcopy(se).double()
+    expected = residual.double() + formula(reference, x.double())
+    with torch.inference_mode():
+        paths = [se(x, residual), se(x, residual, in_place=True), residual + se(x)]
+        # The map that a norm wrote in this mode, which the sum may overwrite.
+        paths.append(se(x.clone(), residual, in_place=True))
+    paths.append(se(x, residual, in_place=True))
+    for actual in paths:
+        error = (actual.double() - expected).abs() / expected.abs().clamp(min=1)
+        assert error.max() < tolerance
+
+
+@pytest.mark.parametrize("memory", ["nchw", "channels-last", "strided"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_first_and_second_derivatives(shape: tuple[int, ...], memory: str) -> None:
+    x, residual = (t[:1, :3] for t in make(shape, torch.float64, memory))
+    se = SqueezeExcite(3, 2, dtype=torch.float64)
+    torch.nn.init.normal_(se.fc2.weight)
+    torch.nn.init.constant_(se.fc1.bias, 3.0)  # away from the kink of the ReLU
+    inputs = (x.detach().requires_grad_(), residual.detach().requires_grad_())
+    assert torch.autograd.gradcheck(se, inputs)
+    assert torch.autograd.gradgradcheck(se, inputs)
+
+
+def test_a_sum_in_place_takes_no_new_map_in_inference_mode(device: str) -> None:
+    se = SqueezeExcite(16, 8, device=device)
+    with torch.inference_mode():
+        x, residual = torch.randn(2, 3, 16, 5, 5, device=device).unbind()
+        expected = residual + x
+        assert se(x, residual, in_place=True).data_ptr() == x.data_ptr()
+        assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("mode", ["grad", "no_grad", "a tensor made outside"])
+def test_a_map_that_autograd_may_read_is_not_overwritten(mode: str, device: str) -> None:
+    se = SqueezeExcite(16, 8, device=device)
+    x, residual = torch.randn(2, 3, 16, 5, 5, device=device).unbind()
+    before = x.clone()
+    modes = {"grad": torch.enable_grad, "no_grad": torch.no_grad}
+    with modes.get(mode, torch.inference_mode)():
+        se(x, residual, in_place=True)
+    assert torch.equal(x, before)
+
+
+def test_a_sum_that_was_not_in_place_leaves_its_operands() -> None:
+    se = SqueezeExcite(16, 8)
+    with torch.inference_mode():
+        x, residual = torch.randn(2, 3, 16, 5, 5).unbind()
+        before = x.clone(), residual.clone()
+        se(x, residual)
+        assert torch.equal(x, before[0])
+        assert torch.equal(residual, before[1])
+
+
+def test_vmap_in_inference_mode(device: str) -> None:
+    se = SqueezeExcite(16, 8, device=device)
+    with torch.inference_mode():
+        x, residual = torch.randn(2, 4, 3, 16, 5, 5, device=device).unbind()
+        run = torch.func.vmap(lambda x, residual: se(x, residual, in_place=True))
+        assert torch.equal(run(x.clone(), residual), residual + x)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_the_squeeze_fills_no_map(memory_format: torch.memory_format) -> None:
+    se = SqueezeExcite(8, 8)
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=memory_format).requires_grad_()
+    (gradient,) = torch.autograd.grad(se._squeeze(x, se.space).sum(), x)
+    assert gradient.untyped_storage().nbytes() < gradient.numel() * gradient.element_size()
+    torch.testing.assert_close(gradient, torch.full_like(x, 1 / 36))
+
+
+def test_a_float16_sum_that_would_overflow(device: str) -> None:
+    se = SqueezeExcite(8, 8, device=device, dtype=torch.float16)
+    x = torch.full((1, 8, 128, 128), 100.0, device=device, dtype=torch.float16)
+    assert torch.equal(se(x), x)
+
+
+def test_an_empty_batch_stays_empty(device: str) -> None:
+    se = SqueezeExcite(8, 8, device=device)
+    x = torch.randn(0, 8, 4, 4, device=device)
+    assert se(x, x).shape == x.shape

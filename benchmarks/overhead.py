@@ -1,0 +1,336 @@
+"""What channel attention costs in time and memory, as ratios measured side by side in one run.
+
+    OMP_NUM_THREADS=1 python benchmarks/overhead.py [--networks resnet50] [--compile] [--json FILE]
+    python benchmarks/overhead.py --device cuda --batch-sizes 1 32 256 [--compile] [--json FILE]
+
+Arms: the base network, timm's own SE network (``seresnet50`` of ``resnet50``), the base with
+``inject_se``, and with ``--compile`` all three through ``torch.compile``, whose overheads are over
+the compiled base.
+
+Each arm lives in a process of its own, so that none finds the memory that another left behind,
+and the processes take turns, so that a noisy machine is noisy for all. An overhead is the median,
+over the rounds, of t(arm) / t(base) - 1 within one round; the quartiles are beside it. Where
+others use the machine, what they add to a step exceeds what SE blocks do, and the fastest step of
+each arm tells more: the table has the overhead by these too.
+
+CPU: seconds are the processor time of the one thread, which other programs on the machine disturb
+least. CUDA: events around several steps after a warm-up, bfloat16 autocast. A training step is
+forward, cross-entropy, backward and SGD with momentum. Memory is the peak of what a step
+allocates, weights and input not counted.
+
+The floor of an SE block is what it must move at least: in inference one more read of its map; in
+training that, and in the backward pass the map once (for the gate's gradient), the gradient of
+the output twice (before and after the gate's gradient is known) and a write of the map's gradient.
+The time that takes at the bandwidth that a plain copy reaches on the device is the floor.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from se_inject import inject_se, plan_se
+
+LAYOUTS = {"nchw": torch.contiguous_format, "channels-last": torch.channels_last}
+MAPS_MOVED = {"inference": 1, "training": 5}
+STEPS = {"cpu": 1, "cuda": 20}  # timed together in one turn
+
+
+def base(network: str) -> nn.Module:
+    # Last norms that are zero, as timm starts them, would make every branch map zero.
+    return timm.create_model(network, zero_init_last=False)
+
+
+def timms_se(network: str) -> nn.Module:
+    return timm.create_model(f"se{network}", zero_init_last=False)
+
+
+def injected(network: str) -> nn.Module:
+    return inject_se(base(network))
+
+
+def compiled(build: Callable[[str], nn.Module], network: str) -> Any:
+    return torch.compile(build(network))
+
+
+ARMS: dict[str, Callable[[str], Any]] = {
+    "base": base,
+    "timm": timms_se,
+    "se_inject": injected,
+    "base, compiled": partial(compiled, base),
+    "timm, compiled": partial(compiled, timms_se),
+    "se_inject, compiled": partial(compiled, injected),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all arms do side by side."""
+
+    network: str
+    mode: str  # "inference" or "training"
+    batch: int
+    layout: str
+    device: str
+    side: int = 224
+
+    @property
+    def label(self) -> str:
+        return f"{self.network}, {self.mode}, batch {self.batch}, {self.layout}"
+
+
+# --- in the process of one arm -----------------------------------------------------------------
+
+
+def make_step(build: Callable[[str], Any], setting: Setting) -> Callable[[], None]:
+    """One forward, or one training step, of a new network on random images."""
+    torch.manual_seed(0)
+    memory_format = LAYOUTS[setting.layout]
+    model = build(setting.network).to(setting.device).to(memory_format=memory_format)
+    images = torch.randn(setting.batch, 3, setting.side, setting.side, device=setting.device)
+    images = images.contiguous(memory_format=memory_format)
+    labels = torch.randint(1000, (setting.batch,), device=setting.device)
+    autocast = torch.autocast(setting.device, torch.bfloat16, enabled=setting.device == "cuda")
+    if setting.mode == "inference":
+        model.eval()
+
+        def infer() -> None:
+            with torch.inference_mode(), autocast:
+                model(images)
+
+        return infer
+
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        with autocast:
+            loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return train
+
+
+def step_seconds(step: Callable[[], None], device: str) -> float:
+    """Of one step: CPU processor time, or CUDA time between events."""
+    if device == "cpu":
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+    for _ in range(3):  # the memory that other processes were given meanwhile comes back
+        step()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(STEPS[device]):
+        step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / STEPS[device]
+
+
+def peak_bytes(step: Callable[[], None], device: str) -> int:
+    """Most bytes that are allocated at once during a step, over what is there before it."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    events = profile.profiler.kineto_results.events()
+    changes = [e for e in events if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+def work(connection: Connection, build: Callable[[str], Any], setting: Setting) -> None:
+    """Serve "time" and "memory" until "stop"."""
+    torch.backends.cudnn.benchmark = True
+    step = make_step(build, setting)
+    for _ in range(3):
+        step()
+    connection.send("ready")
+    while (what := connection.recv()) != "stop":
+        connection.send((step_seconds if what == "time" else peak_bytes)(step, setting.device))
+        if setting.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+# --- in the parent -----------------------------------------------------------------------------
+
+
+def measure(
+    arms: dict[str, Callable[[str], Any]], setting: Setting, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Seconds of every round and peak bytes of every arm."""
+    context = multiprocessing.get_context("spawn")
+    workers = {}
+    for name, build in arms.items():
+        connection, other = context.Pipe()
+        process = context.Process(target=work, args=(other, build, setting), daemon=True)
+        process.start()
+        other.close()
+        connection.recv()  # ready: one process at a time
+        workers[name] = process, connection
+
+    def ask(name: str, what: str) -> Any:
+        workers[name][1].send(what)
+        return workers[name][1].recv()
+
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    names = list(arms)
+    for i in range(rounds):
+        k = i % len(names)
+        for name in names[k:] + names[:k]:  # none always comes after the same one
+            seconds[name].append(ask(name, "time"))
+    results = {n: {"seconds": seconds[n], "peak_bytes": ask(n, "memory")} for n in names}
+    for process, connection in workers.values():
+        connection.send("stop")
+        process.join()
+    return results
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def summarise(measured: dict[str, dict[str, Any]], batch: int, floor: float) -> dict[str, Any]:
+    """Medians, and overheads over the base within each round."""
+    first = measured["base"]["seconds"]
+    rows = {}
+    for name, values in measured.items():
+        seconds = statistics.median(values["seconds"])
+        reference = measured["base, compiled"]["seconds"] if "compiled" in name else first
+        over = [t / b - 1 for t, b in zip(values["seconds"], reference, strict=True)]
+        rows[name] = {
+            "seconds": seconds,
+            "seconds_min": min(values["seconds"]),
+            "images_per_second": batch / seconds,
+            "overhead_quartiles": quartiles(over),
+            "overhead_of_fastest": min(values["seconds"]) / min(reference) - 1,
+            "overhead_to_floor": statistics.median(over) * statistics.median(reference) / floor,
+            "peak_bytes": values["peak_bytes"],
+        }
+    for name in [n for n in rows if n.startswith("se_inject")]:
+        timms = name.replace("se_inject", "timm")
+        pairs = zip(measured[name]["seconds"], measured[timms]["seconds"], strict=True)
+        rows[name]["seconds_to_timm_quartiles"] = quartiles([a / b for a, b in pairs])
+        ours, theirs = (rows[n]["overhead_quartiles"][1] for n in (name, timms))
+        rows[name]["overhead_to_timm"] = ours / theirs
+        rows[name]["peak_to_timm"] = rows[name]["peak_bytes"] / rows[timms]["peak_bytes"]
+    return rows
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of a plain copy that is too large for the caches."""
+    source = torch.randn(2**26 if device == "cpu" else 2**28, device=device)
+    target = torch.empty_like(source)
+    times = [step_seconds(lambda: target.copy_(source), device) for _ in range(9)]
+    return 2 * source.numel() * source.element_size() / statistics.median(times[2:])
+
+
+def floor_seconds(setting: Setting, bandwidth: float) -> float:
+    """What moving the maps that SE must move takes at that bandwidth."""
+    example = torch.empty(2, 3, setting.side, setting.side, device="meta")
+    with torch.device("meta"):
+        model = base(setting.network)
+    elements = setting.batch * plan_se(model, example_input=example).added.squeeze
+    itemsize = 4 if setting.device == "cpu" else 2
+    return MAPS_MOVED[setting.mode] * elements * itemsize / bandwidth
+
+
+def settings(options: argparse.Namespace) -> Iterator[Setting]:
+    for network, mode, layout in itertools.product(
+        options.networks, options.modes, options.layouts
+    ):
+        for batch in options.batch_sizes:
+            if mode == "inference" or batch > 1:  # a batch of one is asked for its latency
+                yield Setting(network, mode, batch, layout, options.device)
+
+
+def print_table(result: dict[str, Any]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title_justify="left")
+    table.title = f"{result['setting']}; floor {result['floor_seconds'] * 1e3:.2f} ms"
+    overheads = "over base (quartiles)", "fastest", "÷ timm's", "÷ floor"
+    for header in ("arm", "ms", "images/s", *overheads, "peak MB"):
+        table.add_column(header, justify="left" if header == "arm" else "right", no_wrap=True)
+    for name, row in result["arms"].items():
+        low, middle, high = (100 * q for q in row["overhead_quartiles"])
+        over = (
+            f"{middle:+.1f} % ({low:+.1f} to {high:+.1f})",
+            f"{100 * row['overhead_of_fastest']:+.1f} %",
+            f"{row['overhead_to_timm']:.2f}" if "overhead_to_timm" in row else "",
+            f"{row['overhead_to_floor']:.1f}",
+        )
+        table.add_row(
+            name,
+            f"{row['seconds'] * 1e3:.2f}",
+            f"{row['images_per_second']:.1f}",
+            *(("",) * len(over) if name.startswith("base") else over),
+            f"{row['peak_bytes'] / 1e6:.0f}",
+        )
+    console = Console()
+    console.width = max(console.width, 120)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    four = ["resnet18", "resnet50", "resnext50_32x4d", "resnet152"]
+    parser.add_argument("--networks", nargs="+", default=four, metavar="NAME")
+    parser.add_argument("--modes", nargs="+", choices=MAPS_MOVED, default=list(MAPS_MOVED))
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], metavar="N")
+    parser.add_argument("--device", choices=STEPS, default="cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile beside eager")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each arm (default 15)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args()
+    arms = {n: build for n, build in ARMS.items() if options.compile or "compiled" not in n}
+    bandwidth = copy_bandwidth(options.device)
+    results = []
+    for setting in settings(options):
+        floor = floor_seconds(setting, bandwidth)
+        rows = summarise(measure(arms, setting, options.rounds), setting.batch, floor)
+        results.append({"setting": setting.label, "floor_seconds": floor, "arms": rows})
+        print_table(results[-1])
+    if options.json:
+        cuda = options.device == "cuda"
+        threads = f"x86-64 CPU, {torch.get_num_threads()} thread(s)"
+        environment = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "command": " ".join(["python benchmarks/overhead.py", *sys.argv[1:]]),
+            "device": torch.cuda.get_device_name() if cuda else threads,
+            "copy_bandwidth_gb_per_s": bandwidth / 1e9,
+            "rounds": options.rounds,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        }
+        options.json.write_text(json.dumps({**environment, "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Latency of a network before and after the injection, measured side by side.
+
+Parameters and MACs say little about speed: an SE block adds hardly any arithmetic, but it reads
+every branch map once more, and its small layers wait on one another.
+"""
+
+import copy
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from se_inject.errors import ArgumentError
+from se_inject.inject import remove_se
+from se_inject.plan import Plan
+
+# Both networks take turns until both of these are reached.
+_MIN_ROUNDS = 9
+_MIN_SECONDS = 4.0
+_MAX_ROUNDS = 200
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Of one forward in inference, without and with the SE blocks.
+
+    ``overhead`` has the quartiles, over the rounds, of after / before - 1 within one round.
+    """
+
+    device: str
+    threads: int | None  # None: not on the CPU
+    batch_size: int
+    before_ms: float
+    after_ms: float
+    overhead: tuple[float, float, float]
+    rounds: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "overhead": list(self.overhead)}
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ArgumentError: there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()  # meta has no values, and nothing to measure
+    except Exception as error:  # each backend has its own kind
+        raise ArgumentError(
+            f"--device {name}: cannot be used here ({str(error).splitlines()[0]})."
+        ) from error
+    return device
+
+
+def measure_latency(
+    plan: Plan, *, batch_size: int = 1, device: torch.device | str = "cpu"
+) -> Latency:
+    """Run a planned model without and with its SE blocks in turns, in eval mode, and time both.
+
+    Args:
+        plan: of a model with weights on a real device. That model stays as it is: what runs are
+            copies. The input is random numbers in the shapes that the plan was made with.
+        batch_size: images in the input; tensors without a batch dim keep their shape.
+        device: where to run.
+    """
+    device = torch.device(device)
+    before = copy.deepcopy(plan.model).to(device).eval()
+    after = copy.deepcopy(plan.apply()).to(device).eval()
+    remove_se(plan.model)
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda t: _random_like(t, batch_size, device), plan.example
+    )
+
+    def seconds(network: nn.Module) -> float:
+        _synchronize(device)
+        start = time.perf_counter()
+        network(*args, **kwargs)
+        _synchronize(device)
+        return time.perf_counter() - start
+
+    pairs: list[tuple[float, float]] = []
+    with torch.inference_mode():
+        for _ in range(_WARM_UP):
+            seconds(before), seconds(after)
+        start = time.perf_counter()
+        while len(pairs) < _MIN_ROUNDS or time.perf_counter() - start < _MIN_SECONDS:
+            if len(pairs) % 2:  # neither always comes first
+                second, first = seconds(after), seconds(before)
+            else:
+                first, second = seconds(before), seconds(after)
+            pairs.append((first, second))
+            if len(pairs) == _MAX_ROUNDS:
+                break
+    low, middle, high = statistics.quantiles([b / a - 1 for a, b in pairs], n=4)
+    return Latency(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
+        batch_size=batch_size,
+        before_ms=1e3 * statistics.median(a for a, _ in pairs),
+        after_ms=1e3 * statistics.median(b for _, b in pairs),
+        overhead=(low, middle, high),
+        rounds=len(pairs),
+    )
+
+
+def _random_like(tensor: Tensor, batch_size: int, device: torch.device) -> Tensor:
+    shape = list(tensor.shape)
+    if len(shape) >= 4:
+        shape[0] = batch_size
+    if tensor.is_floating_point():
+        return torch.randn(shape, dtype=tensor.dtype, device=device)
+    return torch.zeros(shape, dtype=tensor.dtype, device=device)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

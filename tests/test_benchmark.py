@@ -1,0 +1,97 @@
+"""``--benchmark``: what it prints, and when it refuses. No test asserts a time."""
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+from test_cli import call  # noqa: F401
+
+from se_inject import plan_se
+from se_inject.benchmark import check_device, measure_latency
+from se_inject.errors import ArgumentError
+from se_inject.generated import edit_of
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("se_inject.benchmark._MIN_SECONDS", 0.0)
+
+
+def test_the_report_ends_with_the_latency(call) -> None:  # noqa: F811
+    status, out, _ = call("test_resnet", "--benchmark", "--batch-size", "2")
+    assert status == 0
+    number = r"[+-]?\d+\.\d"
+    line = (
+        rf"^Latency at batch size 2 \(cpu, \d+ threads?\): {number}\d → {number}\d ms"
+        rf" \({number} %; half of 9 rounds within {number} to {number} %\)\.$"
+    )
+    assert re.search(line, out, re.M), out
+    assert "MACs and FLOPs hide this cost: SE reads every branch map once more" in out
+
+
+def test_json_has_the_latency_only_where_it_was_measured(call) -> None:  # noqa: F811
+    _, out, _ = call("test_resnet", "--json", "--benchmark")
+    data = json.loads(out)
+    latency = data.pop("latency")
+    assert set(latency) == {
+        *("device", "threads", "batch_size", "before_ms", "after_ms", "overhead", "rounds")
+    }
+    assert latency["device"] == "cpu"
+    assert latency["before_ms"] > 0 < latency["after_ms"]
+    assert latency["overhead"] == sorted(latency["overhead"])
+    _, out, _ = call("test_resnet", "--json")
+    assert json.loads(out) == data
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "nonsense", "meta"])
+def test_a_device_that_is_not_there_is_an_error_of_one_line(call, device: str) -> None:  # noqa: F811
+    status, out, err = call("test_resnet", "--benchmark", "--device", device)
+    assert (status, out) == (1, "")
+    assert re.fullmatch(rf"error: --device {device}: cannot be used here \(.*\)\.\n", err)
+
+
+@pytest.mark.parametrize(
+    "args", [["--benchmark", "--show", "layer1.0"], ["--benchmark", "--batch-size", "0"]]
+)
+def test_wrong_usage(call, args: list[str]) -> None:  # noqa: F811
+    status, out, err = call("test_resnet", *args)
+    assert (status, out) == (2, "")
+    assert "Usage" in err
+
+
+def test_the_model_stays_as_it_was_and_the_input_has_the_shape_of_the_plan(device: str) -> None:
+    model = timm.create_model("test_resnet", in_chans=1)
+    sizes = set()
+    model.register_forward_pre_hook(lambda _, args: sizes.add(tuple(args[0].shape)))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    plan = plan_se(model, example_input=torch.empty(2, 1, 64, 48))
+    latency = measure_latency(plan, batch_size=3, device=check_device(device))
+    assert (3, 1, 64, 48) in sizes
+    assert not any(edit_of(m) for m in model.modules())
+    assert model.training
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert latency.rounds >= 9
+
+
+def test_inputs_without_a_batch_and_of_whole_numbers_are_made_too() -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = torch.nn.Conv2d(3, 8, 1)
+            self.block = timm.models.resnet.BasicBlock(8, 8)
+
+        def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            return self.block(self.stem(x))[:, index]
+
+    example = (torch.empty(2, 3, 16, 16), torch.tensor([1, 2]))
+    plan = plan_se(Net(), r=4, example_input=example)
+    assert measure_latency(plan, batch_size=5).batch_size == 5
+
+
+def test_check_device_names_the_device() -> None:
+    with pytest.raises(ArgumentError, match="--device cuda:77"):
+        check_device("cuda:77")
+    assert check_device("cpu") == torch.device("cpu")
