@@ -1,6 +1,7 @@
 """What several test files share: the devices, and networks with statistics worth comparing."""
 
 import os
+import sys
 
 # So that cuBLAS can be deterministic: the CUDA tests compare to the bit.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -10,10 +11,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker on its own core, the processes that it starts too.
     os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+from se_inject import cli
 
 
 @pytest.fixture(
@@ -43,3 +46,20 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """``se-inject ARGS`` in this process, 80 columns wide: exit status, stdout, stderr."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def call(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["se-inject", *args])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return call

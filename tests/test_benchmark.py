@@ -6,7 +6,6 @@ import re
 import pytest
 import timm
 import torch
-from test_cli import call  # noqa: F401
 
 from se_inject import plan_se
 from se_inject.benchmark import check_device, measure_latency
@@ -19,7 +18,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("se_inject.benchmark._MIN_SECONDS", 0.0)
 
 
-def test_the_report_ends_with_the_latency(call) -> None:  # noqa: F811
+def test_the_report_ends_with_the_latency(call) -> None:
     status, out, _ = call("test_resnet", "--benchmark", "--batch-size", "2")
     assert status == 0
     number = r"[+-]?\d+\.\d"
@@ -31,7 +30,7 @@ def test_the_report_ends_with_the_latency(call) -> None:  # noqa: F811
     assert "MACs and FLOPs hide this cost: SE reads every branch map once more" in out
 
 
-def test_json_has_the_latency_only_where_it_was_measured(call) -> None:  # noqa: F811
+def test_json_has_the_latency_only_where_it_was_measured(call) -> None:
     _, out, _ = call("test_resnet", "--json", "--benchmark")
     data = json.loads(out)
     latency = data.pop("latency")
@@ -46,7 +45,7 @@ def test_json_has_the_latency_only_where_it_was_measured(call) -> None:  # noqa:
 
 
 @pytest.mark.parametrize("device", ["cuda:77", "nonsense", "meta"])
-def test_a_device_that_is_not_there_is_an_error_of_one_line(call, device: str) -> None:  # noqa: F811
+def test_a_device_that_is_not_there_is_an_error_of_one_line(call, device: str) -> None:
     status, out, err = call("test_resnet", "--benchmark", "--device", device)
     assert (status, out) == (1, "")
     assert re.fullmatch(rf"error: --device {device}: cannot be used here \(.*\)\.\n", err)
@@ -55,7 +54,7 @@ def test_a_device_that_is_not_there_is_an_error_of_one_line(call, device: str) -
 @pytest.mark.parametrize(
     "args", [["--benchmark", "--show", "layer1.0"], ["--benchmark", "--batch-size", "0"]]
 )
-def test_wrong_usage(call, args: list[str]) -> None:  # noqa: F811
+def test_wrong_usage(call, args: list[str]) -> None:
     status, out, err = call("test_resnet", *args)
     assert (status, out) == (2, "")
     assert "Usage" in err

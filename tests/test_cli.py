@@ -27,23 +27,6 @@ def run(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedPr
     )
 
 
-def invoke(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str
-) -> tuple[int, str, str]:
-    """The same in this process: exit status, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["se-inject", *args])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(caught.value.code or 0), captured.out, captured.err
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setenv("COLUMNS", "80")
-    return lambda *args: invoke(monkeypatch, capsys, *args)
-
-
 def numbers(line: str) -> list[int]:
     """The figures with thousands separators at the end of a table row."""
     return [int(v.replace(",", "")) for v in re.findall(r"(?<![\w×→])\d[\d,]*(?![\w×→.])", line)]
