@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from se_inject.scale_add import scale_add
 from se_inject.variants import GATES, SQUEEZES, Gate, Init, Squeeze
 
 
@@ -116,9 +117,10 @@ class SqueezeExcite(nn.Module):
         """The functions of the forward, as attributes: TorchScript reads no table."""
         self._squeeze = SQUEEZES[self.squeeze].of
         self._gate = GATES[self.gate].of(self.init)
+        self._factor = self.gate_scale or 1.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_squeeze", "_gate")}
+        return {k: v for k, v in vars(self).items() if k not in ("_squeeze", "_gate", "_factor")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A block that was pickled before there were variants does not name its own.
@@ -158,21 +160,22 @@ class SqueezeExcite(nn.Module):
 
         Returns ``x * s``, or ``residual + x * s`` in one pass (``torch.addcmul``), which never
         writes ``x * s`` to memory. The flags tell which sum is replaced: ``residual + x``, or
-        ``x += residual``, which in ``torch.inference_mode`` is written to the memory of ``x`` as
-        before. Where the two maps differ in memory format, a sum has that of its first operand;
-        where they differ in dtype, one in place keeps it.
+        ``x += residual``, which without autograd is written to the memory of ``x`` as before.
+        Where the two maps differ in memory format, a sum has that of its first operand; where
+        they differ in dtype, one in place keeps it.
         """
-        s = self._squeeze(x, self.space)
-        s = self._gate(self.fc2(torch.relu(self.fc1(s))))
+        z = self._squeeze(x, self.space)
+        gate = self._gate(self.fc2(torch.relu(self.fc1(z))))
+        if (
+            residual is not None
+            and x.stride() == residual.stride()
+            and x.dtype == residual.dtype
+            and not torch.jit.is_scripting()  # type: ignore[attr-defined]
+        ):
+            return scale_add(residual, x, gate, self._factor, in_place=in_place)
+        s = gate if self._factor == 1.0 else gate * self._factor
         if residual is None:
             return x * s
-        if x.stride() == residual.stride() and x.dtype == residual.dtype:
-            if torch.jit.is_scripting():  # type: ignore[attr-defined]
-                return torch.addcmul(residual, x, s)
-            # ``x += residual`` wrote to x too; without autograd its memory takes the sum again.
-            if in_place and _takes_out(x):
-                return torch.addcmul(residual, x, s, out=x)
-            return torch.addcmul(residual, x, s)
         if in_place:
             return (x * s).add_(residual)
         return residual + x * s if residual_first else x * s + residual
@@ -180,18 +183,6 @@ class SqueezeExcite(nn.Module):
     def extra_repr(self) -> str:
         formula = GATES[self.gate].formulas[self.init]
         return f"gate={formula}, squeeze={self.squeeze}, space={tuple(self.space)}"
-
-
-def _takes_out(x: Tensor) -> bool:
-    """Whether ``x`` can be an ``out=``, for which autograd, forward AD and vmap have no rule.
-
-    A tensor made in inference mode takes part in neither of the first two.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and x.is_inference()
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def _pointwise(

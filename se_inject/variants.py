@@ -22,25 +22,24 @@ Init = Literal["identity", "paper"]
 
 @dataclass(frozen=True)
 class GateFunctions:
-    """A gate as the paper writes it, and the form of it that is exactly 1 at 0."""
+    """A gate as the paper writes it, and the form of it that is exactly 1 at 0.
+
+    The second is ``identity``, or ``factor`` times the first: a power of two, which loses no bit
+    wherever it is multiplied.
+    """
 
     paper: Callable[[Tensor], Tensor]
-    identity: Callable[[Tensor], Tensor]
     formulas: dict[Init, str]
-    # The second over the first, a power of two: folding it into a layer loses no bit. None: the
-    # second is no multiple of the first.
+    identity: Callable[[Tensor], Tensor] | None = None
     factor: float | None = None
 
     def of(self, init: Init) -> Callable[[Tensor], Tensor]:
-        return self.identity if init == "identity" else self.paper
+        """The function, but for its factor."""
+        return self.identity if init == "identity" and self.identity else self.paper
 
 
 def _sigmoid(z: Tensor) -> Tensor:
     return z.sigmoid()
-
-
-def _double_sigmoid(z: Tensor) -> Tensor:
-    return z.sigmoid() * 2
 
 
 def _tanh(z: Tensor) -> Tensor:
@@ -64,21 +63,16 @@ def _hard_sigmoid(z: Tensor) -> Tensor:
     return F.hardsigmoid(z)
 
 
-def _double_hard_sigmoid(z: Tensor) -> Tensor:
-    return F.hardsigmoid(z) * 2
-
-
 GATES: dict[Gate, GateFunctions] = {
-    "sigmoid": GateFunctions(
-        _sigmoid, _double_sigmoid, {"paper": "sigmoid", "identity": "2 * sigmoid"}, 2.0
+    "sigmoid": GateFunctions(_sigmoid, {"paper": "sigmoid", "identity": "2 * sigmoid"}, factor=2.0),
+    "tanh": GateFunctions(
+        _tanh, {"paper": "tanh", "identity": "1 + tanh"}, identity=_tanh_plus_one
     ),
-    "tanh": GateFunctions(_tanh, _tanh_plus_one, {"paper": "tanh", "identity": "1 + tanh"}),
-    "relu": GateFunctions(_relu, _relu_of_one_plus, {"paper": "relu", "identity": "relu(1 + z)"}),
+    "relu": GateFunctions(
+        _relu, {"paper": "relu", "identity": "relu(1 + z)"}, identity=_relu_of_one_plus
+    ),
     "hard_sigmoid": GateFunctions(
-        _hard_sigmoid,
-        _double_hard_sigmoid,
-        {"paper": "hard_sigmoid", "identity": "2 * hard_sigmoid"},
-        2.0,
+        _hard_sigmoid, {"paper": "hard_sigmoid", "identity": "2 * hard_sigmoid"}, factor=2.0
     ),
 }
 
@@ -92,13 +86,17 @@ class SqueezeFunction:
 
 
 def _mean(x: Tensor, space: list[int]) -> Tensor:
-    """As sum / n: the gradient of a sum is a view, that of a mean fills a map."""
+    """As sum / n: the gradient of a sum is a view, that of a mean fills a map.
+
+    The dtype is named because CUDA's autocast makes a sum float32 otherwise, and the gradient,
+    cast back, would fill a map after all.
+    """
     if x.dtype == torch.float16:  # whose sum could overflow
         return x.mean(space, keepdim=True)
     n = 1
     for dim in space:
         n *= x.shape[dim]
-    return x.sum(space, keepdim=True) / n
+    return x.sum(space, keepdim=True, dtype=x.dtype) / n
 
 
 def _max(x: Tensor, space: list[int]) -> Tensor:

@@ -1,10 +1,13 @@
 """The SE block against the formula of the paper and against ``timm.layers.SEModule``."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from timm.layers import SEModule
+from torch.autograd import forward_ad
 
 from se_inject import SqueezeExcite
 from se_inject.squeeze_excite import Init, Layout
@@ -122,16 +125,18 @@ def test_every_path_is_the_formula(
     x, residual = (t.to(device) for t in make(shape, dtype, memory))
     reference = copy.deepcopy(se).double()
     expected = residual.double() + formula(reference, x.double())
-    with torch.inference_mode():
-        paths = [se(x, residual), se(x, residual, in_place=True), residual + se(x)]
-        # The map that a norm wrote in this mode, which the sum may overwrite.
-        paths.append(se(x.clone(), residual, in_place=True))
-    paths.append(se(x, residual, in_place=True))
+    paths = [se(x, residual, in_place=True)]
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            paths += [se(x, residual), residual + se(x)]
+            # The map that a norm wrote in this mode, which the sum may overwrite.
+            paths.append(se(x.clone(), residual, in_place=True))
     for actual in paths:
         error = (actual.double() - expected).abs() / expected.abs().clamp(min=1)
         assert error.max() < tolerance
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of torch's own vmap
 @pytest.mark.parametrize("memory", ["nchw", "channels-last", "strided"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_first_and_second_derivatives(shape: tuple[int, ...], memory: str) -> None:
@@ -140,28 +145,132 @@ def test_first_and_second_derivatives(shape: tuple[int, ...], memory: str) -> No
     torch.nn.init.normal_(se.fc2.weight)
     torch.nn.init.constant_(se.fc1.bias, 3.0)  # away from the kink of the ReLU
     inputs = (x.detach().requires_grad_(), residual.detach().requires_grad_())
-    assert torch.autograd.gradcheck(se, inputs)
-    assert torch.autograd.gradgradcheck(se, inputs)
+    assert torch.autograd.gradcheck(
+        se, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+    assert torch.autograd.gradgradcheck(
+        se, inputs, check_fwd_over_rev=True, check_batched_grad=True
+    )
 
 
-def test_a_sum_in_place_takes_no_new_map_in_inference_mode(device: str) -> None:
-    se = SqueezeExcite(16, 8, device=device)
+@pytest.mark.parametrize("memory", ["nchw", "channels-last", "strided"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)],
+    ids=["fp64", "fp32", "bf16", "fp16"],
+)
+def test_gradients_are_those_of_the_formula(
+    shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, memory: str, device: str
+) -> None:
+    se = SqueezeExcite(shape[1], 8, device=device, dtype=dtype)
+    torch.nn.init.normal_(se.fc2.weight, std=0.3)
+    reference = copy.deepcopy(se).double()
+    maps = [t.to(device).requires_grad_() for t in make(shape, dtype, memory)]
+    exact = [t.detach().double().requires_grad_() for t in maps]
+    seed = torch.randn(shape, device=device, dtype=torch.float64).to(dtype)
+    gradients = torch.autograd.grad(se(*maps), [*maps, *se.parameters()], seed)
+    expected = torch.autograd.grad(
+        exact[1] + formula(reference, exact[0]), [*exact, *reference.parameters()], seed.double()
+    )
+    for actual, true in zip(gradients, expected, strict=True):
+        assert (actual.double() - true).abs().max() <= tolerance * true.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("trained", [["x"], ["residual"], ["fc1"], ["fc2"], ["x", "fc2"]], ids=str)
+def test_gradients_where_only_some_are_wanted(trained: list[str]) -> None:
+    se = SqueezeExcite(16, 8, dtype=torch.float64)
+    torch.nn.init.normal_(se.fc2.weight)
+    x, residual = torch.randn(2, 2, 16, 5, 5, dtype=torch.float64).unbind()
+    leaves = {"x": x, "residual": residual, "fc1": se.fc1.weight, "fc2": se.fc2.weight}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name in trained)
+    se.fc1.bias.requires_grad_(False)
+    se.fc2.bias.requires_grad_(False)
+    wanted = [leaves[name] for name in trained]
+    actual = torch.autograd.grad(se(x, residual).square().sum(), wanted)
+    expected = torch.autograd.grad((residual + formula(se, x)).square().sum(), wanted)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_residual_that_is_broadcast_over_the_batch() -> None:
+    se = SqueezeExcite(16, 8, dtype=torch.float64)
+    torch.nn.init.normal_(se.fc2.weight)
+    x = torch.randn(3, 16, 5, 5, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn(1, 16, 5, 5, dtype=torch.float64, requires_grad=True)
+    actual = torch.autograd.grad(se(x, residual).square().sum(), (x, residual))
+    expected = torch.autograd.grad((residual + formula(se, x)).square().sum(), (x, residual))
+    torch.testing.assert_close(actual, expected)
+    actual = torch.autograd.grad(se(residual, x).square().sum(), (x, residual))
+    expected = torch.autograd.grad((x + formula(se, residual)).square().sum(), (x, residual))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_outputs_are_the_same_bits_with_gradients_and_without() -> None:
+    se = SqueezeExcite(16, 8)
+    torch.nn.init.normal_(se.fc2.weight)
+    x, residual = torch.randn(2, 3, 16, 5, 5).unbind()
+    with torch.no_grad():
+        expected = se(x.clone(), residual, in_place=True)
+    assert torch.equal(se(x, residual), expected)
     with torch.inference_mode():
+        assert torch.equal(se(x.clone(), residual, in_place=True), expected)
+
+
+def test_training_keeps_the_map_the_gate_and_no_more() -> None:
+    """What the block saves for the backward pass is what timm's saves."""
+
+    def saved(run: Callable[[], torch.Tensor]) -> int:
+        storages = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+        ):
+            run()
+        return sum(t.untyped_storage().nbytes() for t in storages.values())
+
+    ours, theirs = SqueezeExcite(64, 8), SEModule(64, rd_channels=8)
+    x, residual = torch.randn(2, 4, 64, 7, 7).unbind()
+    x.requires_grad_()
+    assert saved(lambda: ours(x, residual)) <= saved(lambda: theirs(x).add_(residual))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_autocast_keeps_the_dtype_of_the_squeeze() -> None:
+    se = SqueezeExcite(8, 8, device="cuda")
+    x = torch.randn(2, 8, 6, 6, device="cuda", dtype=torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert se._squeeze(x, se.space).dtype == x.dtype
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_sum_in_place_takes_no_new_map_without_autograd(mode: Any, device: str) -> None:
+    se = SqueezeExcite(16, 8, device=device)
+    with mode():
         x, residual = torch.randn(2, 3, 16, 5, 5, device=device).unbind()
         expected = residual + x
         assert se(x, residual, in_place=True).data_ptr() == x.data_ptr()
         assert torch.equal(x, expected)
 
 
-@pytest.mark.parametrize("mode", ["grad", "no_grad", "a tensor made outside"])
-def test_a_map_that_autograd_may_read_is_not_overwritten(mode: str, device: str) -> None:
+def test_a_map_that_autograd_may_read_is_not_overwritten(device: str) -> None:
     se = SqueezeExcite(16, 8, device=device)
     x, residual = torch.randn(2, 3, 16, 5, 5, device=device).unbind()
     before = x.clone()
-    modes = {"grad": torch.enable_grad, "no_grad": torch.no_grad}
-    with modes.get(mode, torch.inference_mode)():
-        se(x, residual, in_place=True)
+    se(x, residual, in_place=True)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dual", ["x", "residual"])
+def test_forward_derivatives_without_autograd(dual: str) -> None:
+    se = SqueezeExcite(16, 8)
+    x, residual = torch.randn(2, 3, 16, 5, 5).unbind()
+    tangent = torch.randn_like(x)
+    with torch.no_grad(), forward_ad.dual_level():
+        maps = {"x": x, "residual": residual}
+        maps[dual] = forward_ad.make_dual(maps[dual], tangent)
+        out = se(**maps, in_place=True)
+        assert torch.equal(forward_ad.unpack_dual(out).tangent, tangent)
 
 
 def test_a_sum_that_was_not_in_place_leaves_its_operands() -> None:

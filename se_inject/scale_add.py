@@ -1,0 +1,88 @@
+"""``residual + x * s``: the sum that an SE block ends in, in one pass over the maps."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def scale_add(
+    residual: Tensor, x: Tensor, gate: Tensor, factor: float = 1.0, *, in_place: bool = False
+) -> Tensor:
+    """``residual + x * (factor * gate)``, never writing the product to memory.
+
+    Args:
+        residual, x: maps of one dtype and memory format, such as [N, C, H, W].
+        gate: such as [N, C, 1, 1], broadcast to ``x``.
+        factor: a power of two, so that it rounds nothing.
+        in_place: the sum replaces ``x += residual``, and where autograd needs no ``x`` it is
+            written to the memory of ``x`` as before.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or _transformed():
+        return torch.addcmul(residual, x, _times(gate, factor))
+    # A gate for each element is no smaller than the map: nothing is summed up for its gradient.
+    if torch.is_grad_enabled() and gate.requires_grad and gate.shape != x.shape:
+        return _ScaleAdd.apply(residual, x, gate, factor)  # type: ignore[no-any-return]
+    s = _times(gate, factor)
+    if in_place and (x.is_inference() or _without_autograd(residual, x, s)):
+        return torch.addcmul(residual, x, s, out=x)
+    return torch.addcmul(residual, x, s)
+
+
+class _ScaleAdd(torch.autograd.Function):
+    """addcmul with a backward that needs one new map in place of three.
+
+    The gradient of ``x`` is written over the product that the gradient of the gate is summed up
+    from. Beside ``x`` only the gate is kept, which a sigmoid keeps anyway: not factor * gate.
+    """
+
+    @staticmethod
+    def forward(residual: Tensor, x: Tensor, gate: Tensor, factor: float) -> Tensor:
+        return torch.addcmul(residual, x, _times(gate, factor))
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor
+    ) -> None:
+        _, x, gate, ctx.factor = inputs
+        ctx.save_for_backward(x, gate)
+        ctx.save_for_forward(x, gate)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:
+        x, gate = ctx.saved_tensors
+        product = grad * x
+        of_gate = _times(product.sum_to_size(gate.shape), ctx.factor)
+        of_x = None
+        if ctx.needs_input_grad[1]:
+            s = _times(gate, ctx.factor)
+            batched = _transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+            if torch.is_grad_enabled() or batched:
+                of_x = grad * s
+            else:
+                of_x = torch.mul(grad, s, out=product)
+        return grad, of_x, of_gate, None
+
+    @staticmethod
+    def jvp(ctx: Any, residual: Tensor, x: Tensor, gate: Tensor, _: None) -> Tensor:
+        saved_x, saved_gate = ctx.saved_tensors
+        of_product: Tensor = x * saved_gate + saved_x * gate
+        return residual + _times(of_product, ctx.factor)
+
+
+def _times(gate: Tensor, factor: float) -> Tensor:
+    return gate if factor == 1.0 else gate * factor
+
+
+def _transformed() -> bool:
+    """Whether vmap or another transform of torch.func runs: they have no rule for ``out=``."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _without_autograd(*tensors: Tensor) -> bool:
+    """Whether neither autograd nor forward AD records: they have no rule for ``out=`` either."""
+    if torch.is_grad_enabled():
+        return False
+    tangents = (forward_ad.unpack_dual(t).tangent for t in tensors)  # type: ignore[no-untyped-call]
+    return all(tangent is None for tangent in tangents)
