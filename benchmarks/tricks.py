@@ -26,6 +26,7 @@ from overhead import LAYOUTS, injected, quartiles
 from torch import Tensor, nn
 
 from se_inject import SqueezeExcite
+from se_inject.scale_add import scale_add
 from se_inject.squeeze_excite import bottleneck_width
 
 BATCH = 8
@@ -75,25 +76,6 @@ def before_last_convolution(se: Any, x: Tensor, r: Tensor) -> Tensor:
     return torch.addcmul(r, x, excite(se, z), out=x)
 
 
-class ScaleAdd(torch.autograd.Function):
-    """addcmul whose backward writes the map's gradient over a temporary of the gate's."""
-
-    @staticmethod
-    def forward(residual: Tensor, x: Tensor, s: Tensor) -> Tensor:
-        return torch.addcmul(residual, x, s)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, s = ctx.saved_tensors
-        product = g * x
-        gate = product.sum((2, 3), keepdim=True)
-        return g, torch.mul(g, s, out=product), gate
-
-
 def timms(se: SqueezeExcite, x: Tensor, r: Tensor) -> Tensor:
     s = se.fc2(torch.relu_(se.fc1(mean(x)))).sigmoid()
     return (x * s).add_(r)
@@ -120,9 +102,9 @@ TRAINING: dict[str, Variant] = {
     "timm: mean, x * s, add_": timms,
     "addcmul": lambda se, x, r: torch.addcmul(r, x, excite(se, mean(x))),
     "sum / n, x * s, add_": lambda se, x, r: (x * excite(se, sum_over_n(x))).add_(r),
-    "sum / n, addcmul (se_inject)": AS_IT_IS,
-    "sum / n, own backward": lambda se, x, r: ScaleAdd.apply(r, x, excite(se, sum_over_n(x))),
-    "own backward, linear layers": lambda se, x, r: ScaleAdd.apply(
+    "sum / n, addcmul": lambda se, x, r: torch.addcmul(r, x, excite(se, sum_over_n(x))),
+    "sum / n, own backward (se_inject)": AS_IT_IS,
+    "own backward, linear layers": lambda se, x, r: scale_add(
         r, x, excite_linear(se, sum_over_n(x))
     ),
 }
@@ -217,7 +199,7 @@ def main() -> None:
             print(f"resnet50, batch {BATCH}, {mode}, {layout}")
             for name, row in rows.items():
                 print(
-                    f"  {name:30} {row['ms_quartiles'][1]:7.1f} ms, {row['overhead_ms']:6.1f} over"
+                    f"  {name:33} {row['ms_quartiles'][1]:7.1f} ms, {row['overhead_ms']:6.1f} over"
                     f" the base's addition: {row['overhead_to_timm']:.2f} of timm's",
                     flush=True,
                 )

@@ -261,6 +261,7 @@ def test_a_map_that_autograd_may_read_is_not_overwritten(device: str) -> None:
     assert torch.equal(x, before)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of torch's own rules
 @pytest.mark.parametrize("dual", ["x", "residual"])
 def test_forward_derivatives_without_autograd(dual: str) -> None:
     se = SqueezeExcite(16, 8)
