@@ -27,7 +27,8 @@ PAIRS = [
 ]
 # Shallow enough that float32 shows the same: summing in another order (addcmul) moves the gradients
 # of the stem of a deep network in train mode by more than 1e-5.
-SHALLOW = ["resnet18", "resnet34"]
+# Rounding grows with depth, and how much it is depends on the processor.
+SHALLOW = {"resnet18": 1e-5, "resnet34": 3e-5}
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -58,8 +59,10 @@ def test_outputs_equal_timms_se_network(name: str, device: str) -> None:
     assert relative_error(a, b) < 1e-6
 
 
-def gradient_errors(name: str, dtype: torch.dtype, device: str) -> dict[str, float]:
-    ours, timms = (model.to(device, dtype).train() for model in pair(name))
+def gradient_errors(
+    name: str, dtype: torch.dtype, device: str, **kwargs: object
+) -> dict[str, float]:
+    ours, timms = (model.to(device, dtype).train() for model in pair(name, **kwargs))
     x = torch.randn(2, 3, 64, 64, dtype=dtype, device=device)
     target = torch.randint(1000, (2,), device=device)
     for model in (ours, timms):
@@ -82,7 +85,10 @@ def test_gradients_in_train_mode_equal_timms_se_network(name: str, device: str) 
 
 @pytest.mark.parametrize("name", SHALLOW)
 def test_gradients_in_float32_equal_timms_se_network(name: str, device: str) -> None:
-    assert max(gradient_errors(name, torch.float32, device).values()) < 1e-5
+    # Without ReLU: where rounding takes an input of one across 0, as it does on some processors,
+    # the gradients before it are others.
+    errors = gradient_errors(name, torch.float32, device, act_layer=nn.SiLU)
+    assert max(errors.values()) < SHALLOW[name]
 
 
 def test_the_paper_init_draws_both_layers_at_random() -> None:
