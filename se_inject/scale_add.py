@@ -23,7 +23,8 @@ def scale_add(
         return torch.addcmul(residual, x, _times(gate, factor))
     # A gate for each element is no smaller than the map: nothing is summed up for its gradient.
     if torch.is_grad_enabled() and gate.requires_grad and gate.shape != x.shape:
-        return _ScaleAdd.apply(residual, x, gate, factor)  # type: ignore[no-any-return]
+        total: Tensor = _ScaleAdd.apply(residual, x, gate, factor)
+        return total
     s = _times(gate, factor)
     if in_place and (x.is_inference() or _without_autograd(residual, x, s)):
         return torch.addcmul(residual, x, s, out=x)
@@ -84,5 +85,5 @@ def _without_autograd(*tensors: Tensor) -> bool:
     """Whether neither autograd nor forward AD records: they have no rule for ``out=`` either."""
     if torch.is_grad_enabled():
         return False
-    tangents = (forward_ad.unpack_dual(t).tangent for t in tensors)  # type: ignore[no-untyped-call]
-    return all(tangent is None for tangent in tangents)
+    unpack: Any = forward_ad.unpack_dual  # which torch gives no types
+    return all(unpack(t).tangent is None for t in tensors)

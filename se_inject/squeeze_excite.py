@@ -166,12 +166,10 @@ class SqueezeExcite(nn.Module):
         """
         z = self._squeeze(x, self.space)
         gate = self._gate(self.fc2(torch.relu(self.fc1(z))))
-        if (
-            residual is not None
-            and x.stride() == residual.stride()
-            and x.dtype == residual.dtype
-            and not torch.jit.is_scripting()  # type: ignore[attr-defined]
-        ):
+        if residual is not None and x.stride() == residual.stride() and x.dtype == residual.dtype:
+            # Public, though not in torch's __all__. TorchScript takes no autograd.Function.
+            if torch.jit.is_scripting():  # type: ignore[attr-defined]
+                return torch.addcmul(residual, x, gate * self._factor)
             return scale_add(residual, x, gate, self._factor, in_place=in_place)
         s = gate if self._factor == 1.0 else gate * self._factor
         if residual is None:

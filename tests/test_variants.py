@@ -231,6 +231,7 @@ def test_a_block_is_scripted_copied_and_pickled(squeeze: Squeeze, gate: Gate, in
     x = torch.randn(2, 16, 5, 5)
     for other in (torch.jit.script(se), copy.deepcopy(se), pickle.loads(pickle.dumps(se))):
         assert torch.equal(other(x), se(x))
+        assert torch.equal(other(x, x.flip(0)), se(x, x.flip(0)))
 
 
 def test_a_block_pickled_before_there_were_variants() -> None:
