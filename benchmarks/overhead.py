@@ -127,11 +127,11 @@ def make_step(build: Callable[[str], Any], setting: Setting) -> Callable[[], Non
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def train() -> None:
-        optimizer.zero_grad()
         with autocast:
             loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()  # at the end: no step begins with the memory of old gradients
 
     return train
 
@@ -160,9 +160,14 @@ def peak_bytes(step: Callable[[], None], device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    profiler = partial(
+        torch.profiler.profile,
+        activities=[torch.profiler.ProfilerActivity.CPU],
+        profile_memory=True,
+    )
+    with profiler():  # the first of a process misses what happens while it starts
+        pass
+    with profiler() as profile:
         step()
     events = profile.profiler.kineto_results.events()
     changes = [e for e in events if e.name() == "[memory]"]
@@ -328,6 +333,8 @@ def main() -> None:
     parser.add_argument("--restarts", type=int, default=1, help="of the processes (default 1)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
+    if options.rounds * options.restarts < 2:
+        parser.error("quartiles take two rounds or more: --rounds 2")
     arms = {n: build for n, build in ARMS.items() if options.compile or "compiled" not in n}
     os.environ.update({name: str(size) for name, size in KEEP_MEMORY.items()})  # of the workers
     bandwidth = copy_bandwidth(options.device)

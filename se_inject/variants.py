@@ -96,7 +96,13 @@ def _mean(x: Tensor, space: list[int]) -> Tensor:
     n = 1
     for dim in space:
         n *= x.shape[dim]
-    return x.sum(space, keepdim=True, dtype=x.dtype) / n
+    total = x.sum(space, keepdim=True, dtype=x.dtype)
+    # jit.trace has n as a tensor, jit.script knows no overload by name.
+    if torch.jit.is_scripting() or torch.jit.is_tracing():  # type: ignore
+        return total / n
+    # Not /, for which autograd keeps n as a tensor.
+    mean: Tensor = torch.ops.aten.div.Scalar(total, n)
+    return mean
 
 
 def _max(x: Tensor, space: list[int]) -> Tensor:

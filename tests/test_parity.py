@@ -1,5 +1,6 @@
 """Against what we did not write: timm's own SE networks, key by key and number by number."""
 
+import overhead
 import pytest
 import timm
 import torch
@@ -95,3 +96,16 @@ def test_the_paper_init_draws_both_layers_at_random() -> None:
     model = inject_se(timm.create_model("resnet18"), init="paper")
     assert model.layer1[0].se.fc2.weight.std() > 0
     assert model.layer1[0].se.gate_scale == 1.0
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_the_peak_memory_of_a_step_is_not_above_timms(name: str, mode: str) -> None:
+    setting = overhead.Setting(name, mode, batch=4, layout="nchw", device="cpu", side=96)
+
+    def peak(arm: str) -> int:
+        step = overhead.make_step(overhead.ARMS[arm], setting)
+        step()  # the first makes the momenta
+        return overhead.peak_bytes(step, "cpu")
+
+    assert 0 < peak("se_inject") <= peak("timm")
