@@ -520,11 +520,11 @@ def test_hugging_face_data_are_read_without_decoding(
     assert sorted(labels) == [NO_IMAGE] + [0] * 5 + [1] * 5
 
 
-def test_unknown_data() -> None:
+def test_unknown_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         open_data(replace(SETTINGS, data="nowhere"), CONFIG, 0)
     with pytest.raises(DataError, match="cannot be had"):
-        open_data(replace(SETTINGS, data="torch/nothing"), CONFIG, 0)
+        open_data(replace(SETTINGS, data="torch/nothing", data_dir=str(tmp_path)), CONFIG, 0)
 
 
 def test_splits_are_stratified_and_whole() -> None:
