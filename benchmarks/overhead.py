@@ -4,8 +4,8 @@
     python benchmarks/overhead.py --device cuda --batch-sizes 1 32 256 [--compile] [--json FILE]
 
 Arms: the base network, timm's own SE network (``seresnet50`` of ``resnet50``), the base with
-``inject_se``, and with ``--compile`` all three through ``torch.compile``, whose overheads are over
-the compiled base.
+``inject_se``; with ``--compile`` also that with its SE blocks alone compiled, and all three through
+``torch.compile``, whose overheads are over the compiled base.
 
 Each arm lives in a process of its own, so that none finds the memory that another left behind,
 and the processes take turns, so that a noisy machine is noisy for all. An overhead is the median,
@@ -48,7 +48,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from se_inject import inject_se, plan_se
+from se_inject import SqueezeExcite, inject_se, plan_se
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels-last": torch.channels_last}
 MAPS_MOVED = {"inference": 1, "training": 5}
@@ -76,13 +76,34 @@ def compiled(build: Callable[[str], nn.Module], network: str) -> Any:
     return torch.compile(build(network))
 
 
-ARMS: dict[str, Callable[[str], Any]] = {
-    "base": base,
-    "timm": timms_se,
-    "se_inject": injected,
-    "base, compiled": partial(compiled, base),
-    "timm, compiled": partial(compiled, timms_se),
-    "se_inject, compiled": partial(compiled, injected),
+def blocks_compiled(network: str) -> nn.Module:
+    """The rest stays eager: on CUDA, Triton kernels for the SE blocks without any of our own."""
+    model = injected(network)
+    for module in model.modules():
+        if isinstance(module, SqueezeExcite):
+            module.compile()
+    return model
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A network; what its overhead is over; and for ours, timm's network that it is beside."""
+
+    build: Callable[[str], Any]
+    over: str
+    beside: str | None = None
+
+
+ARMS = {
+    "base": Arm(base, over="base"),
+    "timm": Arm(timms_se, over="base"),
+    "se_inject": Arm(injected, over="base", beside="timm"),
+    "se_inject, blocks compiled": Arm(blocks_compiled, over="base", beside="timm"),
+    "base, compiled": Arm(partial(compiled, base), over="base, compiled"),
+    "timm, compiled": Arm(partial(compiled, timms_se), over="base, compiled"),
+    "se_inject, compiled": Arm(
+        partial(compiled, injected), over="base, compiled", beside="timm, compiled"
+    ),
 }
 
 
@@ -105,11 +126,11 @@ class Setting:
 # --- in the process of one arm -----------------------------------------------------------------
 
 
-def make_step(build: Callable[[str], Any], setting: Setting) -> Callable[[], None]:
+def make_step(arm: Arm, setting: Setting) -> Callable[[], None]:
     """One forward, or one training step, of a new network on random images."""
     torch.manual_seed(0)
     memory_format = LAYOUTS[setting.layout]
-    model = build(setting.network).to(setting.device).to(memory_format=memory_format)
+    model = arm.build(setting.network).to(setting.device).to(memory_format=memory_format)
     images = torch.randn(setting.batch, 3, setting.side, setting.side, device=setting.device)
     images = images.contiguous(memory_format=memory_format)
     labels = torch.randint(1000, (setting.batch,), device=setting.device)
@@ -175,10 +196,10 @@ def peak_bytes(step: Callable[[], None], device: str) -> int:
     return max(itertools.accumulate(sizes))
 
 
-def work(connection: Connection, build: Callable[[str], Any], setting: Setting) -> None:
+def work(connection: Connection, arm: Arm, setting: Setting) -> None:
     """Serve "time" and "memory" until "stop"."""
     torch.backends.cudnn.benchmark = True
-    step = make_step(build, setting)
+    step = make_step(arm, setting)
     for _ in range(3):
         step()
     connection.send("ready")
@@ -191,15 +212,13 @@ def work(connection: Connection, build: Callable[[str], Any], setting: Setting) 
 # --- in the parent -----------------------------------------------------------------------------
 
 
-def measure(
-    arms: dict[str, Callable[[str], Any]], setting: Setting, rounds: int
-) -> dict[str, dict[str, Any]]:
+def measure(arms: dict[str, Arm], setting: Setting, rounds: int) -> dict[str, dict[str, Any]]:
     """Seconds of every round and peak bytes of every arm, from one set of processes."""
     context = multiprocessing.get_context("spawn")
     workers = {}
-    for name, build in arms.items():
+    for name, arm in arms.items():
         connection, other = context.Pipe()
-        process = context.Process(target=work, args=(other, build, setting), daemon=True)
+        process = context.Process(target=work, args=(other, arm, setting), daemon=True)
         process.start()
         other.close()
         connection.recv()  # ready: one process at a time
@@ -223,7 +242,7 @@ def measure(
 
 
 def measure_again(
-    arms: dict[str, Callable[[str], Any]], setting: Setting, rounds: int, restarts: int
+    arms: dict[str, Arm], setting: Setting, rounds: int, restarts: int
 ) -> dict[str, dict[str, Any]]:
     """Rounds of several sets of processes: where its memory lies makes one faster than another."""
     runs = [measure(arms, setting, rounds) for _ in range(restarts)]
@@ -242,11 +261,10 @@ def quartiles(values: list[float]) -> list[float]:
 
 def summarise(measured: dict[str, dict[str, Any]], batch: int, floor: float) -> dict[str, Any]:
     """Medians, and overheads over the base within each round."""
-    first = measured["base"]["seconds"]
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, values in measured.items():
         seconds = statistics.median(values["seconds"])
-        reference = measured["base, compiled"]["seconds"] if "compiled" in name else first
+        reference = measured[ARMS[name].over]["seconds"]
         over = [t / b - 1 for t, b in zip(values["seconds"], reference, strict=True)]
         rows[name] = {
             "seconds": seconds,
@@ -257,12 +275,15 @@ def summarise(measured: dict[str, dict[str, Any]], batch: int, floor: float) -> 
             "overhead_to_floor": statistics.median(over) * statistics.median(reference) / floor,
             "peak_bytes": values["peak_bytes"],
         }
-    for name in [n for n in rows if n.startswith("se_inject")]:
-        timms = name.replace("se_inject", "timm")
+    for name in rows:
+        timms = ARMS[name].beside
+        if timms is None:
+            continue
         pairs = zip(measured[name]["seconds"], measured[timms]["seconds"], strict=True)
         rows[name]["seconds_to_timm_quartiles"] = quartiles([a / b for a, b in pairs])
-        ours, theirs = (rows[n]["overhead_quartiles"][1] for n in (name, timms))
-        rows[name]["overhead_to_timm"] = ours / theirs
+        ours, theirs = (rows[n]["overhead_quartiles"] for n in (name, timms))
+        # Where timm's overhead is within the noise of 0, a ratio to it says nothing.
+        rows[name]["overhead_to_timm"] = ours[1] / theirs[1] if theirs[0] > 0 else None
         rows[name]["peak_to_timm"] = rows[name]["peak_bytes"] / rows[timms]["peak_bytes"]
     return rows
 
@@ -305,7 +326,7 @@ def print_table(result: dict[str, Any]) -> None:
         over = (
             f"{middle:+.1f} % ({low:+.1f} to {high:+.1f})",
             f"{100 * row['overhead_of_fastest']:+.1f} %",
-            f"{row['overhead_to_timm']:.2f}" if "overhead_to_timm" in row else "",
+            "" if row.get("overhead_to_timm") is None else f"{row['overhead_to_timm']:.2f}",
             f"{row['overhead_to_floor']:.1f}",
         )
         table.add_row(
@@ -335,7 +356,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds * options.restarts < 2:
         parser.error("quartiles take two rounds or more: --rounds 2")
-    arms = {n: build for n, build in ARMS.items() if options.compile or "compiled" not in n}
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
+    arms = {n: arm for n, arm in ARMS.items() if options.compile or "compiled" not in n}
     os.environ.update({name: str(size) for name, size in KEEP_MEMORY.items()})  # of the workers
     bandwidth = copy_bandwidth(options.device)
     results = []
