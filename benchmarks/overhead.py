@@ -14,8 +14,8 @@ others use the machine, what they add to a step exceeds what SE blocks do, and t
 each arm tells more: the table has the overhead by these too.
 
 CPU: seconds are the processor time of the one thread, which other programs on the machine disturb
-least, without the page faults of an allocator that returns memory. CUDA: events around several
-steps after a warm-up, bfloat16 autocast. A training step is forward, cross-entropy, backward and
+least, without the page faults of an allocator that returns memory. CUDA: events around 20 steps
+after a warm-up, bfloat16 autocast. A training step is forward, cross-entropy, backward and
 SGD with momentum. Memory is the peak of what a step allocates, weights and input not counted.
 
 The floor of an SE block is what it must move at least: in inference one more read of its map; in
@@ -52,7 +52,7 @@ from se_inject import SqueezeExcite, inject_se, plan_se
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels-last": torch.channels_last}
 MAPS_MOVED = {"inference": 1, "training": 5}
-STEPS = {"cpu": 1, "cuda": 20}  # timed together in one turn
+DEVICES = ["cpu", "cuda"]
 # glibc gives freed memory back and takes it again page by page, when and how much being chance:
 # 40,000 to 60,000 page faults a step, more time than SE takes. It keeps the memory instead, as the
 # allocators do that PyTorch's tuning guide advises.
@@ -119,6 +119,12 @@ class Setting:
     side: int = 224
 
     @property
+    def steps(self) -> int:
+        """That are timed together in one turn: of short ones many, lest all be the first one,
+        before which other processes had the caches."""
+        return 20 if self.device == "cuda" else max(1, 8 // self.batch)
+
+    @property
     def label(self) -> str:
         return f"{self.network}, {self.mode}, batch {self.batch}, {self.layout}"
 
@@ -157,21 +163,22 @@ def make_step(arm: Arm, setting: Setting) -> Callable[[], None]:
     return train
 
 
-def step_seconds(step: Callable[[], None], device: str) -> float:
+def step_seconds(step: Callable[[], None], device: str, steps: int) -> float:
     """Of one step: CPU processor time, or CUDA time between events."""
     if device == "cpu":
         start = time.process_time()
-        step()
-        return time.process_time() - start
+        for _ in range(steps):
+            step()
+        return (time.process_time() - start) / steps
     for _ in range(3):  # the memory that other processes were given meanwhile comes back
         step()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    for _ in range(STEPS[device]):
+    for _ in range(steps):
         step()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / STEPS[device]
+    return begin.elapsed_time(end) / 1e3 / steps
 
 
 def peak_bytes(step: Callable[[], None], device: str) -> int:
@@ -204,7 +211,10 @@ def work(connection: Connection, arm: Arm, setting: Setting) -> None:
         step()
     connection.send("ready")
     while (what := connection.recv()) != "stop":
-        connection.send((step_seconds if what == "time" else peak_bytes)(step, setting.device))
+        if what == "time":
+            connection.send(step_seconds(step, setting.device, setting.steps))
+        else:
+            connection.send(peak_bytes(step, setting.device))
         if setting.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -292,7 +302,7 @@ def copy_bandwidth(device: str) -> float:
     """Bytes a second, read and written, of a plain copy that is too large for the caches."""
     source = torch.randn(2**26 if device == "cpu" else 2**28, device=device)
     target = torch.empty_like(source)
-    times = [step_seconds(lambda: target.copy_(source), device) for _ in range(9)]
+    times = [step_seconds(lambda: target.copy_(source), device, 5) for _ in range(9)]
     return 2 * source.numel() * source.element_size() / statistics.median(times[2:])
 
 
@@ -348,7 +358,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MAPS_MOVED, default=list(MAPS_MOVED))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], metavar="N")
-    parser.add_argument("--device", choices=STEPS, default="cpu")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile beside eager")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each arm (default 15)")
     parser.add_argument("--restarts", type=int, default=1, help="of the processes (default 1)")

@@ -73,8 +73,11 @@ def measure_latency(
     """
     device = torch.device(device)
     before = copy.deepcopy(plan.model).to(device).eval()
-    after = copy.deepcopy(plan.apply()).to(device).eval()
-    remove_se(plan.model)
+    plan.apply()
+    try:
+        after = copy.deepcopy(plan.model).to(device).eval()
+    finally:  # out of memory too must not leave the blocks in
+        remove_se(plan.model)
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda t: _random_like(t, batch_size, device), plan.example
     )

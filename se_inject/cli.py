@@ -119,9 +119,13 @@ def report_command(
         typer.Option("--benchmark", help="Also run it before and after, and report the latency."),
     ] = False,
     device: Annotated[
-        str, typer.Option(help="Where --benchmark runs: cpu, cuda, cuda:1, mps.")
-    ] = "cpu",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch of --benchmark.")] = 1,
+        str | None,
+        typer.Option(help="Where --benchmark runs: cpu, cuda, cuda:1, mps.", show_default="cpu"),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images in a batch of --benchmark.", show_default="1"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Every site and every skipped addition.")
@@ -150,6 +154,8 @@ def report_command(
         raise typer.BadParameter("--json and --show exclude each other")
     if benchmark and show is not None:
         raise typer.BadParameter("--benchmark and --show exclude each other")
+    if not benchmark and (device, batch_size) != (None, None):
+        raise typer.BadParameter("--device and --batch-size are of --benchmark: add it")
     ratio = parse_ratio(r)
     import torch
 
@@ -161,7 +167,7 @@ def report_command(
     from se_inject.report import block_code, print_report, report_dict
 
     with contextlib.redirect_stdout(sys.stderr):  # what a user's builder prints is no report
-        place = check_device(device) if benchmark else None
+        place = check_device(device or "cpu") if benchmark else None
         network = load_model(model, in_chans=in_chans, meta=place is None)
         size = input_size(model, network, img_size, in_chans)
         plan = plan_se(
@@ -181,7 +187,7 @@ def report_command(
         costs = None if show is not None else count_costs(plan)
         latency = None
         if place is not None:
-            latency = measure_latency(plan, batch_size=batch_size, device=place)
+            latency = measure_latency(plan, batch_size=batch_size or 1, device=place)
     console = Console()
     if costs is None:
         console.print(block_code(plan, show or ""))

@@ -52,7 +52,14 @@ def test_a_device_that_is_not_there_is_an_error_of_one_line(call, device: str) -
 
 
 @pytest.mark.parametrize(
-    "args", [["--benchmark", "--show", "layer1.0"], ["--benchmark", "--batch-size", "0"]]
+    "args",
+    [
+        ["--benchmark", "--show", "layer1.0"],
+        ["--benchmark", "--batch-size", "0"],
+        ["--batch-size", "8"],
+        ["--device", "cpu"],
+    ],
+    ids=" ".join,
 )
 def test_wrong_usage(call, args: list[str]) -> None:
     status, out, err = call("test_resnet", *args)

@@ -168,6 +168,20 @@ def test_export_and_jit(model: nn.Module) -> None:
         torch.testing.assert_close(other(X), model(X), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_replays_forward_and_backward(model: nn.Module) -> None:
+    """Nothing in an SE block waits for the device or asks it for a value."""
+    model.cuda()
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(model), (torch.randn_like(X).cuda(),))
+    x = X.cuda()
+    torch.testing.assert_close(graphed(x), model(x), rtol=1e-4, atol=1e-4)
+    for net in (graphed, model):
+        net(x).square().mean().backward()
+    for a, b in zip(se_parameters(graphed), se_parameters(model), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_functional_call_takes_other_se_weights(model: nn.Module) -> None:
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     state = {k: torch.zeros_like(v) if ".se.fc2" in k else v for k, v in state.items()}
