@@ -8,27 +8,55 @@ from torch.autograd import forward_ad
 
 
 def scale_add(
-    residual: Tensor, x: Tensor, gate: Tensor, factor: float = 1.0, *, in_place: bool = False
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    factor: float = 1.0,
+    residual_first: bool = False,
+    in_place: bool = False,
 ) -> Tensor:
     """``residual + x * (factor * gate)``, never writing the product to memory.
 
     Args:
-        residual, x: maps of one dtype and memory format, such as [N, C, H, W].
+        residual, x: maps, such as [N, C, H, W].
         gate: such as [N, C, 1, 1], broadcast to ``x``.
         factor: a power of two, so that it rounds nothing.
-        in_place: the sum replaces ``x += residual``, and where autograd needs no ``x`` it is
-            written to the memory of ``x`` as before.
+        residual_first: the sum replaces ``residual + x``; otherwise ``x + residual``. Where the two
+            differ in memory format, the sum has that of its first operand (and the product is
+            written after all).
+        in_place: the sum replaces ``x += residual``: it keeps the dtype of ``x``, and is written to
+            the memory of ``x`` as before where autograd needs none of it.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or _transformed():
-        return torch.addcmul(residual, x, _times(gate, factor))
+    if x.stride() != residual.stride() or x.dtype != residual.dtype:
+        product = x * times(gate, factor)
+        if in_place:
+            return product.add_(residual)
+        return residual + product if residual_first else product + residual
+    # Public, though not in torch's __all__. TorchScript takes no autograd.Function.
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return torch.addcmul(residual, x, times(gate, factor))
+    return _scale_add(residual, x, gate, factor, in_place)
+
+
+def _scale_add(residual: Tensor, x: Tensor, gate: Tensor, factor: float, in_place: bool) -> Tensor:
+    """The same for maps of one memory format and dtype."""
+    # What a subclass of Tensor makes of a Function's output is a view, which nothing may change.
+    subclassed = any(type(t) is not Tensor for t in (residual, x, gate))
+    if subclassed or torch.compiler.is_compiling() or torch._C._is_tracing() or _transformed():
+        return torch.addcmul(residual, x, times(gate, factor))
     # A gate for each element is no smaller than the map: nothing is summed up for its gradient.
     if torch.is_grad_enabled() and gate.requires_grad and gate.shape != x.shape:
         total: Tensor = _ScaleAdd.apply(residual, x, gate, factor)
         return total
-    s = _times(gate, factor)
+    s = times(gate, factor)
     if in_place and (x.is_inference() or _without_autograd(residual, x, s)):
         return torch.addcmul(residual, x, s, out=x)
     return torch.addcmul(residual, x, s)
+
+
+def times(gate: Tensor, factor: float) -> Tensor:
+    """``factor * gate``, or the gate itself where that is the same."""
+    return gate if factor == 1.0 else gate * factor
 
 
 class _ScaleAdd(torch.autograd.Function):
@@ -40,7 +68,7 @@ class _ScaleAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(residual: Tensor, x: Tensor, gate: Tensor, factor: float) -> Tensor:
-        return torch.addcmul(residual, x, _times(gate, factor))
+        return torch.addcmul(residual, x, times(gate, factor))
 
     @staticmethod
     def setup_context(
@@ -54,12 +82,17 @@ class _ScaleAdd(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:
         x, gate = ctx.saved_tensors
         product = grad * x
-        of_gate = _times(product.sum_to_size(gate.shape), ctx.factor)
+        of_gate = times(product.sum_to_size(gate.shape), ctx.factor)
         of_x = None
         if ctx.needs_input_grad[1]:
-            s = _times(gate, ctx.factor)
-            batched = _transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
-            if torch.is_grad_enabled() or batched:
+            s = times(gate, ctx.factor)
+            # In this order: compiled autograd traces the first and knows nothing of the others.
+            if (
+                torch.compiler.is_compiling()
+                or torch.is_grad_enabled()
+                or _transformed()
+                or torch._C._functorch.is_legacy_batchedtensor(grad)
+            ):
                 of_x = grad * s
             else:
                 of_x = torch.mul(grad, s, out=product)
@@ -69,11 +102,7 @@ class _ScaleAdd(torch.autograd.Function):
     def jvp(ctx: Any, residual: Tensor, x: Tensor, gate: Tensor, _: None) -> Tensor:
         saved_x, saved_gate = ctx.saved_tensors
         of_product: Tensor = x * saved_gate + saved_x * gate
-        return residual + _times(of_product, ctx.factor)
-
-
-def _times(gate: Tensor, factor: float) -> Tensor:
-    return gate if factor == 1.0 else gate * factor
+        return residual + times(of_product, ctx.factor)
 
 
 def _transformed() -> bool:

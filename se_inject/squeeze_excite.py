@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from se_inject.scale_add import scale_add
+from se_inject.scale_add import scale_add, times
 from se_inject.variants import GATES, SQUEEZES, Gate, Init, Squeeze
+
+# A leaf of symbolic_trace (torchvision's create_feature_extractor, quantization): a traced network
+# runs the same code, which asks for strides and dtypes that the tracer does not know.
+fx.wrap("scale_add")
 
 
 def bottleneck_width(channels: int, r: int, divisor: int = 8) -> int:
@@ -120,7 +124,8 @@ class SqueezeExcite(nn.Module):
         self._factor = self.gate_scale or 1.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_squeeze", "_gate", "_factor")}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch's
+        return {k: v for k, v in state.items() if k not in ("_squeeze", "_gate", "_factor")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A block that was pickled before there were variants does not name its own.
@@ -166,17 +171,9 @@ class SqueezeExcite(nn.Module):
         """
         z = self._squeeze(x, self.space)
         gate = self._gate(self.fc2(torch.relu(self.fc1(z))))
-        if residual is not None and x.stride() == residual.stride() and x.dtype == residual.dtype:
-            # Public, though not in torch's __all__. TorchScript takes no autograd.Function.
-            if torch.jit.is_scripting():  # type: ignore[attr-defined]
-                return torch.addcmul(residual, x, gate * self._factor)
-            return scale_add(residual, x, gate, self._factor, in_place=in_place)
-        s = gate if self._factor == 1.0 else gate * self._factor
         if residual is None:
-            return x * s
-        if in_place:
-            return (x * s).add_(residual)
-        return residual + x * s if residual_first else x * s + residual
+            return x * times(gate, self._factor)
+        return scale_add(residual, x, gate, self._factor, residual_first, in_place)
 
     def extra_repr(self) -> str:
         formula = GATES[self.gate].formulas[self.init]

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from se_inject.errors import ArgumentError
 
@@ -85,11 +85,12 @@ class SqueezeFunction:
     pools: bool  # to one position; otherwise the layers run at every position
 
 
-def _mean(x: Tensor, space: list[int]) -> Tensor:
-    """As sum / n: the gradient of a sum is a view, that of a mean fills a map.
+@fx.wrap
+def _sum_over_n(x: Tensor, space: list[int]) -> Tensor:
+    """The mean as sum / n: the gradient of a sum is a view, that of a mean fills a map.
 
     The dtype is named because CUDA's autocast makes a sum float32 otherwise, and the gradient,
-    cast back, would fill a map after all.
+    cast back, would fill a map after all. A leaf of ``fx.symbolic_trace``, which knows no dtype.
     """
     if x.dtype == torch.float16:  # whose sum could overflow
         return x.mean(space, keepdim=True)
@@ -103,6 +104,10 @@ def _mean(x: Tensor, space: list[int]) -> Tensor:
     # Not /, for which autograd keeps n as a tensor.
     mean: Tensor = torch.ops.aten.div.Scalar(total, n)
     return mean
+
+
+def _mean(x: Tensor, space: list[int]) -> Tensor:
+    return _sum_over_n(x, space)  # by its name: fx takes no other reference for a leaf
 
 
 def _max(x: Tensor, space: list[int]) -> Tensor:

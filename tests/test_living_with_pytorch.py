@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torchvision
 from helpers import open_gates, randomize
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import create_feature_extractor
 
-from se_inject import inject_se, remove_se, se_parameters
+from se_inject import SqueezeExcite, inject_se, remove_se, se_parameters
 
 X = torch.randn(2, 3, 64, 64)
 
@@ -180,6 +183,65 @@ def test_a_cuda_graph_replays_forward_and_backward(model: nn.Module) -> None:
         net(x).square().mean().backward()
     for a, b in zip(se_parameters(graphed), se_parameters(model), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+
+
+FX_TOOLS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "symbolic_trace": fx.symbolic_trace,
+    "create_feature_extractor": lambda model: create_feature_extractor(model, {"fc": "fc"}),
+    "fuse": fuse,
+}
+
+
+@pytest.mark.parametrize("kind", FX_TOOLS)
+def test_tools_that_trace_with_fx(kind: str) -> None:
+    model = inject_se(randomize(torchvision.models.resnet18()).eval(), example_input=X)
+    open_gates(model)
+    traced = FX_TOOLS[kind](model)
+    fx_nodes = [n for n in traced.graph.nodes if getattr(n.target, "__name__", "") == "scale_add"]
+    assert len(fx_nodes) == 8
+    for mode in (torch.enable_grad, torch.inference_mode):
+        with mode():
+            result = traced(X)
+            result = result["fc"] if isinstance(result, dict) else result
+            torch.testing.assert_close(result, model(X), rtol=1e-4, atol=1e-5)
+
+
+class Meta(Tensor):
+    """As MONAI's images: a subclass with the default ``__torch_function__``."""
+
+
+def test_a_subclass_of_tensor_goes_through(model: nn.Module) -> None:
+    x = X.as_subclass(Meta)
+    for mode in (torch.enable_grad, torch.inference_mode):
+        with mode():
+            out = model(x)
+            assert type(out) is Meta
+            assert torch.equal(out.as_subclass(Tensor), model(X))
+    grads = [torch.autograd.grad(model(t).square().sum(), [*se_parameters(model)]) for t in (x, X)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a.as_subclass(Tensor), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
+def test_compiled_autograd_takes_the_backward_of_its_own(model: nn.Module) -> None:
+    torch._dynamo.reset()
+    other = copy.deepcopy(model)
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        other(X).square().mean().backward()
+    model(X).square().mean().backward()
+    for a, b in zip(se_parameters(other), se_parameters(model), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
+@pytest.mark.parametrize("kind", COPIES)
+def test_copies_of_compiled_se_blocks_are_their_own(model: nn.Module, kind: str) -> None:
+    for block in model.modules():
+        if isinstance(block, SqueezeExcite):
+            block.compile(backend="eager")
+    torch._dynamo.reset()
+    test_copies_are_whole_and_their_own(model, kind)
 
 
 def test_functional_call_takes_other_se_weights(model: nn.Module) -> None:
