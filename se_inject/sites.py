@@ -307,6 +307,8 @@ def _shape_verdict(flow: _Flow, module: nn.Module, node: fx.Node) -> _Residual |
         return Reason.SCALED
     if len(op.shape) not in (4, 5):
         return Reason.TOKENS if len(op.shape) == 3 else Reason.NO_MAP
+    if a not in flow.dominator or b not in flow.dominator:
+        return Reason.FUSION  # kept on an attribute since another module ran
     fork = flow.meet(a, b)
     if _collapses(module, flow.ops([*flow.between(fork, a), *flow.between(fork, b)])):
         return Reason.REPARAMETERISABLE

@@ -163,6 +163,16 @@ def expanded_gate(m: nn.Module, x: Tensor) -> Tensor:
     return x + u * gate.view(2, 16, 1, 1).expand_as(u)
 
 
+class Keeper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.conv(x)
+        return self.kept
+
+
 class Gate(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         return torch.mul(torch.sigmoid(u.mean((2, 3), keepdim=True)), u)
@@ -254,6 +264,10 @@ NEAR_MISSES: dict[str, tuple[Callable[[], Block], dict[Reason, int]]] = {
             lambda m, x: x + m.deep(x), deep=nn.Sequential(conv(), nn.Sequential(Gate()), conv())
         ),
         {Reason.GATED: 1},
+    ),
+    "an operand that a child keeps": (
+        lambda: Block(lambda m, x: m.keeper(x) + m.keeper.kept, keeper=Keeper()),
+        {Reason.FUSION: 1},
     ),
     "re-parameterisable": (
         lambda: RepBlock(rep_sum, point=conv(k=1), norm=nn.BatchNorm2d(16)),
