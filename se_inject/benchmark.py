@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from se_inject.errors import ArgumentError
-from se_inject.inject import remove_se
+from se_inject.errors import ArgumentError, BenchmarkError
+from se_inject.inject import withdraw_plan
 from se_inject.plan import Plan
+from se_inject.record import first_line
 
-# Both networks take turns until both of these are reached.
+# Both networks take turns until the first two are reached, or the last two: a slow network has to
+# run seven times all the same.
 _MIN_ROUNDS = 9
 _MIN_SECONDS = 4.0
+_FEWEST_ROUNDS = 3
+_MAX_SECONDS = 60.0
 _MAX_ROUNDS = 200
 _WARM_UP = 3
 
@@ -70,17 +74,17 @@ def measure_latency(
             copies. The input is random numbers in the shapes that the plan was made with.
         batch_size: images in the input; tensors without a batch dim keep their shape.
         device: where to run.
+
+    Raises:
+        BenchmarkError: one of the two cannot run there, or not on that input.
     """
     device = torch.device(device)
-    before = copy.deepcopy(plan.model).to(device).eval()
+    before = copy.deepcopy(plan.model)
     plan.apply()
     try:
-        after = copy.deepcopy(plan.model).to(device).eval()
-    finally:  # out of memory too must not leave the blocks in
-        remove_se(plan.model)
-    args, kwargs = pytree.tree_map_only(
-        Tensor, lambda t: _random_like(t, batch_size, device), plan.example
-    )
+        after = copy.deepcopy(plan.model)
+    finally:
+        withdraw_plan(plan)
 
     def seconds(network: nn.Module) -> float:
         _synchronize(device)
@@ -91,17 +95,35 @@ def measure_latency(
 
     pairs: list[tuple[float, float]] = []
     with torch.inference_mode():
-        for _ in range(_WARM_UP):
-            seconds(before), seconds(after)
         start = time.perf_counter()
-        while len(pairs) < _MIN_ROUNDS or time.perf_counter() - start < _MIN_SECONDS:
+        try:
+            args, kwargs = pytree.tree_map_only(
+                Tensor, lambda t: _random_like(t, batch_size, device), plan.example
+            )
+            for network in (before, after):
+                network.to(device).eval()
+            for _ in range(_WARM_UP):
+                seconds(before), seconds(after)
+                if time.perf_counter() - start > _MIN_SECONDS:
+                    break
+        except Exception as error:  # whatever a foreign forward may raise
+            raise BenchmarkError(
+                f"a forward at batch size {batch_size} on {device} failed"
+                f" ({type(error).__name__}: {first_line(error)}).\n"
+                "Where memory ran out, take a smaller batch size or image."
+            ) from error
+        start = time.perf_counter()
+        while len(pairs) < _MAX_ROUNDS:
+            spent = time.perf_counter() - start
+            if len(pairs) >= _MIN_ROUNDS and spent > _MIN_SECONDS:
+                break
+            if len(pairs) >= _FEWEST_ROUNDS and spent > _MAX_SECONDS:
+                break
             if len(pairs) % 2:  # neither always comes first
                 second, first = seconds(after), seconds(before)
             else:
                 first, second = seconds(before), seconds(after)
             pairs.append((first, second))
-            if len(pairs) == _MAX_ROUNDS:
-                break
     low, middle, high = statistics.quantiles([b / a - 1 for a, b in pairs], n=4)
     return Latency(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

@@ -164,6 +164,7 @@ def report_command(
     from se_inject.cost import count_costs
     from se_inject.models import input_size, load_model
     from se_inject.plan import plan_se
+    from se_inject.record import floating_dtype
     from se_inject.report import block_code, print_report, report_dict
 
     with contextlib.redirect_stdout(sys.stderr):  # what a user's builder prints is no report
@@ -182,12 +183,15 @@ def report_command(
             init=init,
             divisor=divisor,
             se_layer=None if attention is None else Attention(attention),
-            example_input=None if size is None else torch.empty(2, *size, device="meta"),
+            example_input=None
+            if size is None
+            else torch.empty(2, *size, dtype=floating_dtype(network), device="meta"),
         )
         costs = None if show is not None else count_costs(plan)
         latency = None
         if place is not None:
-            latency = measure_latency(plan, batch_size=batch_size or 1, device=place)
+            with Console(stderr=True).status("Running it without and with SE blocks"):
+                latency = measure_latency(plan, batch_size=batch_size or 1, device=place)
     console = Console()
     if costs is None:
         console.print(block_code(plan, show or ""))

@@ -30,6 +30,10 @@ class ForwardError(SEInjectError, RuntimeError):
     """The forward of the model failed on the example input, so nothing could be recorded."""
 
 
+class BenchmarkError(SEInjectError, RuntimeError):
+    """A forward that cannot be timed: it runs out of memory, or wants another input."""
+
+
 class CheckpointError(SEInjectError, ValueError):
     """A file that cannot be loaded: damaged, foreign, of another version or for another base."""
 

@@ -106,6 +106,13 @@ def apply_plan(plan: Plan) -> nn.Module:
     return plan.model
 
 
+def withdraw_plan(plan: Plan) -> None:
+    """Take out what :func:`apply_plan` put in, and no SE block that was there before."""
+    for name in {site.block for site in plan.sites}:
+        if edit := edit_of(plan.modules[name]):
+            _restore(plan.modules[name], edit)
+
+
 def remove_se(model: nn.Module) -> nn.Module:
     """Take the SE blocks out again, in place, and return the model.
 

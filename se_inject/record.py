@@ -268,7 +268,7 @@ def _library_hooks(hooks: dict[int, Any]) -> OrderedDict[int, Any]:
 
 def example_inputs(model: nn.Module, example_input: Any = None) -> list[Arguments]:
     """The (args, kwargs) to try in turn, on meta: the user's, or those that fit most networks."""
-    dtype = _floating_dtype(model)
+    dtype = floating_dtype(model)
     if example_input is not None:
         on_meta = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), example_input)
         if isinstance(on_meta, Mapping):
@@ -303,7 +303,8 @@ def _required_arguments(model: nn.Module) -> int:
     return max(1, sum(p.default is p.empty for p in positional))
 
 
-def _floating_dtype(model: nn.Module) -> torch.dtype:
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """What the weights have, and so most probably what the forward wants its input in."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 

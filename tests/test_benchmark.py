@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from se_inject import plan_se
+from se_inject import inject_se, plan_se
 from se_inject.benchmark import check_device, measure_latency
 from se_inject.errors import ArgumentError
 from se_inject.generated import edit_of
@@ -101,3 +101,62 @@ def test_check_device_names_the_device() -> None:
     with pytest.raises(ArgumentError, match="--device cuda:77"):
         check_device("cuda:77")
     assert check_device("cpu") == torch.device("cpu")
+
+
+def test_se_blocks_that_were_there_before_stay() -> None:
+    model = inject_se(timm.create_model("resnet18"), include="layer1.*")
+    state = dict(model.state_dict())
+    example = torch.empty(1, 3, 32, 32)
+    measure_latency(plan_se(model, include="layer2.*", example_input=example))
+    assert model.state_dict().keys() == state.keys()
+    assert edit_of(model.layer1[0])
+    assert not edit_of(model.layer2[0])
+
+
+class Pairs(torch.nn.Module):
+    """Wants batches of two, of the dtype of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = timm.models.resnet.BasicBlock(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) != 2:
+            raise ValueError("only batches of 2\nand this")
+        return self.block(x)
+
+
+def half_pairs() -> torch.nn.Module:
+    return Pairs().bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("args", "failure"),
+    [
+        (["test_resnet", "--batch-size", "10000000000"], r"RuntimeError: .*"),
+        (["test_resnet", "--batch-size", "9" * 30], r"\w+: .*"),
+        ([f"{__name__}:half_pairs", "--r", "1"], "ValueError: only batches of 2"),
+    ],
+    ids=["no memory", "no integer", "foreign error"],
+)
+def test_a_forward_that_fails_is_an_error_of_two_lines(call, args, failure: str) -> None:
+    status, out, err = call(*args, "--benchmark")
+    assert (status, out) == (1, "")
+    first, second = err.splitlines()[-2:]
+    assert re.fullmatch(
+        rf"error: a forward at batch size \d+ on cpu failed \({failure}\)\.", first
+    ), err
+    assert second == "Where memory ran out, take a smaller batch size or image."
+
+
+def test_the_input_has_the_dtype_of_the_weights(call) -> None:
+    status, out, _ = call(f"{__name__}:half_pairs", "--r", "1", "--benchmark", "--batch-size", "2")
+    assert status == 0
+    assert "Latency at batch size 2" in out
+
+
+def test_a_slow_model_is_not_run_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("se_inject.benchmark._MIN_SECONDS", 1e9)
+    monkeypatch.setattr("se_inject.benchmark._MAX_SECONDS", 0.0)
+    plan = plan_se(timm.create_model("test_resnet"), example_input=torch.empty(1, 3, 32, 32))
+    assert measure_latency(plan).rounds == 3
