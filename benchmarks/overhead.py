@@ -81,7 +81,7 @@ def blocks_compiled(network: str) -> nn.Module:
     model = injected(network)
     for module in model.modules():
         if isinstance(module, SqueezeExcite):
-            module.compile()
+            module.compile(dynamic=False)  # as the whole networks are: no shape changes
     return model
 
 
@@ -206,17 +206,23 @@ def peak_bytes(step: Callable[[], None], device: str) -> int:
 def work(connection: Connection, arm: Arm, setting: Setting) -> None:
     """Serve "time" and "memory" until "stop"."""
     torch.backends.cudnn.benchmark = True
+    if setting.device == "cpu":
+        torch.set_num_threads(1)  # processor time would be the sum of all threads
     step = make_step(arm, setting)
     for _ in range(3):
         step()
-    connection.send("ready")
-    while (what := connection.recv()) != "stop":
-        if what == "time":
-            connection.send(step_seconds(step, setting.device, setting.steps))
-        else:
-            connection.send(peak_bytes(step, setting.device))
+    result: Any = "ready"
+    while True:
         if setting.device == "cuda":
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # before the next process begins: all share one device
+        connection.send(result)
+        what = connection.recv()
+        if what == "stop":
+            return
+        if what == "time":
+            result = step_seconds(step, setting.device, setting.steps)
+        else:
+            result = peak_bytes(step, setting.device)
 
 
 # --- in the parent -----------------------------------------------------------------------------
@@ -303,7 +309,11 @@ def copy_bandwidth(device: str) -> float:
     source = torch.randn(2**26 if device == "cpu" else 2**28, device=device)
     target = torch.empty_like(source)
     times = [step_seconds(lambda: target.copy_(source), device, 5) for _ in range(9)]
-    return 2 * source.numel() * source.element_size() / statistics.median(times[2:])
+    size = source.numel() * source.element_size()
+    if device == "cuda":
+        del source, target
+        torch.cuda.empty_cache()
+    return 2 * size / statistics.median(times[2:])
 
 
 def floor_seconds(setting: Setting, bandwidth: float) -> float:
@@ -370,6 +380,7 @@ def main() -> None:
         parser.error("there is no CUDA device here")
     arms = {n: arm for n, arm in ARMS.items() if options.compile or "compiled" not in n}
     os.environ.update({name: str(size) for name, size in KEEP_MEMORY.items()})  # of the workers
+    torch.set_num_threads(1)
     bandwidth = copy_bandwidth(options.device)
     results = []
     for setting in settings(options):
@@ -381,11 +392,11 @@ def main() -> None:
         print_table(results[-1])
     if options.json:
         cuda = options.device == "cuda"
-        threads = f"x86-64 CPU, {torch.get_num_threads()} thread(s)"
+        processor = f"{platform.machine()} CPU, one thread"
         environment = {
             "date": datetime.now(UTC).date().isoformat(),
             "command": " ".join(["python benchmarks/overhead.py", *sys.argv[1:]]),
-            "device": torch.cuda.get_device_name() if cuda else threads,
+            "device": torch.cuda.get_device_name() if cuda else processor,
             "copy_bandwidth_gb_per_s": bandwidth / 1e9,
             "rounds": options.rounds,
             "restarts": options.restarts,
