@@ -20,7 +20,7 @@ def scale_add(
     Args:
         residual, x: maps, such as [N, C, H, W].
         gate: such as [N, C, 1, 1], broadcast to ``x``.
-        factor: a power of two, so that it rounds nothing.
+        factor: a power of two, so that it rounds nothing, wherever it is multiplied in.
         residual_first: the sum replaces ``residual + x``; otherwise ``x + residual``. Where the two
             differ in memory format, the sum has that of its first operand (and the product is
             written after all).
@@ -34,7 +34,7 @@ def scale_add(
         return residual + product if residual_first else product + residual
     # Public, though not in torch's __all__. TorchScript takes no autograd.Function.
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
-        return torch.addcmul(residual, x, times(gate, factor))
+        return torch.addcmul(residual, x, gate, value=factor)
     return _scale_add(residual, x, gate, factor, in_place)
 
 
@@ -43,15 +43,14 @@ def _scale_add(residual: Tensor, x: Tensor, gate: Tensor, factor: float, in_plac
     # What a subclass of Tensor makes of a Function's output is a view, which nothing may change.
     subclassed = any(type(t) is not Tensor for t in (residual, x, gate))
     if subclassed or torch.compiler.is_compiling() or torch._C._is_tracing() or _transformed():
-        return torch.addcmul(residual, x, times(gate, factor))
+        return torch.addcmul(residual, x, gate, value=factor)
     # A gate for each element is no smaller than the map: nothing is summed up for its gradient.
     if torch.is_grad_enabled() and gate.requires_grad and gate.shape != x.shape:
         total: Tensor = _ScaleAdd.apply(residual, x, gate, factor)
         return total
-    s = times(gate, factor)
-    if in_place and (x.is_inference() or _without_autograd(residual, x, s)):
-        return torch.addcmul(residual, x, s, out=x)
-    return torch.addcmul(residual, x, s)
+    if in_place and (x.is_inference() or _without_autograd(residual, x, gate)):
+        return torch.addcmul(residual, x, gate, value=factor, out=x)
+    return torch.addcmul(residual, x, gate, value=factor)
 
 
 def times(gate: Tensor, factor: float) -> Tensor:
@@ -63,12 +62,12 @@ class _ScaleAdd(torch.autograd.Function):
     """addcmul with a backward that needs one new map in place of three.
 
     The gradient of ``x`` is written over the product that the gradient of the gate is summed up
-    from. Beside ``x`` only the gate is kept, which a sigmoid keeps anyway: not factor * gate.
+    from. Beside ``x`` only the gate is kept, which a sigmoid keeps anyway.
     """
 
     @staticmethod
     def forward(residual: Tensor, x: Tensor, gate: Tensor, factor: float) -> Tensor:
-        return torch.addcmul(residual, x, times(gate, factor))
+        return torch.addcmul(residual, x, gate, value=factor)
 
     @staticmethod
     def setup_context(

@@ -40,9 +40,9 @@ def after_real_steps(name: str, **options: object) -> nn.Module:
     return model.eval()
 
 
-def two_roundings(residual: Tensor, x: Tensor, s: Tensor) -> Tensor:
+def two_roundings(residual: Tensor, x: Tensor, s: Tensor, *, value: float) -> Tensor:
     """``addcmul`` as timm writes it: where a CPU has fused multiply-add, addcmul rounds once."""
-    return x * s + residual
+    return x * (value * s) + residual
 
 
 STOCK = {
