@@ -57,6 +57,8 @@ DEVICES = ["cpu", "cuda"]
 # 40,000 to 60,000 page faults a step, more time than SE takes. It keeps the memory instead, as the
 # allocators do that PyTorch's tuning guide advises.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": 2**25, "MALLOC_TRIM_THRESHOLD_": 2**40}
+# The profiler tells of each start and of each device that is not there, between the tables.
+QUIET = {"KINETO_LOG_LEVEL": 99}
 
 
 def base(network: str) -> nn.Module:
@@ -379,7 +381,8 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
     arms = {n: arm for n, arm in ARMS.items() if options.compile or "compiled" not in n}
-    os.environ.update({name: str(size) for name, size in KEEP_MEMORY.items()})  # of the workers
+    # Of the workers, which read these as they start.
+    os.environ.update({name: str(value) for name, value in (KEEP_MEMORY | QUIET).items()})
     torch.set_num_threads(1)
     bandwidth = copy_bandwidth(options.device)
     results = []
