@@ -5,6 +5,7 @@ Each model is built on the meta device, planned and injected there; nothing is d
 
 import fnmatch
 import multiprocessing
+import os
 import statistics
 import time
 import warnings
@@ -14,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from threading import Thread
 from typing import Any, Literal
 
 from rich import box
@@ -109,7 +111,7 @@ def survey_all(names: Sequence[str], workers: int) -> Iterator[Survey]:
     """Survey many models in parallel processes, in the order in which they finish."""
     # Not forked: the parent has the threads of a progress bar.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         futures = [pool.submit(survey, name) for name in names]
         try:
             for future in as_completed(futures):
@@ -119,10 +121,19 @@ def survey_all(names: Sequence[str], workers: int) -> Iterator[Survey]:
                 future.cancel()
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
     import torch
 
     torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End a worker whose parent was killed: it would wait for its next model for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @dataclass(frozen=True)

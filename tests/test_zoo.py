@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from test_cli import run
@@ -51,3 +53,21 @@ def test_a_filter_that_matches_nothing_is_an_error() -> None:
     result = run("zoo", "--filter", "nothing*")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "error: --filter 'nothing*' matches no model of all.\n"
+
+
+KILLED = """
+from se_inject.zoo import survey_all
+if __name__ == "__main__":
+    for entry in survey_all(["resnet18", "resnet34"] * 50, workers=2):
+        print(entry.model, flush=True)
+"""
+
+
+def test_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "killed.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline().startswith("resnet")
+        parent.kill()
+        parent.communicate(timeout=60)  # the end of a pipe that the workers too can write to
