@@ -10,9 +10,11 @@ the same outputs to the last bit, until training moves the new weights.
 
     errors.py           the one family of errors
     variants.py         the paper's gates, squeezes and placements: one table
+    scale_add.py        the sum that an SE block ends in, in one pass
     squeeze_excite.py   the SE block: the only new nn.Module, and what one costs
     attention.py        other attention of timm by its name, in place of SE
     ops.py              what torch functions do to feature maps
+    meta.py             a model on meta tensors, and its forward there
     record.py           model + example input -> how its modules are called
     trace.py            recorded calls -> one torch.fx graph per block, shapes on its nodes
     sites.py            block graph -> residual sites; reads only
@@ -24,6 +26,7 @@ the same outputs to the last bit, until training moves the new weights.
     checkpoint.py       save_se, load_se: the added weights in one small file
     export.py           to_stock, torch.export, ONNX: networks that need no se_inject
     cost.py             parameters and MACs of the whole network
+    benchmark.py        the latency of a forward, before and after
     report.py           Plan + cost -> rich table, JSON
     models.py           "resnet50", "torchvision/resnet50", "my_pkg.nets:build" -> nn.Module
     restore.py          MODEL and a file of save_se -> the network that was saved

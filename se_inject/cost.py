@@ -8,13 +8,13 @@ The added blocks: see :class:`se_inject.squeeze_excite.SECost`.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from se_inject.meta import meta_copy, needs_values, on_meta
 from se_inject.plan import Plan
-from se_inject.record import Arguments, meta_copy, needs_values
+from se_inject.record import Arguments
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def count_model(model: nn.Module, example: Arguments) -> Count:
     # A list of single images [C, H, W] is a batch too, but a detector's stops before its end.
     batch = tensors[0].shape[0] if tensors and tensors[0].dim() >= 4 else 1
     twin = meta_copy(model)
-    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with on_meta(), FlopCounterMode(display=False) as counter:
         try:
             twin(*args, **kwargs)
         except Exception as error:

@@ -59,3 +59,8 @@ class NoSiteError(SEInjectError):
     def __init__(self, message: str, skipped: Sequence["Skipped"] = ()) -> None:
         super().__init__(message)
         self.skipped = tuple(skipped)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for a reason inside another message."""
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]

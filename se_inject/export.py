@@ -20,10 +20,10 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from se_inject.checks import check_model
-from se_inject.errors import ExportError, NoSiteError
+from se_inject.errors import ExportError, NoSiteError, first_line
 from se_inject.files import replacing
 from se_inject.generated import edit_of
-from se_inject.record import block_label, first_line
+from se_inject.record import block_label
 from se_inject.squeeze_excite import SqueezeExcite
 from se_inject.variants import GATES
 

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from se_inject.errors import ArgumentError, CheckpointError, UnknownModelError
-from se_inject.record import first_line
+from se_inject.errors import ArgumentError, CheckpointError, UnknownModelError, first_line
 
 
 def load_model(

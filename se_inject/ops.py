@@ -364,3 +364,8 @@ def leaves(value: Any) -> list[Any]:
     if isinstance(value, Mapping):
         return [leaf for v in value.values() for leaf in leaves(v)]
     return [value]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested containers."""
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]

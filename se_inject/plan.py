@@ -18,9 +18,10 @@ from torch.utils import _pytree as pytree
 
 from se_inject.attention import Attention
 from se_inject.checks import check_arguments, check_model
-from se_inject.errors import ArgumentError, NoSiteError, SEInjectError
+from se_inject.errors import ArgumentError, NoSiteError, SEInjectError, first_line
 from se_inject.generated import edit_of
-from se_inject.record import Arguments, block_label, first_line, meta_copy
+from se_inject.meta import meta_copy, on_meta
+from se_inject.record import Arguments, block_label
 from se_inject.sites import Reason, ResidualSite, find_sites
 from se_inject.squeeze_excite import (
     IMAGES,
@@ -433,7 +434,7 @@ def _layer_cost(
     for space in spaces:
         x = torch.empty(1, channels, *space, dtype=dtype, device="meta")
         try:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            with on_meta(), FlopCounterMode(display=False) as counter:
                 shape = tuple(layer(x).shape)
         except Exception as error:  # a user's code
             raise ArgumentError(_fault(f"{text} on a map {list(x.shape)}", error)) from error

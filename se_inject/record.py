@@ -4,12 +4,9 @@ One forward of a copy of the model on meta tensors: no arithmetic, no memory, an
 is neither run nor changed.
 """
 
-import copy
 import functools
 import inspect
-import re
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from se_inject.errors import ForwardError
-from se_inject.ops import GUESSES, OpLog, adds_equal_shapes, leaves, run_on_meta
+from se_inject.errors import ForwardError, first_line
+from se_inject.meta import needs_values, on_meta
+from se_inject.ops import GUESSES, OpLog, adds_equal_shapes, run_on_meta, tensors_in
 
 Shape = tuple[int, ...]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -145,11 +143,6 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in nested containers."""
-    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
-
-
 def rebuilt(value: Any) -> Any:
     """The same tensors in new containers: HRNet's modules write into the list they are given."""
     if isinstance(value, Tensor) or value is None:
@@ -192,7 +185,7 @@ def _record(
 ) -> Recording:
     stopped = None
     try:
-        with torch.no_grad(), torch.device("meta"), recorder:
+        with on_meta(), recorder:
             twin(*args, **kwargs)
     except Exception as error:  # whatever a foreign forward may raise
         where = recorder.failed
@@ -214,56 +207,6 @@ def _record(
         if any(call.additions for call in calls)
     }
     return Recording(calls, stopped, tuple(recorder.guessed), (args, kwargs))
-
-
-def needs_values(error: Exception) -> bool:
-    """Whether a forward stopped because meta tensors hold no data (``nonzero`` in a detector)."""
-    return isinstance(error, NotImplementedError | RuntimeError) and bool(
-        re.search(r"(?<![a-z])meta(?![a-z])", str(error).lower())
-    )
-
-
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model in eval mode whose tensors are all on meta, without the user's hooks.
-
-    Hooks of ``torch.nn.utils`` (weight norm, spectral norm) belong to the model and stay.
-
-    Raises:
-        ForwardError: the model cannot be copied.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                memo[id(tensor)] = _to_meta(tensor)
-        for name, value in vars(module).items():
-            if "_hooks" in name and isinstance(value, dict):
-                memo[id(value)] = _library_hooks(value)
-            elif isinstance(value, Tensor | list | tuple | dict):
-                for tensor in tensors_in(value):  # detectors keep anchors in a plain list
-                    memo.setdefault(id(tensor), _to_meta(tensor))
-    try:
-        twin = copy.deepcopy(model, memo)
-    except Exception as error:  # whatever a foreign __deepcopy__ may raise
-        raise ForwardError(
-            f"copy.deepcopy of the model fails ({type(error).__name__}: {first_line(error)});"
-            " se_inject plans on a copy. Remove what cannot be copied from the modules first."
-        ) from error
-    twin.eval()  # not `return twin.eval()`: a train() of the user's may return None
-    return twin
-
-
-def _to_meta(tensor: Tensor) -> Tensor:
-    meta = torch.empty_like(tensor, device="meta", requires_grad=False)
-    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-
-
-def _library_hooks(hooks: dict[int, Any]) -> OrderedDict[int, Any]:
-    return OrderedDict(
-        (key, hook)
-        for key, hook in hooks.items()
-        if type(hook).__module__.startswith("torch.nn.utils")
-    )
 
 
 def example_inputs(model: nn.Module, example_input: Any = None) -> list[Arguments]:
@@ -315,8 +258,3 @@ def block_label(name: str) -> str:
 
 def _describe_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return ", ".join(str(list(t.shape)) for t in tensors_in((args, kwargs))) or "no tensor"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for a reason inside another message."""
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]

@@ -27,7 +27,9 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from se_inject.errors import first_line
 from se_inject.generated import ForwardSource
+from se_inject.meta import LOCK, meta_copy, on_meta, replaced
 from se_inject.ops import Op, OpLog, leaves
 from se_inject.record import (
     Arguments,
@@ -35,8 +37,6 @@ from se_inject.record import (
     Shape,
     changed,
     example_inputs,
-    first_line,
-    meta_copy,
     rebuilt,
     record,
     state_of,
@@ -112,12 +112,8 @@ def trace_blocks(model: nn.Module, example_input: Any = None, *, follow: bool = 
             values where meta tensors have none.
     """
     # Tensors of inference mode do not say when they are changed in place.
-    with _LOCK, _foreign_random_numbers(), torch.inference_mode(False):
+    with LOCK, _foreign_random_numbers(), torch.inference_mode(False):
         return _trace_blocks(model, example_input, follow)
-
-
-# Tracing replaces functions of torch for a moment, which two threads must not do at once.
-_LOCK = threading.RLock()
 
 
 def _trace_blocks(model: nn.Module, example_input: Any, follow: bool) -> Trace:
@@ -159,16 +155,6 @@ _FACTORIES: tuple[str, ...] = ("arange", "empty", "eye", "full", "linspace", "on
 _FACTORIES += ("randint", "randn", "randperm", "tensor", "zeros")
 
 
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = vars(owner)[name]
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
 def _refusing(function: Callable[..., Any], what: str) -> Callable[..., Any]:
     """``function``, but an error in the thread that traces."""
     tracing_thread = threading.get_ident()
@@ -208,17 +194,18 @@ class BlockTracer(fx.Tracer):
         """
         with contextlib.ExitStack() as stack:
             for name in _FACTORIES:
-                stack.enter_context(_replaced(torch, name, self._recorded(getattr(torch, name))))
-            enter = _refusing(torch.autocast.__enter__, "enters autocast")
-            stack.enter_context(_replaced(torch.autocast, "__enter__", enter))
+                stack.enter_context(replaced(torch, name, self._recorded(getattr(torch, name))))
+            for name in ("__init__", "__enter__"):  # one that decorates a function is made before
+                enter = _refusing(vars(torch.autocast)[name], "enters autocast")
+                stack.enter_context(replaced(torch.autocast, name, enter))
             checkpoint = _refusing(torch.utils.checkpoint.checkpoint, "is checkpointed")
-            stack.enter_context(_replaced(torch.utils.checkpoint, "checkpoint", checkpoint))
+            stack.enter_context(replaced(torch.utils.checkpoint, "checkpoint", checkpoint))
             apply = vars(torch.autograd.Function)["apply"]
             call = _refusing(
                 lambda cls, *args, **kwargs: apply.__get__(None, cls)(*args, **kwargs),
                 "calls an autograd.Function",
             )
-            stack.enter_context(_replaced(torch.autograd.Function, "apply", classmethod(call)))
+            stack.enter_context(replaced(torch.autograd.Function, "apply", classmethod(call)))
             graph = super().trace(root, concrete_args)
         if any("_tensor_constant" in str(n.target) for n in graph.nodes if n.op == "get_attr"):
             raise _OtherNetworkError("its forward makes a tensor that fx would freeze")
@@ -255,6 +242,10 @@ class BlockTracer(fx.Tracer):
             return value if value is None or isinstance(value, str | list) else proxy
 
         return _unpacked(proxy, call.output, leaf)
+
+    def create_arg(self, a: Any) -> Any:
+        # The code of a graph is what its arguments print: np.float64(0.5) is no name there.
+        return super().create_arg(a.item() if isinstance(a, numpy.generic) else a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -493,7 +484,7 @@ def _facts(
     """What the nodes compute, and whether the outputs have the types that the forward's have."""
     generated = ForwardSource.of(graph, "check").compile(show=False)
     ops, returned = [], []
-    with torch.no_grad(), torch.device("meta"):
+    with on_meta():
         for forward in (type(module).forward, generated):
             args, kwargs = rebuilt((call.args, call.kwargs))
             with call.log() as log:

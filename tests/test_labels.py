@@ -14,8 +14,9 @@ from additions import Frame, additions
 from labels import label_of, page
 
 from se_inject import NoSiteError, plan_se
+from se_inject.meta import meta_copy
 from se_inject.models import load_model
-from se_inject.record import example_inputs, meta_copy
+from se_inject.record import example_inputs
 from se_inject.zoo import model_names
 
 NAMES = """

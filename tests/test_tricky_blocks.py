@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from se_inject import NoSiteError, Plan, UnsupportedModelError, inject_se, plan_se, se_parameters
+from se_inject.cost import count_costs
 from se_inject.models import load_model
 from se_inject.sites import Reason
 
@@ -38,6 +39,12 @@ class FrozenPart(Body):
 class Autocast(Body):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
+            return x + self.body(x)
+
+
+class AutocastOfDevice(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
             return x + self.body(x)
 
 
@@ -122,9 +129,14 @@ class Returns(Body):
         return OrderedDict(out=x + self.body(x))
 
 
-class NumpyScalar(Body):
+class Half(float):
+    def __repr__(self) -> str:
+        return "a half"
+
+
+class PrintsNoCode(Body):
     def forward(self, x: Tensor) -> Tensor:
-        return (x + self.body(x)) * numpy.sqrt(0.5)
+        return (x + self.body(x)) * Half(0.5)
 
 
 class KeywordOnly(Body):
@@ -135,6 +147,7 @@ class KeywordOnly(Body):
 REFUSED: dict[type[nn.Module], str] = {
     FrozenPart: "switches gradients on or off",
     Autocast: "enters autocast",
+    AutocastOfDevice: "enters autocast",
     Decorated: "enters autocast",
     Binary: "calls an autograd.Function",
     Checkpointed: "fx cannot follow its forward",
@@ -146,7 +159,7 @@ REFUSED: dict[type[nn.Module], str] = {
     Caches: "sets self.mask",
     ChildsMode: "reads the mode of a child",
     Returns: "would change their types",
-    NumpyScalar: "its graph does not run (NameError",
+    PrintsNoCode: "its graph does not run (SyntaxError",
 }
 
 
@@ -163,6 +176,47 @@ def test_what_a_graph_cannot_say_is_refused_and_the_rest_is_served(block: type[n
     assert {s.block for s in plan.skipped} == {"block"}
     assert REFUSED[block] in plan.skipped[0].detail
     assert (random.getstate(), repr(numpy.random.get_state())) == states
+
+
+class InFloat32(nn.Module):
+    """What is on the branch of many attention blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False), torch.autocast(device_type=kind, enabled=False):
+            return x.float() * torch.sigmoid(x.float())
+
+
+def test_a_child_may_switch_autocast_off_for_the_device_of_its_input() -> None:
+    root = Root(nn.Sequential(InFloat32(), Plain()))
+    functions = torch.autocast.__init__, torch.is_autocast_enabled, torch.get_autocast_dtype
+    plan = plan_se(root, example_input=X)
+    assert count_costs(plan).base.macs == 2 * 16 * 16 * 9 * 8 * 8
+    assert same_before_and_after(root) == ["plain", "block.1"]
+    assert functions == (
+        torch.autocast.__init__,
+        torch.is_autocast_enabled,
+        torch.get_autocast_dtype,
+    )
+
+
+NUMBERS = [numpy.sqrt(0.5), numpy.float32(0.3), numpy.float16(0.3), numpy.int64(2)]
+
+
+class NumpyNumber(Body):
+    def __init__(self, number: numpy.generic) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.body(x)) * self.number
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda n: type(n).__name__)
+def test_numbers_of_numpy(number: numpy.generic) -> None:
+    assert same_before_and_after(Root(NumpyNumber(number))) == ["plain", "block"]
 
 
 def test_keyword_only_arguments_after_defaults() -> None:
