@@ -194,6 +194,7 @@ def peak_bytes(step: Callable[[], None], device: str) -> int:
         torch.profiler.profile,
         activities=[torch.profiler.ProfilerActivity.CPU],
         profile_memory=True,
+        acc_events=True,  # torch 2.11 warns otherwise; there is one cycle
     )
     with profiler():  # the first of a process misses what happens while it starts
         pass

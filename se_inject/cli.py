@@ -345,7 +345,9 @@ def export(
     from se_inject.restore import restore_model
 
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torch|onnxscript")  # their own deprecations
+        # Their own deprecations, some of which name another module.
+        warnings.filterwarnings("ignore", module="torch|onnxscript")
+        warnings.filterwarnings("ignore", category=FutureWarning)
         network = restore_model(
             model,
             weights,
