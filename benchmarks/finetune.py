@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from se_inject.finetune.run import start
+from se_inject.finetune.trainer import start
 from se_inject.finetune.settings import Settings
 
 

@@ -26,8 +26,8 @@ from overhead import LAYOUTS, injected, quartiles
 from torch import Tensor, nn
 
 from se_inject import SqueezeExcite
-from se_inject.scale_add import scale_add
-from se_inject.squeeze_excite import bottleneck_width
+from se_inject.layers.scale_add import scale_add
+from se_inject.layers.squeeze_excite import bottleneck_width
 
 BATCH = 8
 MAPS = [(256, 56, 3), (512, 28, 4), (1024, 14, 6), (2048, 7, 3)]  # channels, side, blocks

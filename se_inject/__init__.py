@@ -36,7 +36,7 @@ the same outputs to the last bit, until training moves the new weights.
     cli.py              Typer: parse, call, print
 """
 
-from se_inject.checkpoint import load_se, save_se
+from se_inject.edit.insert import inject_se, remove_se, se_parameters
 from se_inject.errors import (
     ArgumentError,
     CheckpointError,
@@ -49,11 +49,11 @@ from se_inject.errors import (
     UnknownModelError,
     UnsupportedModelError,
 )
-from se_inject.export import to_stock
-from se_inject.inject import inject_se, remove_se, se_parameters
-from se_inject.plan import Plan, Site, Skipped, plan_se
-from se_inject.squeeze_excite import SqueezeExcite
-from se_inject.variants import Variant
+from se_inject.keep.formats.stock import to_stock
+from se_inject.keep.load import load_se, save_se
+from se_inject.layers.squeeze_excite import SqueezeExcite
+from se_inject.layers.variant import Variant
+from se_inject.plan.planner import Plan, Site, Skipped, plan_se
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,5 @@
 """``python -m se_inject``: the command line, where the script is not on the PATH."""
 
-from se_inject.cli import main
+from se_inject.cli.app import main
 
 main()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from se_inject.plan import Skipped
+    from se_inject.plan.planner import Skipped
 
 
 class SEInjectError(Exception):

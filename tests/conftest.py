@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from se_inject import cli
+from se_inject.cli import app as cli
 
 
 @pytest.fixture(

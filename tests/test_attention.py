@@ -9,8 +9,8 @@ import torch
 from timm.layers.create_attn import get_attn
 
 from se_inject import ArgumentError, inject_se, plan_se, remove_se, se_parameters
-from se_inject.attention import ATTENTIONS, Attention
-from se_inject.models import load_model
+from se_inject.layers.attention import ATTENTIONS, Attention
+from se_inject.models.names import load_model
 
 # What a layer needs that a number of channels does not tell, on maps of 224-pixel images.
 NEEDS_MORE = {

@@ -21,7 +21,7 @@ from se_inject import (
     remove_se,
     se_parameters,
 )
-from se_inject.models import load_model
+from se_inject.models.names import load_model
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ import timm
 import torch
 
 from se_inject import inject_se, plan_se
-from se_inject.benchmark import check_device, measure_latency
+from se_inject.edit.block_class import edit_of
 from se_inject.errors import ArgumentError
-from se_inject.generated import edit_of
+from se_inject.report.latency import check_device, measure_latency
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("se_inject.benchmark._MIN_SECONDS", 0.0)
+    monkeypatch.setattr("se_inject.report.latency._MIN_SECONDS", 0.0)
 
 
 def test_the_report_ends_with_the_latency(call) -> None:
@@ -156,7 +156,7 @@ def test_the_input_has_the_dtype_of_the_weights(call) -> None:
 
 
 def test_a_slow_model_is_not_run_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("se_inject.benchmark._MIN_SECONDS", 1e9)
-    monkeypatch.setattr("se_inject.benchmark._MAX_SECONDS", 0.0)
+    monkeypatch.setattr("se_inject.report.latency._MIN_SECONDS", 1e9)
+    monkeypatch.setattr("se_inject.report.latency._MAX_SECONDS", 0.0)
     plan = plan_se(timm.create_model("test_resnet"), example_input=torch.empty(1, 3, 32, 32))
     assert measure_latency(plan).rounds == 3

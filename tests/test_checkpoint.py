@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import EvoNorm2dB0, create_attn
 from torch import Tensor, nn
 
-import se_inject.checkpoint
+import se_inject.keep.load
 from se_inject import (
     ArgumentError,
     CheckpointError,
@@ -34,8 +34,8 @@ from se_inject import (
     save_se,
     se_parameters,
 )
-from se_inject.generated import edit_of
-from se_inject.models import load_model
+from se_inject.edit.block_class import edit_of
+from se_inject.models.names import load_model
 
 X = torch.randn(2, 3, 64, 64)
 
@@ -395,7 +395,7 @@ def test_an_interrupt_while_loading_leaves_the_base(
             model.fc.weight.zero_()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(se_inject.checkpoint, "_fill", interrupted)
+    monkeypatch.setattr(se_inject.keep.load, "_fill", interrupted)
     model = base()
     with pytest.raises(KeyboardInterrupt):
         load_se(model, tmp_path / "se.safetensors")

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import se_inject
-from se_inject import cli
+from se_inject.cli import app as cli
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from se_inject import inject_se
-from se_inject.models import load_model
+from se_inject.models.names import load_model
 
 # Thirty families: what is special in each is its blocks, not its size.
 SIZES = {

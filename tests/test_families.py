@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from se_inject import inject_se, remove_se, se_parameters
-from se_inject.models import load_model
+from se_inject.models.names import load_model
 
 # The smallest images (at least 64 pixels) at which all sites of the model are found.
 SIZES = {

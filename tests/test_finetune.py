@@ -25,8 +25,8 @@ from test_cli import run as command
 from torch import Tensor, nn
 
 from se_inject import ArgumentError, DataError, TrainingError, UnknownModelError, inject_se, save_se
-from se_inject.finetune import run as running
-from se_inject.finetune import use
+from se_inject.finetune import evaluate as use
+from se_inject.finetune import trainer as running
 from se_inject.finetune.data import NO_IMAGE, Images, loader, open_data, split
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.settings import Settings
@@ -234,7 +234,7 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from se_inject.errors import SEInjectError
-from se_inject.finetune.run import resume, start
+from se_inject.finetune.trainer import resume, start
 from se_inject.finetune.settings import Settings
 folder = Path(sys.argv[2])
 try:

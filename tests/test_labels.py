@@ -14,10 +14,10 @@ from additions import Frame, additions
 from labels import label_of, page
 
 from se_inject import NoSiteError, plan_se
-from se_inject.meta import meta_copy
-from se_inject.models import load_model
-from se_inject.record import example_inputs
-from se_inject.zoo import model_names
+from se_inject.graph.meta import meta_copy
+from se_inject.graph.record import example_inputs
+from se_inject.models.names import load_model
+from se_inject.report.zoo import model_names
 
 NAMES = """
 bat_resnext26ts coat_lite_mini convformer_s18 convmixer_1024_20_ks9_p14 convnext_zepto_rms

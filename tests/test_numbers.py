@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model_weights, list_models
 
 from se_inject import Plan, SqueezeExcite, inject_se, plan_se
-from se_inject.cost import count_costs, count_model
-from se_inject.models import ParametersOnMeta, load_model
-from se_inject.squeeze_excite import bottleneck_width, se_cost
-from se_inject.variants import Squeeze
+from se_inject.layers.squeeze_excite import bottleneck_width, se_cost
+from se_inject.layers.variant import Squeeze
+from se_inject.models.names import ParametersOnMeta, load_model
+from se_inject.report.count import count_costs, count_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "paper.md"
 

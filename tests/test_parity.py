@@ -8,7 +8,7 @@ from helpers import randomize
 from torch import nn
 
 from se_inject import inject_se
-from se_inject.models import load_model
+from se_inject.models.names import load_model
 
 # The networks of timm whose SE version differs from them by the standard SE block alone.
 PAIRS = [

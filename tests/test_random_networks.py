@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from se_inject import NoSiteError, plan_se, remove_se
-from se_inject.generated import edit_of
+from se_inject.edit.block_class import edit_of
 
 EXAMPLES = int(os.environ.get("SE_INJECT_EXAMPLES", "300"))
 X = torch.randn(2, 3, 8, 8)

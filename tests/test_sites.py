@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from se_inject import NoSiteError, Plan, plan_se
-from se_inject.models import load_model
-from se_inject.sites import Reason
+from se_inject.models.names import load_model
+from se_inject.sites.residual import Reason
 
 
 def conv(channels: int = 16, out: int | None = None, k: int = 3, stride: int = 1) -> nn.Sequential:

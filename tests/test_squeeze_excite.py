@@ -10,7 +10,7 @@ from timm.layers import SEModule
 from torch.autograd import forward_ad
 
 from se_inject import SqueezeExcite
-from se_inject.squeeze_excite import Init, Layout
+from se_inject.layers.squeeze_excite import Init, Layout
 
 
 def formula(se: SqueezeExcite, x: torch.Tensor) -> torch.Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from se_inject import NoSiteError, Plan, UnsupportedModelError, inject_se, plan_se, se_parameters
-from se_inject.cost import count_costs
-from se_inject.models import load_model
-from se_inject.sites import Reason
+from se_inject.models.names import load_model
+from se_inject.report.count import count_costs
+from se_inject.sites.residual import Reason
 
 
 class Body(Unit):

@@ -28,10 +28,10 @@ from se_inject import (
     plan_se,
     remove_se,
 )
-from se_inject.models import load_model
-from se_inject.sites import Reason
-from se_inject.squeeze_excite import IMAGES, Layout
-from se_inject.variants import GATES, SQUEEZES, Gate, Init, Placement, Squeeze, Variant
+from se_inject.layers.squeeze_excite import IMAGES, Layout
+from se_inject.layers.variant import GATES, SQUEEZES, Gate, Init, Placement, Squeeze, Variant
+from se_inject.models.names import load_model
+from se_inject.sites.residual import Reason
 
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 Options = dict[str, Any]

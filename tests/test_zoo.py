@@ -8,7 +8,7 @@ from pathlib import Path
 
 from test_cli import run
 
-from se_inject.zoo import families, family_of, model_names, survey
+from se_inject.report.zoo import families, family_of, model_names, survey
 
 
 def test_names_and_families() -> None:
@@ -56,7 +56,7 @@ def test_a_filter_that_matches_nothing_is_an_error() -> None:
 
 
 KILLED = """
-from se_inject.zoo import survey_all
+from se_inject.report.zoo import survey_all
 if __name__ == "__main__":
     for entry in survey_all(["resnet18", "resnet34"] * 50, workers=2):
         print(entry.model, flush=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from se_inject.attention import Attention
 from se_inject.errors import ArgumentError
-from se_inject.files import replacing
-from se_inject.variants import Gate, Init, Placement, Squeeze
+from se_inject.keep.atomic import replacing
+from se_inject.layers.attention import Attention
+from se_inject.layers.variant import Gate, Init, Placement, Squeeze
 
 Train = Literal["se", "se+head", "all"]
 BNStats = Literal["auto", "frozen", "moving"]

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from se_inject.attention import ATTENTIONS
-from se_inject.variants import Gate, Init, Placement, Squeeze
+from se_inject.layers.attention import ATTENTIONS
+from se_inject.layers.variant import Gate, Init, Placement, Squeeze
 
 _PANEL = "The SE blocks"
 

@@ -30,22 +30,22 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import nn
 
-from se_inject.checkpoint import read_header, save_se
-from se_inject.cost import count_model
+from se_inject.edit.block_class import edit_of
+from se_inject.edit.insert import inject_se, remove_se, se_parameters
 from se_inject.errors import (
     ArgumentError,
     CheckpointError,
     TrainingError,
     UnknownModelError,
 )
-from se_inject.files import replacing
 from se_inject.finetune.data import Data, loader, open_data
 from se_inject.finetune.recipe import Recipe, head_of
 from se_inject.finetune.settings import Settings
-from se_inject.generated import edit_of
-from se_inject.inject import inject_se, remove_se, se_parameters
-from se_inject.models import load_model, load_weights
-from se_inject.restore import restore_model
+from se_inject.keep.atomic import replacing
+from se_inject.keep.load import read_header, save_se
+from se_inject.keep.restore import restore_model
+from se_inject.models.names import load_model, load_weights
+from se_inject.report.count import count_model
 
 CONFIG = "config.json"
 

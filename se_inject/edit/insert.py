@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from se_inject.edit.block_class import Edit, ForwardSource, Settings, edit_of
 from se_inject.errors import NoSiteError, UnsupportedModelError
-from se_inject.generated import Edit, ForwardSource, Settings, edit_of
-from se_inject.plan import Patterns, Plan, Ratio, SELayer, Site, plan_se
-from se_inject.record import block_label
-from se_inject.sites import ResidualSite
-from se_inject.trace import TracedBlock, TracedForward
-from se_inject.variants import Gate, Init, Placement, Squeeze
+from se_inject.graph.record import block_label
+from se_inject.graph.trace import TracedBlock, TracedForward
+from se_inject.layers.variant import Gate, Init, Placement, Squeeze
+from se_inject.plan.planner import Patterns, Plan, Ratio, SELayer, Site, plan_se
+from se_inject.sites.residual import ResidualSite
 
 
 def inject_se(

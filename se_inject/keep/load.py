@@ -21,15 +21,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from se_inject.checks import check_model
+from se_inject.edit.block_class import Edit, edit_of
+from se_inject.edit.insert import remove_se
 from se_inject.errors import CheckpointError, NoSiteError, SEInjectError
-from se_inject.files import replacing
-from se_inject.generated import Edit, edit_of
-from se_inject.inject import remove_se
-from se_inject.plan import Patterns, Plan, SELayer, matching, plan_se
-from se_inject.record import Arguments, block_label
-from se_inject.squeeze_excite import SqueezeExcite
-from se_inject.variants import Variant
+from se_inject.graph.record import Arguments, block_label
+from se_inject.keep.atomic import replacing
+from se_inject.layers.squeeze_excite import SqueezeExcite
+from se_inject.layers.variant import Variant
+from se_inject.plan.checks import check_model
+from se_inject.plan.planner import Patterns, Plan, SELayer, matching, plan_se
 
 # Format 1 had no squeeze, gate and bias: its blocks are the standard ones, the defaults.
 FORMAT = 2

@@ -22,9 +22,9 @@ from rich import box
 from rich.table import Table
 
 from se_inject.errors import NoSiteError, SEInjectError
-from se_inject.models import load_model
-from se_inject.plan import Plan, plan_se
-from se_inject.sites import Reason
+from se_inject.models.names import load_model
+from se_inject.plan.planner import Plan, plan_se
+from se_inject.sites.residual import Reason
 
 Library = Literal["timm", "torchvision", "all"]
 

@@ -3,7 +3,7 @@
 What is counted. A MAC is one multiply-accumulate; 1 MAC = 2 FLOPs, and what the papers call
 GFLOPs are GMACs. The base network: what ``torch.utils.flop_counter`` counts (convolutions and
 matrix products; no pooling, norm, activation or addition), halved, for one image in eval mode.
-The added blocks: see :class:`se_inject.squeeze_excite.SECost`.
+The added blocks: see :class:`se_inject.layers.squeeze_excite.SECost`.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from se_inject.meta import meta_copy, needs_values, on_meta
-from se_inject.plan import Plan
-from se_inject.record import Arguments
+from se_inject.graph.meta import meta_copy, needs_values, on_meta
+from se_inject.graph.record import Arguments
+from se_inject.plan.planner import Plan
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from se_inject.scale_add import scale_add, times
-from se_inject.variants import GATES, SQUEEZES, Gate, Init, Squeeze
+from se_inject.layers.scale_add import scale_add, times
+from se_inject.layers.variant import GATES, SQUEEZES, Gate, Init, Squeeze
 
 # A leaf of symbolic_trace (torchvision's create_feature_extractor, quantization): a traced network
 # runs the same code, which asks for strides and dtypes that the tracer does not know.

@@ -16,14 +16,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from se_inject.attention import Attention
-from se_inject.checks import check_arguments, check_model
+from se_inject.edit.block_class import edit_of
 from se_inject.errors import ArgumentError, NoSiteError, SEInjectError, first_line
-from se_inject.generated import edit_of
-from se_inject.meta import meta_copy, on_meta
-from se_inject.record import Arguments, block_label
-from se_inject.sites import Reason, ResidualSite, find_sites
-from se_inject.squeeze_excite import (
+from se_inject.graph.meta import meta_copy, on_meta
+from se_inject.graph.record import Arguments, block_label
+from se_inject.graph.trace import Trace, TracedBlock, UntracedBlock, trace_blocks
+from se_inject.layers.attention import Attention
+from se_inject.layers.squeeze_excite import (
     IMAGES,
     Layout,
     SECost,
@@ -31,8 +30,9 @@ from se_inject.squeeze_excite import (
     bottleneck_width,
     se_cost,
 )
-from se_inject.trace import Trace, TracedBlock, UntracedBlock, trace_blocks
-from se_inject.variants import Gate, Init, Placement, Squeeze, Variant
+from se_inject.layers.variant import Gate, Init, Placement, Squeeze, Variant
+from se_inject.plan.checks import check_arguments, check_model
+from se_inject.sites.residual import Reason, ResidualSite, find_sites
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -145,7 +145,7 @@ class Plan:
 
     def apply(self) -> nn.Module:
         """Insert the SE blocks into the model, in place, and return it."""
-        from se_inject.inject import apply_plan  # downstream of the plan
+        from se_inject.edit.insert import apply_plan  # downstream of the plan
 
         return apply_plan(self)
 
@@ -162,7 +162,7 @@ class Plan:
         }
 
     def __rich__(self) -> "RenderableType":
-        from se_inject.report import plan_table  # downstream of the plan
+        from se_inject.report.summary import plan_table  # downstream of the plan
 
         return plan_table(self)
 

@@ -13,11 +13,11 @@ from enum import StrEnum
 import torch
 from torch import fx, nn
 
-from se_inject.ops import Op
-from se_inject.record import Shape
-from se_inject.squeeze_excite import Layout
-from se_inject.trace import NodeFacts
-from se_inject.variants import Placement
+from se_inject.graph.ops import Op
+from se_inject.graph.record import Shape
+from se_inject.graph.trace import NodeFacts
+from se_inject.layers.squeeze_excite import Layout
+from se_inject.layers.variant import Placement
 
 
 class Reason(StrEnum):

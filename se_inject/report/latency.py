@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from se_inject.edit.insert import withdraw_plan
 from se_inject.errors import ArgumentError, BenchmarkError, first_line
-from se_inject.inject import withdraw_plan
-from se_inject.plan import Plan
+from se_inject.plan.planner import Plan
 
 # Both networks take turns until the first two are reached, or the last two: a slow network has to
 # run seven times all the same.

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from se_inject.checks import check_model
+from se_inject.edit.block_class import edit_of
 from se_inject.errors import ExportError, NoSiteError, first_line
-from se_inject.files import replacing
-from se_inject.generated import edit_of
-from se_inject.record import block_label
-from se_inject.squeeze_excite import SqueezeExcite
-from se_inject.variants import GATES
+from se_inject.graph.record import block_label
+from se_inject.keep.atomic import replacing
+from se_inject.layers.squeeze_excite import SqueezeExcite
+from se_inject.layers.variant import GATES
+from se_inject.plan.checks import check_model
 
 
 def to_stock(model: nn.Module) -> nn.Module:

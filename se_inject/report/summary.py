@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx
 
-from se_inject.benchmark import Latency
-from se_inject.cost import Costs, Count
+from se_inject.edit.insert import edit_graph
 from se_inject.errors import ArgumentError
-from se_inject.inject import edit_graph
-from se_inject.plan import Plan, Site, Skipped, layer_name, near_names, sum_costs
-from se_inject.sites import Reason
+from se_inject.plan.planner import Plan, Site, Skipped, layer_name, near_names, sum_costs
+from se_inject.report.count import Costs, Count
+from se_inject.report.latency import Latency
+from se_inject.sites.residual import Reason
 
 # How the block that is the model itself, whose name is empty, is shown.
 MODEL_ITSELF = "(model)"

@@ -27,11 +27,11 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from se_inject.edit.block_class import ForwardSource
 from se_inject.errors import first_line
-from se_inject.generated import ForwardSource
-from se_inject.meta import LOCK, meta_copy, on_meta, replaced
-from se_inject.ops import Op, OpLog, leaves
-from se_inject.record import (
+from se_inject.graph.meta import LOCK, meta_copy, on_meta, replaced
+from se_inject.graph.ops import Op, OpLog, leaves
+from se_inject.graph.record import (
     Arguments,
     Call,
     Shape,

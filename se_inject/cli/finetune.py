@@ -12,9 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from se_inject.errors import ArgumentError, SEInjectError
-from se_inject.finetune.settings import BNStats, Settings, Strategy, Train
-from se_inject.options import (
+from se_inject.cli.options import (
     AttentionOption,
     BiasOption,
     DivisorOption,
@@ -27,6 +25,8 @@ from se_inject.options import (
     SqueezeOption,
     parse_ratio,
 )
+from se_inject.errors import ArgumentError, SEInjectError
+from se_inject.finetune.settings import BNStats, Settings, Strategy, Train
 
 _TRAINING, _MODEL, _MACHINE = "Training", "Network", "Machine"
 
@@ -238,7 +238,7 @@ def finetune(
     if (model is None) == (resume is None):
         raise typer.BadParameter("give MODEL, or --resume RUN")
     _need_lightning()
-    from se_inject.finetune import run
+    from se_inject.finetune import trainer as run
 
     console = Console(stderr=True)
     if resume is not None:
@@ -342,7 +342,7 @@ def evaluate(
 ) -> None:
     """Measure the best network of RUN: top-1, top-5, each class; confusion matrix in the folder."""
     _need_lightning()
-    from se_inject.finetune import use
+    from se_inject.finetune import evaluate as use
 
     result = use.evaluate(use.load_run(run), run, data)
     if as_json:
@@ -370,7 +370,7 @@ def predict(
 ) -> None:
     """Ask the best network of RUN about images: the likeliest classes with their probabilities."""
     _need_lightning()
-    from se_inject.finetune import use
+    from se_inject.finetune import evaluate as use
 
     trained = use.load_run(run)
     failed = 0

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from se_inject.errors import ArgumentError, UnsupportedModelError
-from se_inject.record import block_label
-from se_inject.variants import Variant
+from se_inject.graph.record import block_label
+from se_inject.layers.variant import Variant
 
 
 def check_arguments(r: Any, variant: Variant, se_layer: Any) -> None:

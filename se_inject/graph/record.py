@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from se_inject.errors import ForwardError, first_line
-from se_inject.meta import needs_values, on_meta
-from se_inject.ops import GUESSES, OpLog, adds_equal_shapes, run_on_meta, tensors_in
+from se_inject.graph.meta import needs_values, on_meta
+from se_inject.graph.ops import GUESSES, OpLog, adds_equal_shapes, run_on_meta, tensors_in
 
 Shape = tuple[int, ...]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

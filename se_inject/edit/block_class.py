@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from se_inject.record import Arguments
-from se_inject.variants import Variant
+from se_inject.graph.record import Arguments
+from se_inject.layers.variant import Variant
 
 _numbers = itertools.count(1)
 

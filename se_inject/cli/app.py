@@ -17,9 +17,8 @@ import typer
 import typer.core
 from rich.console import Console
 
-from se_inject.errors import ArgumentError, SEInjectError
-from se_inject.finetune import commands
-from se_inject.options import (
+from se_inject.cli import finetune as commands
+from se_inject.cli.options import (
     AttentionOption,
     BiasOption,
     DivisorOption,
@@ -32,6 +31,7 @@ from se_inject.options import (
     SqueezeOption,
     parse_ratio,
 )
+from se_inject.errors import ArgumentError, SEInjectError
 
 
 class _DefaultReport(typer.core.TyperGroup):
@@ -159,13 +159,13 @@ def report_command(
     ratio = parse_ratio(r)
     import torch
 
-    from se_inject.attention import Attention
-    from se_inject.benchmark import check_device, measure_latency
-    from se_inject.cost import count_costs
-    from se_inject.models import input_size, load_model
-    from se_inject.plan import plan_se
-    from se_inject.record import floating_dtype
-    from se_inject.report import block_code, print_report, report_dict
+    from se_inject.graph.record import floating_dtype
+    from se_inject.layers.attention import Attention
+    from se_inject.models.names import input_size, load_model
+    from se_inject.plan.planner import plan_se
+    from se_inject.report.count import count_costs
+    from se_inject.report.latency import check_device, measure_latency
+    from se_inject.report.summary import block_code, print_report, report_dict
 
     with contextlib.redirect_stdout(sys.stderr):  # what a user's builder prints is no report
         place = check_device(device or "cpu") if benchmark else None
@@ -241,7 +241,7 @@ def zoo(
 
     from rich.progress import Progress
 
-    from se_inject.zoo import (
+    from se_inject.report.zoo import (
         coverage_markdown,
         coverage_table,
         failures,
@@ -340,9 +340,9 @@ def export(
 
     - `se-inject export resnet50 --weights best.safetensors --format onnx --output net.onnx`
     """
-    from se_inject.attention import Attention
-    from se_inject.export import write_onnx, write_stock, write_torch_export
-    from se_inject.restore import restore_model
+    from se_inject.keep.formats.stock import write_onnx, write_stock, write_torch_export
+    from se_inject.keep.restore import restore_model
+    from se_inject.layers.attention import Attention
 
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         # Their own deprecations, some of which name another module.

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from torch import nn
 
-from se_inject.checkpoint import Header, load_se, read_header
 from se_inject.errors import UnknownModelError
-from se_inject.models import load_model, load_weights
-from se_inject.plan import SELayer
+from se_inject.keep.load import Header, load_se, read_header
+from se_inject.models.names import load_model, load_weights
+from se_inject.plan.planner import SELayer
 
 
 def restore_model(
