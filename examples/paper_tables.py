@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from se_inject import plan_se
-from se_inject.report.count import Costs, count_costs
 from se_inject.models.names import load_model
+from se_inject.report.count import Costs, count_costs
 
 # The paper's ablations: layers without biases, and bottlenecks of plain C/r.
 ABLATION: dict[str, Any] = {"bias": False, "divisor": 1}

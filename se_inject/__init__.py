@@ -36,7 +36,10 @@ the same outputs to the last bit, until training moves the new weights.
     cli.py              Typer: parse, call, print
 """
 
-from se_inject.edit.insert import inject_se, remove_se, se_parameters
+from importlib import metadata
+
+from se_inject.api import inject_se, remove_se, se_parameters
+from se_inject.edit.site import Site
 from se_inject.errors import (
     ArgumentError,
     CheckpointError,
@@ -50,12 +53,15 @@ from se_inject.errors import (
     UnsupportedModelError,
 )
 from se_inject.keep.formats.stock import to_stock
-from se_inject.keep.load import load_se, save_se
+from se_inject.keep.load import load_se
+from se_inject.keep.save import save_se
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.layers.variant import Variant
-from se_inject.plan.planner import Plan, Site, Skipped, plan_se
+from se_inject.plan.plan import Plan
+from se_inject.plan.planner import plan_se
+from se_inject.reasons import Skipped
 
-__version__ = "0.1.0"
+__version__ = metadata.version("se-inject")
 
 __all__ = [
     "ArgumentError",

@@ -1,10 +1,8 @@
 """The errors a user can meet: one family, each message says what to do."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from se_inject.plan.planner import Skipped
+from se_inject.reasons import Skipped
 
 
 class SEInjectError(Exception):
@@ -56,7 +54,7 @@ class NoSiteError(SEInjectError):
     ``skipped`` has the additions of the model, each with its reason, as in ``Plan.skipped``.
     """
 
-    def __init__(self, message: str, skipped: Sequence["Skipped"] = ()) -> None:
+    def __init__(self, message: str, skipped: Sequence[Skipped] = ()) -> None:
         super().__init__(message)
         self.skipped = tuple(skipped)
 

@@ -14,7 +14,7 @@ from typing import Any
 from hypothesis import strategies as st
 from torch import nn
 
-from se_inject.sites.residual import Reason
+from se_inject.reasons import Reason
 
 HEADER = """\
 import torch

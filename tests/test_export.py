@@ -13,9 +13,11 @@ from helpers import randomize
 from test_cli import run
 from torch import Tensor, nn
 
-import se_inject.keep.formats.stock
+import se_inject.keep.formats.program
 from se_inject import ExportError, NoSiteError, inject_se, save_se, se_parameters, to_stock
-from se_inject.keep.formats.stock import fold_gates, write_onnx, write_torch_export
+from se_inject.keep.formats.fold import fold_gates
+from se_inject.keep.formats.onnx import write_onnx
+from se_inject.keep.formats.program import write_torch_export
 from se_inject.layers.attention import Attention
 
 X = torch.randn(2, 3, 64, 64)
@@ -287,7 +289,7 @@ def test_a_file_that_computes_something_else_is_not_kept(
     path = tmp_path / "net.pt2"
     path.write_text("the old one")
     program = torch.export.export(inject_se(timm.create_model("test_resnet")).eval(), (X,))
-    monkeypatch.setattr(se_inject.keep.formats.stock, "_program", lambda *_: program)
+    monkeypatch.setattr(se_inject.keep.formats.program, "export_program", lambda *_: program)
     with pytest.raises(ExportError, match="gives other outputs than the model"):
         write_torch_export(model, path)
     assert path.read_text() == "the old one"

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model_weights, list_models
 
 from se_inject import Plan, SqueezeExcite, inject_se, plan_se
-from se_inject.layers.squeeze_excite import bottleneck_width, se_cost
-from se_inject.layers.variant import Squeeze
+from se_inject.layers.cost import se_cost
+from se_inject.layers.squeeze_excite import bottleneck_width
+from se_inject.layers.squeezes import Squeeze
 from se_inject.models.names import ParametersOnMeta, load_model
 from se_inject.report.count import count_costs, count_model
 

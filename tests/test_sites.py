@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from se_inject import NoSiteError, Plan, plan_se
 from se_inject.models.names import load_model
-from se_inject.sites.residual import Reason
+from se_inject.reasons import Reason
 
 
 def conv(channels: int = 16, out: int | None = None, k: int = 3, stride: int = 1) -> nn.Sequential:

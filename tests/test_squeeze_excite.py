@@ -10,7 +10,8 @@ from timm.layers import SEModule
 from torch.autograd import forward_ad
 
 from se_inject import SqueezeExcite
-from se_inject.layers.squeeze_excite import Init, Layout
+from se_inject.layers.gates import Init
+from se_inject.layers.layout import Layout
 
 
 def formula(se: SqueezeExcite, x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from blocks import Plain, Root, Unit, X, same_before_and_after
 from torch import Tensor, nn
 
 from se_inject import ForwardError, NoSiteError, SEInjectError, inject_se, plan_se, remove_se
-from se_inject.sites.residual import Reason
+from se_inject.reasons import Reason
 
 # --- forwards that read the mode ---------------------------------------------------------------
 

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from se_inject import NoSiteError, Plan, UnsupportedModelError, inject_se, plan_se, se_parameters
 from se_inject.models.names import load_model
+from se_inject.reasons import Reason
 from se_inject.report.count import count_costs
-from se_inject.sites.residual import Reason
 
 
 class Body(Unit):

@@ -28,10 +28,13 @@ from se_inject import (
     plan_se,
     remove_se,
 )
-from se_inject.layers.squeeze_excite import IMAGES, Layout
-from se_inject.layers.variant import GATES, SQUEEZES, Gate, Init, Placement, Squeeze, Variant
+from se_inject.layers.gates import GATES, Gate, Init
+from se_inject.layers.layout import IMAGES, Layout
+from se_inject.layers.squeezes import SQUEEZES, Squeeze
+from se_inject.layers.variant import Variant
 from se_inject.models.names import load_model
-from se_inject.sites.residual import Reason
+from se_inject.reasons import Reason
+from se_inject.sites.placements import Placement
 
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 Options = dict[str, Any]

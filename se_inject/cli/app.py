@@ -159,13 +159,15 @@ def report_command(
     ratio = parse_ratio(r)
     import torch
 
-    from se_inject.graph.record import floating_dtype
+    from se_inject.graph.example import floating_dtype
     from se_inject.layers.attention import Attention
-    from se_inject.models.names import input_size, load_model
+    from se_inject.models.names import load_model
+    from se_inject.models.sizes import input_size
     from se_inject.plan.planner import plan_se
+    from se_inject.report.code import block_code
     from se_inject.report.count import count_costs
     from se_inject.report.latency import check_device, measure_latency
-    from se_inject.report.summary import block_code, print_report, report_dict
+    from se_inject.report.summary import print_report, report_dict
 
     with contextlib.redirect_stdout(sys.stderr):  # what a user's builder prints is no report
         place = check_device(device or "cpu") if benchmark else None
@@ -241,14 +243,8 @@ def zoo(
 
     from rich.progress import Progress
 
-    from se_inject.report.zoo import (
-        coverage_markdown,
-        coverage_table,
-        failures,
-        families,
-        model_names,
-        survey_all,
-    )
+    from se_inject.report.coverage import coverage_markdown, coverage_table, failures
+    from se_inject.report.zoo import families, model_names, survey_all
 
     names = model_names(library.value, pattern)
     if not names:
@@ -340,7 +336,9 @@ def export(
 
     - `se-inject export resnet50 --weights best.safetensors --format onnx --output net.onnx`
     """
-    from se_inject.keep.formats.stock import write_onnx, write_stock, write_torch_export
+    from se_inject.keep.formats.onnx import write_onnx
+    from se_inject.keep.formats.program import write_torch_export
+    from se_inject.keep.formats.stock import write_stock
     from se_inject.keep.restore import restore_model
     from se_inject.layers.attention import Attention
 

@@ -6,7 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from se_inject.layers.attention import ATTENTIONS
-from se_inject.layers.variant import Gate, Init, Placement, Squeeze
+from se_inject.layers.gates import Gate, Init
+from se_inject.layers.squeezes import Squeeze
+from se_inject.sites.placements import Placement
 
 _PANEL = "The SE blocks"
 

@@ -7,79 +7,15 @@ is built anew where it arrives; copies made by ``copy.deepcopy`` share it.
 
 import dataclasses
 import functools
-import importlib
-import itertools
-import linecache
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from se_inject.graph.record import Arguments
+from se_inject.graph.source import ForwardSource
 from se_inject.layers.variant import Variant
-
-_numbers = itertools.count(1)
-
-
-@dataclass(frozen=True, eq=False)
-class ForwardSource:
-    """The forward of a graph as text, with the functions and modules that it names."""
-
-    text: str
-    names: dict[str, Any]
-    label: str  # for tracebacks: "SEBottleneck.forward"
-
-    @classmethod
-    def of(cls, graph: fx.Graph, label: str) -> "ForwardSource":
-        code = graph.python_code("self")
-        return cls(code.src, dict(code.globals), label)
-
-    def compile(self, *, show: bool = True) -> Callable[..., Any]:
-        """The function; with ``show``, tracebacks and ``inspect.getsource`` have its text."""
-        filename = f"<se_inject {next(_numbers)} {self.label}>"
-        if show:
-            linecache.cache[filename] = (
-                len(self.text),
-                None,
-                self.text.splitlines(True),
-                filename,
-            )
-        namespace = dict(self.names)
-        exec(compile(self.text, filename, "exec", dont_inherit=True), namespace)
-        function: Callable[..., Any] = namespace["forward"]
-        return function
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        used = _names_in(compile(self.text, self.label, "exec", dont_inherit=True))
-        names = {k: _portable(v) for k, v in self.names.items() if k in used}
-        return _forward_source, (self.text, names, self.label)
-
-
-def _names_in(code: types.CodeType) -> set[str]:
-    """Of the text and of the functions in it: defaults are evaluated outside the function."""
-    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return set(code.co_names).union(*map(_names_in, inner))
-
-
-def _forward_source(text: str, names: dict[str, Any], label: str) -> ForwardSource:
-    return ForwardSource(text, {k: _restored(v) for k, v in names.items()}, label)
-
-
-@dataclass(frozen=True)
-class _Module:
-    """Stands for an imported module, which pickle cannot carry."""
-
-    name: str
-
-
-def _portable(value: Any) -> Any:
-    return _Module(value.__name__) if isinstance(value, types.ModuleType) else value
-
-
-def _restored(value: Any) -> Any:
-    return importlib.import_module(value.name) if isinstance(value, _Module) else value
 
 
 @dataclass(frozen=True)
@@ -100,8 +36,9 @@ class Edit:
 
     base: type[nn.Module]
     children: tuple[str, ...]  # the attributes that the SE blocks became
-    # The child whose output each SE block alone reads; None: something else, or others read it too.
-    feeds: tuple[str | None, ...]
+    # The child whose output each SE block alone reads; None: the map comes from an operation, or
+    # others read it too.
+    producers: tuple[str | None, ...]
     # How each attribute was before: "absent", None in "__dict__", or None in "_modules".
     before: tuple[str, ...]
     eval: ForwardSource

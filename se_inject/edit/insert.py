@@ -1,97 +1,82 @@
-"""Plan -> edited model, and back. The only file that changes a graph or a model.
+"""Sites -> edited model, and back.
 
-What happens to a block whose forward ends in ``x = self.bn2(x); x += shortcut``:
-
-before::
-
-    bn2 = self.bn2(conv2)
-    bn2 += shortcut;  iadd = bn2
-
-after::
-
-    bn2 = self.bn2(conv2)
-    se = self.se(bn2, shortcut, in_place = True)
-
-and, where stochastic depth or a layer scale stands between, ``drop_path = self.drop_path(bn2)``
-becomes ``se = self.se(bn2); drop_path = self.drop_path(se)``. So it is with the other placements:
-the readers of a map read ``self.se`` of it. The block's class becomes a subclass with this
-forward; nothing else of the model changes.
+An edit gives a block its SE children and makes the block an instance of a generated subclass of
+its class, whose forward calls them. Nothing else of the model changes. How the forward itself
+changes is shown in :mod:`se_inject.edit.rewrite`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from se_inject.edit.block_class import Edit, ForwardSource, Settings, edit_of
-from se_inject.errors import NoSiteError, UnsupportedModelError
-from se_inject.graph.record import block_label
-from se_inject.graph.trace import TracedBlock, TracedForward
-from se_inject.layers.variant import Gate, Init, Placement, Squeeze
-from se_inject.plan.planner import Patterns, Plan, Ratio, SELayer, Site, plan_se
-from se_inject.sites.residual import ResidualSite
+from se_inject.edit.block_class import Edit, Settings, edit_of
+from se_inject.edit.rewrite import edit_graph
+from se_inject.edit.site import Site, make_layer
+from se_inject.errors import UnsupportedModelError
+from se_inject.graph.facts import TracedForward
+from se_inject.graph.record import Arguments
+from se_inject.graph.source import ForwardSource
+from se_inject.graph.trace import TracedBlock
+from se_inject.layers.attention import SELayer
+from se_inject.layers.variant import Variant
+from se_inject.names import block_label
 
 
-def inject_se(
+def insert(
     model: nn.Module,
-    r: Ratio = 16,
+    sites: Sequence[Site],
+    modules: Mapping[str, nn.Module],
+    blocks: Mapping[str, TracedBlock],
     *,
-    example_input: Any = None,
-    include: Patterns = None,
-    exclude: Patterns = None,
-    placement: Placement = "standard",
-    squeeze: Squeeze = "avg",
-    gate: Gate = "sigmoid",
-    bias: bool = True,
-    init: Init = "identity",
-    divisor: int = 8,
-    se_layer: SELayer | None = None,
+    variant: Variant,
+    se_layer: SELayer | None,
+    example: Arguments,
 ) -> nn.Module:
-    """Put an SE block on every residual branch of ``model``, in place, and return the model.
+    """Insert SE blocks at all sites, or at none of them if anything fails.
 
-    The same object comes back, with every old ``state_dict`` key and tensor, its hooks, its
-    frozen parameters and its train/eval mode; only ``<block>.se.*`` keys are new. With the
-    default ``init`` the outputs are equal to the last bit until training moves the SE blocks.
-    Each edited block is an instance of a subclass of its class (``SEBottleneck`` of
-    ``Bottleneck``). If anything fails, the model is as it was.
+    Args:
+        model: it is edited in place and returned.
+        sites: where the SE blocks go; their graph nodes are those of ``blocks``.
+        modules, blocks: of each block that has a site, the module and its graphs.
+        variant, se_layer: what is inserted.
+        example: what the forward was recorded with, on meta; a checkpoint says it again.
 
-    >>> model = inject_se(timm.create_model("resnet50", pretrained=True))
-
-    The arguments (placement, squeeze, gate and bias make the paper's variants) and errors are
-    those of :func:`plan_se`, which only says what would be done.
+    Raises:
+        UnsupportedModelError: a block is not the one that was planned any more, or its class
+            cannot be subclassed.
     """
-    return plan_se(
-        model,
-        r,
-        example_input=example_input,
-        include=include,
-        exclude=exclude,
-        placement=placement,
-        squeeze=squeeze,
-        gate=gate,
-        bias=bias,
-        init=init,
-        divisor=divisor,
-        se_layer=se_layer,
-    ).apply()
-
-
-def apply_plan(plan: Plan) -> nn.Module:
-    """Carry out a plan on its model, wholly or not at all; see :meth:`Plan.apply`."""
     by_block: dict[str, list[Site]] = {}
-    for site in plan.sites:
+    for site in sites:
         by_block.setdefault(site.block, []).append(site)
-    edits: dict[tuple[Any, ...], Edit] = {}
-    modules = dict(plan.model.named_modules())
+    present = dict(model.named_modules())
     for name in by_block:
-        module = modules.get(name)
-        if module is not plan.modules[name] or edit_of(module):
+        if present.get(name) is not modules[name] or edit_of(modules[name]):
             raise UnsupportedModelError(
                 f"{block_label(name)} was replaced or injected since the plan was made. Plan anew."
             )
-    with torch.inference_mode(False):  # weights made in inference mode could never learn
-        prepared = [_prepare(plan, name, sites, edits) for name, sites in by_block.items()]
+    # Everything that can fail is made before the model is touched.
+    edits: dict[tuple[Any, ...], Edit] = {}
+    prepared: list[tuple[nn.Module, Edit, dict[str, nn.Module]]] = []
+    with torch.inference_mode(False):  # Weights made in inference mode could never learn.
+        for name, own in by_block.items():
+            module, block = modules[name], blocks[name]
+            layers = {
+                site.child: make_layer(site, variant, se_layer).train(module.training)
+                for site in own
+            }
+            settings = Settings(
+                r=tuple(site.r for site in own),
+                variant=variant,
+                custom=se_layer is not None,
+                example=example,
+            )
+            before = tuple(_state_of(module, child) for child in layers)
+            key = (type(module), id(block.eval), id(block.train), tuple(layers), before, settings.r)
+            if key not in edits:
+                edits[key] = _edit(type(module), block, own, before, settings)
+            prepared.append((module, edits[key], layers))
     done = 0
     try:
         for module, edit, layers in prepared:
@@ -99,111 +84,86 @@ def apply_plan(plan: Plan) -> nn.Module:
             for child, layer in layers.items():
                 setattr(module, child, layer)
             module.__class__ = edit.block_class
-    except BaseException:  # a Ctrl-C too must not leave half a network
+    except BaseException:  # A Ctrl-C must not leave half a network either.
         for module, edit, _ in prepared[:done]:
             _restore(module, edit)
         raise
-    return plan.model
+    return model
 
 
-def withdraw_plan(plan: Plan) -> None:
-    """Take out what :func:`apply_plan` put in, and no SE block that was there before."""
-    for name in {site.block for site in plan.sites}:
-        if edit := edit_of(plan.modules[name]):
-            _restore(plan.modules[name], edit)
+def withdraw(modules: Mapping[str, nn.Module]) -> None:
+    """Take the SE blocks out of these modules again, and out of no other module."""
+    for module in modules.values():
+        if edit := edit_of(module):
+            _restore(module, edit)
 
 
-def remove_se(model: nn.Module) -> nn.Module:
-    """Take the SE blocks out again, in place, and return the model.
+def injected(model: nn.Module) -> Iterator[tuple[str, nn.Module, Edit]]:
+    """The blocks of a model that have SE blocks: name, module and what was done to it.
 
-    Every block gets back its class and forward; the ``<block>.se.*`` keys are gone and all other
-    tensors stay as they are (trained, if they were trained).
+    A block that is reached by two names comes once.
+    """
+    for name, module in model.named_modules():
+        if edit := edit_of(module):
+            yield name, module, edit
+
+
+def is_injected(model: nn.Module) -> bool:
+    """Whether any block of the model has an SE block that se_inject put there."""
+    return any(True for _ in injected(model))
+
+
+def restore(model: nn.Module) -> None:
+    """Take all SE blocks out of a model; each block gets its class and forward back.
 
     Raises:
-        SEInjectError: the model has no SE block that se_inject put there.
+        UnsupportedModelError: a block was made an instance of another class since.
     """
-    injected = [(module, edit) for module in model.modules() if (edit := edit_of(module))]
-    if not injected:
-        raise NoSiteError(
-            f"{type(model).__name__} has no SE block from inject_se, so there is none to remove."
-        )
-    for module, edit in injected:
+    blocks = list(injected(model))
+    for _, module, edit in blocks:
         if type(module) is not edit.block_class:
             raise UnsupportedModelError(
                 f"a block has become {type(module).__name__} since inject_se (sharded?)."
                 " Remove the SE blocks before that step."
             )
-    for module, edit in injected:
+    for _, module, edit in blocks:
         _restore(module, edit)
-    return model
-
-
-def se_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that :func:`inject_se` added, block by block (weights and biases)."""
-    for module in model.modules():
-        if edit := edit_of(module):
-            for child in edit.children:
-                yield from module.get_submodule(child).parameters()
-
-
-# --- one block ---------------------------------------------------------------------------------
-
-
-def _prepare(
-    plan: Plan, name: str, sites: list[Site], edits: dict[tuple[Any, ...], Edit]
-) -> tuple[nn.Module, Edit, dict[str, nn.Module]]:
-    """Everything for one block that can fail, made before the model is touched."""
-    module = plan.modules[name]
-    layers = {site.child: plan.make_layer(site).train(module.training) for site in sites}
-    children = tuple(layers)
-    before = tuple(_state_of(module, child) for child in children)
-    block = plan.blocks[name]
-    ratios = tuple(site.r for site in sites)
-    key = (type(module), id(block.eval), id(block.train), children, before, ratios)
-    if key not in edits:
-        edits[key] = _edit(plan, type(module), block, sites, children, before)
-    return module, edits[key], layers
 
 
 def _edit(
-    plan: Plan,
     base: type[nn.Module],
     block: TracedBlock,
-    sites: list[Site],
-    children: tuple[str, ...],
+    sites: Sequence[Site],
     before: tuple[str, ...],
+    settings: Settings,
 ) -> Edit:
-    fuse = plan.se_layer is None
+    """What is to be done to a block, with its generated class."""
+    children = tuple(site.child for site in sites)
 
     def source(forward: TracedForward, mode: int, label: str) -> ForwardSource:
         where = [site.where[mode] for site in sites]
-        graph = edit_graph(forward.graph, where, children, fuse)
+        graph = edit_graph(forward.graph, where, children, fuse=not settings.custom)
         return ForwardSource.of(graph, f"SE{base.__name__}.{label}")
 
     edit = Edit(
         base,
         children,
-        tuple(map(_feed, sites)),
+        tuple(map(_producer, sites)),
         before,
         eval=source(block.eval, 0, "forward"),
         train=None if block.train is block.eval else source(block.train, 1, "forward (train)"),
-        settings=Settings(
-            r=tuple(site.r for site in sites),
-            variant=plan.variant,
-            custom=plan.se_layer is not None,
-            example=plan.example,
-        ),
+        settings=settings,
     )
     try:
-        _ = edit.block_class  # made here, where nothing is touched if it fails
-    except Exception as error:  # of a foreign __init_subclass__
+        _ = edit.block_class  # The class is made here, where nothing is touched if that fails.
+    except Exception as error:  # whatever a foreign __init_subclass__ raises
         raise UnsupportedModelError(
             f"{base.__name__} cannot be subclassed ({error}): exclude {sites[0].block!r}."
         ) from error
     return edit
 
 
-def _feed(site: Site) -> str | None:
+def _producer(site: Site) -> str | None:
     """The child that runs once and whose output the SE block alone reads, in both modes."""
     targets = set()
     for where in site.where:
@@ -232,40 +192,3 @@ def _restore(module: nn.Module, edit: Edit) -> None:
             vars(module)[child] = None
         elif before == "_modules":
             module._modules[child] = None
-
-
-def edit_graph(
-    graph: fx.Graph, sites: list[ResidualSite], children: tuple[str, ...], fuse: bool = True
-) -> fx.Graph:
-    """A copy of a block graph with one ``call_module`` node for each SE block.
-
-    The other nodes stay, in their order: a graph with in-place operations has no dead code.
-    """
-    edited = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    edited.output(edited.graph_copy(graph, copies))
-    output = next(n for n in graph.nodes if n.op == "output")
-    copies[output] = next(n for n in edited.nodes if n.op == "output")
-    # What reads a map for a reader: an SE block that another site has put before it.
-    stand_ins: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
-    for site, child in zip(sites, children, strict=True):
-        source = copies[site.source]
-        if site.fused and fuse:
-            addition = copies[site.addition]
-            kind = {"residual_first": site.shortcut_first, "in_place": site.in_place}
-            flags: dict[str, Any] = {name: True for name, value in kind.items() if value}
-            with edited.inserting_after(addition):
-                se = edited.call_module(child, (source, copies[site.shortcut]), flags)
-            addition.replace_all_uses_with(se)
-            edited.erase_node(addition)
-            copies[site.addition] = se
-            continue
-        edges = [(site.source, reader) for reader in site.readers]
-        readers = [stand_ins.get(edge) or copies[edge[1]] for edge in edges]
-        with edited.inserting_before(min(readers)):
-            se = edited.call_module(child, (source,))
-        for reader in readers:
-            reader.replace_input_with(source, se)
-        stand_ins |= dict.fromkeys(edges, se)
-    edited.lint()
-    return edited

@@ -12,15 +12,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from se_inject.api import remove_se
 from se_inject.edit.block_class import edit_of
-from se_inject.edit.insert import remove_se
 from se_inject.errors import ArgumentError, DataError
 from se_inject.finetune.data import NO_IMAGE, loader, open_data, transforms
 from se_inject.finetune.settings import Settings
 from se_inject.finetune.sources import to_rgb
 from se_inject.finetune.trainer import CONFIG, base_of, with_head
 from se_inject.keep.atomic import replacing
-from se_inject.keep.load import load_se, read_header
+from se_inject.keep.header import read_header
+from se_inject.keep.load import load_se
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from se_inject.edit.insert import se_parameters
+from se_inject.api import se_parameters
 from se_inject.errors import TrainingError
 from se_inject.finetune.data import NO_IMAGE, Batch, seeded
 from se_inject.finetune.settings import Settings

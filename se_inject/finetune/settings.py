@@ -9,7 +9,9 @@ from typing import Any, Literal
 from se_inject.errors import ArgumentError
 from se_inject.keep.atomic import replacing
 from se_inject.layers.attention import Attention
-from se_inject.layers.variant import Gate, Init, Placement, Squeeze
+from se_inject.layers.gates import Gate, Init
+from se_inject.layers.squeezes import Squeeze
+from se_inject.sites.placements import Placement
 
 Train = Literal["se", "se+head", "all"]
 BNStats = Literal["auto", "frozen", "moving"]

@@ -30,8 +30,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import nn
 
+from se_inject.api import inject_se, remove_se, se_parameters
 from se_inject.edit.block_class import edit_of
-from se_inject.edit.insert import inject_se, remove_se, se_parameters
 from se_inject.errors import (
     ArgumentError,
     CheckpointError,
@@ -42,9 +42,11 @@ from se_inject.finetune.data import Data, loader, open_data
 from se_inject.finetune.recipe import Recipe, head_of
 from se_inject.finetune.settings import Settings
 from se_inject.keep.atomic import replacing
-from se_inject.keep.load import read_header, save_se
+from se_inject.keep.header import read_header
 from se_inject.keep.restore import restore_model
-from se_inject.models.names import load_model, load_weights
+from se_inject.keep.save import save_se
+from se_inject.models.files import load_weights
+from se_inject.models.names import load_model
 from se_inject.report.count import count_model
 
 CONFIG = "config.json"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.errors import ForwardError, first_line
-from se_inject.graph.ops import tensors_in
+from se_inject.graph.log import tensors_in
 
 # Functions of torch are replaced for a moment, which two threads must not do at once.
 LOCK = threading.RLock()

@@ -4,46 +4,36 @@ Works at the level of functions, not of module classes, so that a convolution is
 is ``nn.Conv2d``, timm's ``ScaledStdConv2d`` or ``F.conv2d`` in a hand-written block.
 """
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-
-_ADD = {"add", "add_", "__add__", "__iadd__", "__radd__"}
-_MULTIPLY = {"mul", "mul_", "multiply", "multiply_", "__mul__", "__imul__", "__rmul__"}
-_DIVIDE = {"div", "div_", "true_divide", "divide", "__truediv__", "__itruediv__"}
-_CONVOLUTION = {"conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d"}
-_CHANNELS_FIRST_NORM = {"batch_norm", "instance_norm", "group_norm"}
-_CHANNELS_LAST_LAYER = {"linear", "layer_norm", "rms_norm"}
-_DROPOUT = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
-_PERMUTE = {"permute", "transpose", "transpose_", "swapaxes", "swapdims", "movedim", "moveaxis"}
-_RESHAPE = {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"}
+ADD = {"add", "add_", "__add__", "__iadd__", "__radd__"}
+MULTIPLY = {"mul", "mul_", "multiply", "multiply_", "__mul__", "__imul__", "__rmul__"}
+DIVIDE = {"div", "div_", "true_divide", "divide", "__truediv__", "__itruediv__"}
+CONVOLUTION = {"conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d"}
+CHANNELS_FIRST_NORM = {"batch_norm", "instance_norm", "group_norm"}
+CHANNELS_LAST_LAYER = {"linear", "layer_norm", "rms_norm"}
+DROPOUT = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
+PERMUTE = {"permute", "transpose", "transpose_", "swapaxes", "swapdims", "movedim", "moveaxis"}
+RESHAPE = {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"}
 # Mix positions and channels; "__get__" reads x.T and the like.
-_REARRANGE = {"unfold", "fold", "__get__"}
-_MATRIX_PRODUCT = {"matmul", "__matmul__", "bmm", "einsum", "scaled_dot_product_attention"}
-_SIGMOID = {"sigmoid", "sigmoid_", "hardsigmoid", "softmax", "tanh", "logsigmoid"}
+REARRANGE = {"unfold", "fold", "__get__"}
+MATRIX_PRODUCT = {"matmul", "__matmul__", "bmm", "einsum", "scaled_dot_product_attention"}
+SIGMOID = {"sigmoid", "sigmoid_", "hardsigmoid", "softmax", "tanh", "logsigmoid"}
 # Act on each element alone. In-place names of methods count too.
-_ACTIVATION = {"relu", "relu6", "leaky_relu", "rrelu", "prelu", "elu", "selu", "celu", "gelu"}
-_ACTIVATION |= {"silu", "mish", "hardswish", "hardtanh", "softplus", "softsign", "clamp", "clip"}
-_ACTIVATION |= _SIGMOID - {"softmax"}
+ACTIVATION = {"relu", "relu6", "leaky_relu", "rrelu", "prelu", "elu", "selu", "celu", "gelu"}
+ACTIVATION |= {"silu", "mish", "hardswish", "hardtanh", "softplus", "softsign", "clamp", "clip"}
+ACTIVATION |= SIGMOID - {"softmax"}
 # Take only the shape or dtype from their second tensor.
-_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
+LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
 # What an excitation passes; the reciprocal deviation of a norm does not.
-_EXCITE = _SIGMOID | _CONVOLUTION | {"conv1d", "linear"} | _MATRIX_PRODUCT
-_SUBTRACT = {"sub", "sub_", "subtract", "__sub__", "__isub__", "__rsub__"}
-_JOIN = {"cat", "concat", "concatenate", "stack"}
+EXCITE = SIGMOID | CONVOLUTION | {"conv1d", "linear"} | MATRIX_PRODUCT
+SUBTRACT = {"sub", "sub_", "subtract", "__sub__", "__isub__", "__rsub__"}
+JOIN = {"cat", "concat", "concatenate", "stack"}
 # Take only shape, dtype and device from their tensor: random masks are made so.
-_CREATION = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "empty_like"}
-_CREATION |= {"zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
+CREATION = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "empty_like"}
+CREATION |= {"zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
 # Linear in the map: a sum of such paths is one convolution, if somebody folds it.
-_LINEAR_IN_MAP = (
-    _ADD | _SUBTRACT | _CONVOLUTION | _CHANNELS_FIRST_NORM | _DROPOUT | _PERMUTE | {"pad"}
-)
+LINEAR_IN_MAP = ADD | SUBTRACT | CONVOLUTION | CHANNELS_FIRST_NORM | DROPOUT | PERMUTE | {"pad"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +50,7 @@ class Op:
 
     @property
     def is_convolution(self) -> bool:
-        return self.name in _CONVOLUTION
+        return self.name in CONVOLUTION
 
     @property
     def is_spatial_convolution(self) -> bool:
@@ -75,27 +65,27 @@ class Op:
     @property
     def is_affine(self) -> bool:
         """A norm, or the factor or summand that is left of one that is frozen."""
-        norms = _CHANNELS_FIRST_NORM | {"layer_norm", "rms_norm"}
-        return self.name in norms or self.scales or (self.name in _ADD and not self.adds_maps)
+        norms = CHANNELS_FIRST_NORM | {"layer_norm", "rms_norm"}
+        return self.name in norms or self.scales or (self.name in ADD and not self.adds_maps)
 
     @property
     def is_activation(self) -> bool:
         """Acts on each element of one map alone."""
-        return self.name.rstrip("_") in _ACTIVATION
+        return self.name.rstrip("_") in ACTIVATION
 
     @property
     def is_product(self) -> bool:
         """Of a map and a number, a parameter or another map (``x * sigmoid(x)``)."""
-        return self.name in _MULTIPLY and not self.gates
+        return self.name in MULTIPLY and not self.gates
 
     @property
     def is_permutation(self) -> bool:
-        return self.name in _PERMUTE
+        return self.name in PERMUTE
 
     @property
     def reads_channels_first(self) -> bool:
         """Knows the channels of its input at dim 1."""
-        return self.is_convolution or self.name in _CHANNELS_FIRST_NORM
+        return self.is_convolution or self.name in CHANNELS_FIRST_NORM
 
     @property
     def adds_depth(self) -> bool:
@@ -104,268 +94,13 @@ class Op:
 
     @property
     def is_dropout(self) -> bool:
-        return self.name in _DROPOUT
+        return self.name in DROPOUT
 
     @property
     def joins(self) -> bool:
         """Brings two paths together, so that what runs it is no straight path."""
-        return self.adds_maps or self.name in _JOIN or self.name in _SUBTRACT
+        return self.adds_maps or self.name in JOIN or self.name in SUBTRACT
 
     @property
     def is_linear_in_map(self) -> bool:
-        return self.name in _LINEAR_IN_MAP or self.scales
-
-
-# What a tensor without values says, so that a forward goes on after ``if x.mean() > 0``.
-GUESSES: dict[Any, bool | int] = {Tensor.__bool__: False, Tensor.item: 0}
-# A loop that waits for another answer would wait for ever.
-_MOST_GUESSES = 100
-
-
-def run_on_meta(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call ``func`` with all that it makes on meta.
-
-    The output of a batch norm is made up: on meta it is a slow decomposition, a third of the time
-    of a whole forward, and its output is like its input. A forward that asks for a device by name
-    (``torch.ones(1, device="cpu")``) gets meta, where the rest of its tensors are.
-    """
-    if func is F.batch_norm:
-        x: Tensor = args[0] if args else kwargs["input"]
-        return torch.empty_like(x)
-    if kwargs.get("device") is not None:
-        kwargs = {**kwargs, "device": "meta"}
-    return func(*args, **kwargs)
-
-
-def adds_equal_shapes(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[int, ...] | None:
-    """The shape, if ``func`` adds two tensors of one shape with at least three dims."""
-    if getattr(func, "__name__", "") not in _ADD:
-        return None
-    a, b = _operands(args, kwargs)
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() >= 3 and a.shape == b.shape:
-        return tuple(a.shape)
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What is followed of one live tensor."""
-
-    tensor: Tensor  # held, so that no id is used twice
-    channel_dim: int | None = None
-    flat: bool = False  # the same at every position: pooled, or computed from what was pooled
-    excited: bool = False  # flat, and came through a layer or a sigmoid since
-    sigmoid_of: int | None = None  # the id of the tensor that it is the sigmoid of
-
-
-class OpLog(TorchFunctionMode):
-    """Logs the functions that run on live tensors and follows where their channels are.
-
-    Live is what is computed from the inputs, which are given with their channel dims (None: not
-    known); parameters, buffers and constants are not. The channel dim is known from convolutions
-    and batch or group norm (dim 1) and from Linear and layer norm (the last dim), and is followed
-    through what comes after them.
-    """
-
-    def __init__(self, inputs: Iterable[tuple[Tensor, int | None]]) -> None:
-        super().__init__()
-        self.ops: list[Op] = []
-        self._guesses = 0
-        self._live: dict[int, _Known] = {}
-        for tensor, dim in inputs:
-            self._live[id(tensor)] = _Known(tensor, dim)
-
-    def channel_dim(self, tensor: Tensor) -> int | None:
-        """Which dim of a live tensor holds the channels, if known."""
-        known = self._live.get(id(tensor))
-        return known.channel_dim if known else None
-
-    def guess(self, func: Callable[..., Any]) -> bool | int:
-        """What a tensor without values answers.
-
-        Raises:
-            RuntimeError: so often that a loop must be waiting for another answer.
-        """
-        self._guesses += 1
-        if self._guesses > _MOST_GUESSES:
-            raise RuntimeError("it asks tensors for their values again and again")
-        return GUESSES[func]
-
-    def is_live(self, value: Any) -> bool:
-        """Whether ``value`` is a tensor computed from the inputs."""
-        return isinstance(value, Tensor) and id(value) in self._live
-
-    def ensure_followed(self, value: Any, inputs: Iterable[Any]) -> None:
-        """Mark what came out of a step that no torch function showed (an autograd.Function)."""
-        sources = [t for t in pytree.tree_leaves(list(inputs)) if self.is_live(t)]
-        for tensor in pytree.tree_leaves(value):
-            if isinstance(tensor, Tensor) and sources and not self.is_live(tensor):
-                same = [s for s in sources if s.shape == tensor.shape]
-                dim = self.channel_dim(same[0]) if same else None
-                self._live[id(tensor)] = _Known(tensor, dim)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in GUESSES:
-            return self.guess(func)
-        out = run_on_meta(func, args, kwargs)
-        outputs = [t for t in leaves(out) if isinstance(t, Tensor)]
-        sources = [t for t in leaves((args, kwargs)) if self.is_live(t)] if outputs else []
-        name = getattr(func, "__name__", str(func))
-        if sources and name not in _CREATION:
-            self.ops.append(self._describe(name, args, kwargs, sources, outputs[0]))
-            known = [self._live[id(t)] for t in sources]
-            new = [self._after(func, name, args, kwargs, known, o) for o in outputs]
-            for entry in new:
-                self._live[id(entry.tensor)] = entry
-        return out
-
-    def _describe(
-        self,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        sources: list[Tensor],
-        out: Tensor,
-    ) -> Op:
-        shape = tuple(out.shape)
-        a, b = _operands(args, kwargs)
-        if name in _ADD and self.is_live(a) and self.is_live(b):
-            if a.dim() >= 3 and a.shape == b.shape:
-                alpha = kwargs.get("alpha", 1)
-                return Op(name, shape, adds_maps=True, alpha=float(alpha))
-        elif name in _MULTIPLY or name in _DIVIDE:
-            if not (self.is_live(a) and self.is_live(b)):
-                return Op(name, shape, scales=True)
-            if name in _MULTIPLY:
-                return Op(name, shape, gates=self._gates(a, b) or self._gates(b, a))
-        elif name in _CONVOLUTION:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            return Op(name, shape, kernel=tuple(weight.shape))
-        elif name == "einsum" and len(sources) == 2 and out.shape == sources[0].shape:
-            return Op(name, shape, gates=self._gates(sources[0], sources[1]))
-        return Op(name, shape)
-
-    def _gates(self, x: Tensor, gate: Tensor) -> bool:
-        """Whether ``x * gate`` scales the channels of the map ``x`` alike at every position."""
-        of_x, of_gate = self._live[id(x)], self._live[id(gate)]
-        if x.dim() < 4 or not of_gate.excited or _is_spatial_gate(x, gate):
-            return False
-        if of_x.flat or _is_single(x):
-            # A 1x1 map (of a small image) is flat itself: only a sigmoid tells a gate from a
-            # product of two maps, and x * sigmoid(x) is an activation.
-            return of_gate.sigmoid_of is not None and of_gate.sigmoid_of != id(x)
-        return True
-
-    def _after(
-        self,
-        func: Callable[..., Any],
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        sources: list[_Known],
-        out: Tensor,
-    ) -> _Known:
-        if name in _LIKE:
-            sources = sources[:1]
-        flat = out.dim() <= 2 or _is_single(out) or all(s.flat for s in sources)
-        excited = flat and (name in _EXCITE or any(s.excited and s.flat for s in sources))
-        sigmoid_of = id(sources[0].tensor) if name in _SIGMOID else None
-        if sigmoid_of is None and name not in _ADD and len(sources) == 1:
-            sigmoid_of = sources[0].sigmoid_of  # through a view, an expansion, a factor
-        dim = self._channel_dim_after(func, name, args, kwargs, [s.tensor for s in sources], out)
-        return _Known(out, dim, flat, excited, sigmoid_of)
-
-    def _channel_dim_after(
-        self,
-        func: Callable[..., Any],
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        sources: list[Tensor],
-        out: Tensor,
-    ) -> int | None:
-        if name in _CONVOLUTION or name in _CHANNELS_FIRST_NORM:
-            return 1
-        known = [t for t in sources if self.channel_dim(t) is not None]
-        if not known:
-            return out.dim() - 1 if name in _CHANNELS_LAST_LAYER and out.dim() >= 3 else None
-        if name in _RESHAPE:
-            return _kept(known[0], self._live[id(known[0])].channel_dim, out)
-        source = next((t for t in known if t.dim() == out.dim()), None)
-        if source is None or name in _MATRIX_PRODUCT:
-            return None
-        dim = self.channel_dim(source)
-        assert dim is not None
-        if name in _PERMUTE:
-            return _moved(func, args, kwargs, source, dim)
-        if name in _REARRANGE:
-            return dim if out.shape == source.shape else None
-        return dim
-
-
-def _moved(
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    source: Tensor,
-    dim: int,
-) -> int:
-    """Where ``dim`` goes: run the same permutation on a tensor whose sizes are all different."""
-    probe = torch.empty(tuple(range(1, source.dim() + 1)), device="meta")
-    args, kwargs = pytree.tree_map(lambda v: probe if v is source else v, (args, dict(kwargs)))
-    return tuple(func(*args, **kwargs).shape).index(dim + 1)
-
-
-def _kept(source: Tensor, dim: int | None, out: Tensor) -> int | None:
-    """Where ``dim`` is after a reshape, if nothing was merged with it or split from it.
-
-    Elements keep their order, so where all sizes up to a dim stay, or all from it on, it stays.
-    """
-    assert dim is not None
-    if source.shape[: dim + 1] == out.shape[: dim + 1]:
-        return dim
-    after = source.dim() - dim
-    return out.dim() - after if source.shape[dim:] == out.shape[-after:] else None
-
-
-def _is_single(x: Tensor) -> bool:
-    """Whether a map has one position only (channels first or last)."""
-    return x.dim() >= 4 and (
-        all(size == 1 for size in x.shape[2:]) or all(size == 1 for size in x.shape[1:-1])
-    )
-
-
-def _is_spatial_gate(x: Tensor, gate: Tensor) -> bool:
-    """Whether ``gate`` is one number for all channels of ``x``: a path weight, say."""
-    if gate.dim() != x.dim():
-        return gate.dim() < 2
-    return all(size == 1 for size in gate.shape[1:])
-
-
-def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The two operands of a binary function, however they were passed."""
-    values = [*args, *(kwargs[k] for k in ("input", "other") if k in kwargs)]
-    return (values[0], values[1]) if len(values) >= 2 else (None, None)
-
-
-def leaves(value: Any) -> list[Any]:
-    """The leaves of nested tuples, lists and dicts (a fast ``pytree.tree_leaves``)."""
-    if isinstance(value, tuple | list):
-        return [leaf for v in value for leaf in leaves(v)]
-    if isinstance(value, Mapping):
-        return [leaf for v in value.values() for leaf in leaves(v)]
-    return [value]
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in nested containers."""
-    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+        return self.name in LINEAR_IN_MAP or self.scales

@@ -5,20 +5,19 @@ is neither run nor changed.
 """
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from se_inject.errors import ForwardError, first_line
+from se_inject.graph.log import GUESSES, OpLog, adds_equal_shapes, run_on_meta, tensors_in
 from se_inject.graph.meta import needs_values, on_meta
-from se_inject.graph.ops import GUESSES, OpLog, adds_equal_shapes, run_on_meta, tensors_in
+from se_inject.names import block_label
 
 Shape = tuple[int, ...]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -207,53 +206,6 @@ def _record(
         if any(call.additions for call in calls)
     }
     return Recording(calls, stopped, tuple(recorder.guessed), (args, kwargs))
-
-
-def example_inputs(model: nn.Module, example_input: Any = None) -> list[Arguments]:
-    """The (args, kwargs) to try in turn, on meta: the user's, or those that fit most networks."""
-    dtype = floating_dtype(model)
-    if example_input is not None:
-        on_meta = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), example_input)
-        if isinstance(on_meta, Mapping):
-            return [((), dict(on_meta))]
-        return [(on_meta if isinstance(on_meta, tuple) else (on_meta,), {})]
-    config = getattr(model, "pretrained_cfg", None)
-    size = config.get("input_size") if isinstance(config, Mapping) else None
-    first_conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
-    spaces: list[tuple[int, ...]]
-    if size:
-        spaces = [tuple(size[1:])]
-    elif isinstance(first_conv, nn.Conv3d):
-        spaces = [(16, side, side) for side in (112, 224, 64)]
-    else:
-        # A hand-written network for small images flattens to a fixed size and rejects 224 pixels.
-        spaces = [(side, side) for side in (224, 32, 64, 28, 96, 128, 256, 512)]
-    channels = [size[0] if size else 3]
-    if first_conv is not None and first_conv.in_channels not in channels:
-        channels.append(first_conv.in_channels)
-    # Two images, so that a batch norm in train mode has more than one value for a 1x1 map; and
-    # as many such arguments as the forward requires (optical flow takes two frames).
-    return [
-        ((torch.empty(2, c, *space, dtype=dtype, device="meta"),) * _required_arguments(model), {})
-        for space in spaces
-        for c in channels
-    ]
-
-
-def _required_arguments(model: nn.Module) -> int:
-    parameters = inspect.signature(model.forward).parameters.values()
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return max(1, sum(p.default is p.empty for p in positional))
-
-
-def floating_dtype(model: nn.Module) -> torch.dtype:
-    """What the weights have, and so most probably what the forward wants its input in."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def block_label(name: str) -> str:
-    """The name of a block as users read it; the root module has the empty name."""
-    return f"'{name}'" if name else "the model itself"
 
 
 def _describe_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -5,9 +5,11 @@ from pathlib import Path
 from torch import nn
 
 from se_inject.errors import UnknownModelError
-from se_inject.keep.load import Header, load_se, read_header
-from se_inject.models.names import load_model, load_weights
-from se_inject.plan.planner import SELayer
+from se_inject.keep.header import Header, read_header
+from se_inject.keep.load import load_se
+from se_inject.layers.attention import SELayer
+from se_inject.models.files import load_weights
+from se_inject.models.names import load_model
 
 
 def restore_model(

@@ -1,6 +1,7 @@
 """Other attention of timm by its name, as a ``se_layer``."""
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -71,3 +72,6 @@ def _gather_excite(channels: int) -> nn.Module:
     layer: nn.Module = create_attn("ge", channels, use_mlp=False)
     layer.mlp = ConvMlp(channels, make_divisible(channels / 16, 1, round_limit=0.0))
     return layer
+
+
+SELayer = Callable[[int], nn.Module]

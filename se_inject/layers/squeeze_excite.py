@@ -1,15 +1,14 @@
 """The SE block: the only new ``nn.Module``."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
+from se_inject.layers.gates import GATES, Gate, Init
+from se_inject.layers.layout import IMAGES, Layout, pointwise
 from se_inject.layers.scale_add import scale_add, times
-from se_inject.layers.variant import GATES, SQUEEZES, Gate, Init, Squeeze
+from se_inject.layers.squeezes import SQUEEZES, Squeeze
 
 # A leaf of symbolic_trace (torchvision's create_feature_extractor, quantization): a traced network
 # runs the same code, which asks for strides and dtypes that the tracer does not know.
@@ -27,31 +26,6 @@ def bottleneck_width(channels: int, r: int, divisor: int = 8) -> int:
     (16, 8, 4)
     """
     return max(divisor, int(channels / r + divisor / 2) // divisor * divisor)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which dims of a feature map are which; dim 0 is the batch.
-
-    >>> Layout(4, 1).space, Layout(5, 1).space, Layout(4, 3).space
-    ((-2, -1), (-3, -2, -1), (-3, -2))
-    """
-
-    ndim: int  # 4: images, 5: video
-    channel_dim: int  # 1: channels first, ndim - 1: channels last
-
-    @property
-    def space(self) -> tuple[int, ...]:
-        """The dims that the squeeze averages over, from the end: an image without batch works."""
-        return tuple(d - self.ndim for d in range(1, self.ndim) if d != self.channel_dim)
-
-    @property
-    def channels_last(self) -> bool:
-        """Whether Linear layers act on the channels."""
-        return self.channel_dim == self.ndim - 1
-
-
-IMAGES = Layout(4, 1)
 
 
 class SqueezeExcite(nn.Module):
@@ -111,8 +85,8 @@ class SqueezeExcite(nn.Module):
         self.gate = gate
         self.init = init
         self.space = list(layout.space)
-        self.fc1 = _pointwise(layout, channels, bottleneck, bias, device, dtype)
-        self.fc2 = _pointwise(layout, bottleneck, channels, bias, device, dtype)
+        self.fc1 = pointwise(layout, channels, bottleneck, bias, device, dtype)
+        self.fc2 = pointwise(layout, bottleneck, channels, bias, device, dtype)
         if init == "identity":
             self._close_fc2()
         self._choose()
@@ -178,63 +152,3 @@ class SqueezeExcite(nn.Module):
     def extra_repr(self) -> str:
         formula = GATES[self.gate].formulas[self.init]
         return f"gate={formula}, squeeze={self.squeeze}, space={tuple(self.space)}"
-
-
-def _pointwise(
-    layout: Layout,
-    width_in: int,
-    width_out: int,
-    bias: bool,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> nn.Conv2d | nn.Conv3d | nn.Linear:
-    """A layer over the channels alone."""
-    if layout.channels_last:
-        return nn.Linear(width_in, width_out, bias, device=device, dtype=dtype)
-    convolution = nn.Conv3d if layout.ndim == 5 else nn.Conv2d
-    return convolution(width_in, width_out, 1, bias=bias, device=device, dtype=dtype)
-
-
-@dataclass(frozen=True)
-class SECost:
-    """What one SE block adds. MACs are for one image; 1 MAC = 2 FLOPs.
-
-    ``layers`` are those of the two 1x1 convolutions, C*rd + rd*C (without a squeeze: at each
-    position); ``squeeze``, mean or maximum, and ``scale`` are one operation each an element of the
-    map, C*H*W (video: C*T*H*W). Biases, ReLU and the gate are not counted.
-    """
-
-    params: int
-    layers: int
-    squeeze: int
-    scale: int
-
-    @property
-    def macs(self) -> int:
-        return self.layers + self.squeeze + self.scale
-
-
-def se_cost(
-    channels: int,
-    bottleneck: int,
-    spaces: Sequence[Sequence[int]],
-    *,
-    squeeze: Squeeze = "avg",
-    bias: bool = True,
-) -> SECost:
-    """Parameters and MACs of a :class:`SqueezeExcite` block.
-
-    Args:
-        channels, bottleneck: C and rd.
-        spaces: the (H, W) or (T, H, W) of the map, one for each call of the block in a forward.
-        squeeze, bias: as of the block.
-    """
-    weights = 2 * channels * bottleneck
-    positions = sum(math.prod(space) for space in spaces)
-    pools = SQUEEZES[squeeze].pools
-    return SECost(
-        params=weights + (bottleneck + channels if bias else 0),
-        layers=weights * (len(spaces) if pools else positions),
-        squeeze=channels * positions if pools else 0,
-        scale=channels * positions,
-    )

@@ -6,15 +6,13 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from se_inject.errors import ArgumentError, CheckpointError, UnknownModelError, first_line
+from se_inject.errors import ArgumentError, UnknownModelError, first_line
 
 
 def load_model(
@@ -125,40 +123,6 @@ class ParametersOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def input_size(
-    name: str, model: nn.Module, img_size: int | None, in_chans: int | None
-) -> tuple[int, ...] | None:
-    """[C, H, W] (video: [C, T, H, W]) of the images to plan with.
-
-    A library model's own size, with ``img_size`` as its sides and ``in_chans`` as its channels
-    where given; None where nothing is known or given, and the planner finds out.
-    """
-    size = _trained_size(name, model)
-    if size is None and img_size is None and in_chans is None:
-        return None
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
-    own_channels = first.in_channels if first is not None else 3
-    channels, *space = size or (own_channels, 224, 224)
-    if img_size is not None:
-        space[-2:] = [img_size, img_size]
-    return (in_chans or channels, *space)
-
-
-def _trained_size(name: str, model: nn.Module) -> tuple[int, ...] | None:
-    config = getattr(model, "pretrained_cfg", None)
-    if isinstance(config, Mapping) and "input_size" in config:
-        return tuple(config["input_size"])
-    if type(model).__module__.startswith("torchvision."):
-        from torchvision.models import get_model_weights, list_models, video
-
-        name = name.removeprefix("torchvision/")
-        for weights in get_model_weights(name) if name in list_models() else ():
-            if crop := getattr(weights.transforms(), "crop_size", None):
-                clip = (16,) if name in list_models(module=video) else ()
-                return (3, *clip, crop[0], crop[-1])
-    return None
-
-
 def _from_torchvision(
     name: str,
     in_chans: int | None,
@@ -182,35 +146,6 @@ def _from_torchvision(
     if num_classes is not None:
         options["num_classes"] = num_classes
     return _build(name, get_model, name, **options)
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a whole ``state_dict`` from a ``.safetensors`` or a torch file; code is never run.
-
-    Raises:
-        CheckpointError: the file is damaged or holds other things, or does not fit the model.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file.") from None
-    except Exception as error:  # of two formats, many kinds
-        raise CheckpointError(
-            f"{path}: no weights that can be read without running code ({first_line(error)})."
-        ) from error
-    for key in ("state_dict", "model"):  # as training scripts nest them
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
-        raise CheckpointError(
-            f"{path} does not fit {type(model).__name__}: {' '.join(lines[1:2] or lines)[:200]}"
-        ) from error
 
 
 def _takes(name: str, argument: str) -> bool:

@@ -8,18 +8,22 @@ import torch
 from torch import nn
 
 from se_inject.errors import ArgumentError, UnsupportedModelError
-from se_inject.graph.record import block_label
-from se_inject.layers.variant import Variant
+from se_inject.layers.variant import check_known
+from se_inject.names import block_label
+from se_inject.plan.injection import Injection
+from se_inject.sites.placements import PLACEMENTS
 
 
-def check_arguments(r: Any, variant: Variant, se_layer: Any) -> None:
+def check_injection(injection: Injection) -> None:
     """Raise an :class:`ArgumentError` for a value that cannot work."""
+    r, variant, se_layer = injection.r, injection.variant, injection.se_layer
     if isinstance(r, Mapping) and not r:
         raise ArgumentError("r={} says nothing of any block; write {'*': 16}.")
     for value in r.values() if isinstance(r, Mapping) else [r]:
         _check_positive_int("r", value, "the reduction ratio C / rd, such as 16")
     divisor_means = "8 as in timm, or 1 for the paper's plain C/r"
     _check_positive_int("divisor", variant.divisor, divisor_means)
+    check_known("placement", variant.placement, tuple(PLACEMENTS))
     variant.check()
     if se_layer is None:
         return

@@ -3,168 +3,36 @@
 A plan is made on a copy of the model on meta tensors; nothing here changes the model.
 """
 
-import difflib
-import fnmatch
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from se_inject.edit.block_class import edit_of
+from se_inject.edit.site import Site
 from se_inject.errors import ArgumentError, NoSiteError, SEInjectError, first_line
 from se_inject.graph.meta import meta_copy, on_meta
-from se_inject.graph.record import Arguments, block_label
 from se_inject.graph.trace import Trace, TracedBlock, UntracedBlock, trace_blocks
-from se_inject.layers.attention import Attention
-from se_inject.layers.squeeze_excite import (
-    IMAGES,
-    Layout,
-    SECost,
-    SqueezeExcite,
-    bottleneck_width,
-    se_cost,
-)
-from se_inject.layers.variant import Gate, Init, Placement, Squeeze, Variant
-from se_inject.plan.checks import check_arguments, check_model
-from se_inject.sites.residual import Reason, ResidualSite, find_sites
+from se_inject.layers.attention import Attention, SELayer
+from se_inject.layers.cost import SECost, se_cost
+from se_inject.layers.gates import Gate, Init
+from se_inject.layers.layout import IMAGES
+from se_inject.layers.squeeze_excite import bottleneck_width
+from se_inject.layers.squeezes import Squeeze
+from se_inject.names import Patterns, block_label
+from se_inject.plan.checks import check_injection, check_model
+from se_inject.plan.injection import Injection, Ratio
+from se_inject.plan.plan import Plan
+from se_inject.plan.select import ratios_of, selected
+from se_inject.reasons import Reason, Skipped
+from se_inject.sites.find import ResidualSite, find_sites
+from se_inject.sites.placements import Placement
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-Ratio = int | Mapping[str, int]
-Patterns = str | Sequence[str] | None
-SELayer = Callable[[int], nn.Module]
 _Found = tuple[str, ResidualSite, ResidualSite]
-
-
-@dataclass(frozen=True)
-class Site:
-    """One SE block to be inserted. MACs are for one image."""
-
-    block: str  # "layer1.0"; "" is the model itself
-    child: str  # the attribute that the SE block becomes: "se"
-    channels: int
-    r: int
-    bottleneck: int | None  # None: a user's se_layer, which has none that we know of
-    shape: tuple[int, ...]  # (C, H, W) or (C, T, H, W) of the scaled map in the first call
-    layout: Layout
-    cost: SECost
-    device: torch.device
-    dtype: torch.dtype
-    where: tuple[ResidualSite, ResidualSite] = field(repr=False)  # in eval and in train graph
-
-    @property
-    def params(self) -> int:
-        """Added parameters."""
-        return self.cost.params
-
-    @property
-    def macs(self) -> int:
-        """Added multiply-accumulates for one image: layers, squeeze and scale."""
-        return self.cost.macs
-
-    @property
-    def name(self) -> str:
-        """Dotted name of the SE block in the model: ``layer1.0.se``."""
-        return f"{self.block}.{self.child}".lstrip(".")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "block": self.block,
-            "channels": self.channels,
-            "bottleneck": self.bottleneck,
-            "shape": list(self.shape),
-            "params": self.params,
-            "macs": self.macs,
-        }
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """An addition of two maps that gets no SE block (once, however often its block is called).
-
-    With ``Reason.NOT_REACHED`` it is no addition, but what comes after the point where the
-    recorded forward stopped, or a way that it took for no value (``if x.mean() > 0``).
-    """
-
-    block: str
-    reason: str
-    detail: str = ""
-
-    def to_dict(self) -> dict[str, str]:
-        return {"block": self.block, "reason": self.reason}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What :func:`inject_se` would do to one model. ``print`` it with rich, or ``apply`` it."""
-
-    model: nn.Module = field(repr=False, compare=False)
-    r: Ratio
-    variant: Variant
-    se_layer: SELayer | None  # in place of the SE block: of the variant only the placement counts
-    sites: tuple[Site, ...]
-    skipped: tuple[Skipped, ...]
-    example: Arguments = field(repr=False, compare=False)  # what the recorded forward was given
-    blocks: Mapping[str, TracedBlock] = field(repr=False, compare=False)
-    modules: Mapping[str, nn.Module] = field(repr=False, compare=False)  # that have a site
-
-    @property
-    def input_size(self) -> list[int]:
-        """Of one image: [C, H, W] (of the first tensor that the forward takes)."""
-        tensors = [t for t in pytree.tree_leaves(self.example) if isinstance(t, torch.Tensor)]
-        return list(tensors[0].shape[1 if tensors[0].dim() >= 4 else 0 :]) if tensors else []
-
-    @property
-    def added(self) -> SECost:
-        """Parameters and MACs of all sites together."""
-        return sum_costs(site.cost for site in self.sites)
-
-    def make_layer(self, site: Site) -> nn.Module:
-        """A new SE block (or ``se_layer``) for a site, on its device and in its dtype."""
-        if self.se_layer is not None:
-            return self.se_layer(site.channels).to(device=site.device, dtype=site.dtype)
-        assert site.bottleneck is not None
-        return SqueezeExcite(
-            site.channels,
-            site.bottleneck,
-            layout=site.layout,
-            squeeze=self.variant.squeeze,
-            gate=self.variant.gate,
-            bias=self.variant.bias,
-            init=self.variant.init,
-            device=site.device,
-            dtype=site.dtype,
-        )
-
-    def apply(self) -> nn.Module:
-        """Insert the SE blocks into the model, in place, and return it."""
-        from se_inject.edit.insert import apply_plan  # downstream of the plan
-
-        return apply_plan(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON-ready data."""
-        return {
-            "r": dict(self.r) if isinstance(self.r, Mapping) else self.r,
-            "variant": asdict(self.variant)
-            if self.se_layer is None
-            else {"placement": self.variant.placement, "attention": layer_name(self.se_layer)},
-            "added": {"params": self.added.params, "macs": self.added.macs},
-            "sites": [site.to_dict() for site in self.sites],
-            "skipped": [skipped.to_dict() for skipped in self.skipped],
-        }
-
-    def __rich__(self) -> "RenderableType":
-        from se_inject.report.summary import plan_table  # downstream of the plan
-
-        return plan_table(self)
 
 
 def plan_se(
@@ -223,67 +91,80 @@ def plan_se(
         ForwardError: the forward fails on the example input.
         NoSiteError: there is no residual addition that can take an SE block.
     """
-    variant = Variant(placement, squeeze, gate, bias, init, divisor)
-    check_arguments(r, variant, se_layer)
-    r = {k: int(v) for k, v in r.items()} if isinstance(r, Mapping) else int(r)
+    injection = Injection(
+        r=r,
+        divisor=divisor,
+        include=include,
+        exclude=exclude,
+        placement=placement,
+        squeeze=squeeze,
+        gate=gate,
+        bias=bias,
+        init=init,
+        attention=se_layer,
+    )
+    return make_plan(model, injection, example_input)
+
+
+def make_plan(model: nn.Module, injection: Injection, example_input: Any = None) -> Plan:
+    """:func:`plan_se` with its options in one object."""
+    check_injection(injection)
     check_model(model)
     modules = dict(model.named_modules())
-    images_only = se_layer is not None
+    images_only = injection.se_layer is not None
+    placement = injection.placement
     trace, found, skipped = _find(modules, model, example_input, placement, images_only)
     if any(entry.reason == Reason.CHANNELS_UNKNOWN for entry in skipped):
         trace, found, skipped = _find(
             modules, model, example_input, placement, images_only, follow=True
         )
-    if trace.stopped:
-        warnings.warn(
-            f"{trace.stopped}: blocks that would run after that are not planned.",
-            stacklevel=2,
-        )
-    if trace.guessed:
-        warnings.warn(
-            f"{block_label(trace.guessed[0])} asks tensors for their values, and meta tensors have"
-            " none: planned as if they were false or 0; what else it may call is not planned.",
-            stacklevel=2,
-        )
+    _warn_of_gaps(trace)
 
     names = [*dict.fromkeys([name for name, *_ in found] + [s.block for s in skipped])]
-    wanted = matching(names, include, "include") if include is not None else set(names)
-    wanted -= matching(names, exclude, "exclude") if exclude is not None else set()
+    wanted = selected(names, injection.include, injection.exclude)
     skipped += [Skipped(name, Reason.EXCLUDED) for name, *_ in found if name not in wanted]
     found = [entry for entry in found if entry[0] in wanted]
     if not found:
         raise NoSiteError(_no_site_message(model, skipped), skipped)
 
-    ratios = _ratios([name for name, *_ in found], names, r)
+    r = injection.r
+    r = {k: int(v) for k, v in r.items()} if isinstance(r, Mapping) else int(r)
+    ratios = ratios_of([name for name, *_ in found], names, r)
     taken: Counter[str] = Counter()
     sites = []
     for name, in_eval, in_train in found:
         taken[name] += 1
         sites.append(
             _make_site(
-                model,
-                modules[name],
-                name,
-                taken[name],
-                ratios[name],
-                variant,
-                se_layer,
-                in_eval,
-                in_train,
+                model, modules[name], name, taken[name], ratios[name], injection, in_eval, in_train
             )
         )
-    _warn_of_floor(sites, divisor)
+    _warn_of_floor(sites, injection.divisor)
     return Plan(
         model=model,
         r=r,
-        variant=variant,
-        se_layer=se_layer,
+        variant=injection.variant,
+        se_layer=injection.se_layer,
         sites=tuple(sites),
         skipped=tuple(skipped),
         example=trace.example,
         blocks={block.name: block for block in trace.blocks if isinstance(block, TracedBlock)},
         modules={site.block: modules[site.block] for site in sites},
     )
+
+
+def _warn_of_gaps(trace: Trace) -> None:
+    """Say what of the forward the recording did not see."""
+    if trace.stopped:
+        warnings.warn(
+            f"{trace.stopped}: blocks that would run after that are not planned.", stacklevel=4
+        )
+    if trace.guessed:
+        warnings.warn(
+            f"{block_label(trace.guessed[0])} asks tensors for their values, and meta tensors have"
+            " none: planned as if they were false or 0; what else it may call is not planned.",
+            stacklevel=4,
+        )
 
 
 def _find(
@@ -364,11 +245,11 @@ def _make_site(
     name: str,
     number: int,
     r: int,
-    variant: Variant,
-    se_layer: SELayer | None,
+    injection: Injection,
     in_eval: ResidualSite,
     in_train: ResidualSite,
 ) -> Site:
+    variant, se_layer = injection.variant, injection.se_layer
     channels = in_eval.channels
     layout = in_eval.layout
     spaces = [tuple(shape[d] for d in layout.space) for shape in in_eval.shapes]
@@ -447,12 +328,6 @@ def _layer_cost(
     return SECost(params=params, layers=flops // 2, squeeze=0, scale=0)
 
 
-def layer_name(se_layer: SELayer) -> str:
-    """Of timm's attention, or of a user's function or class."""
-    name = getattr(se_layer, "name", None) or getattr(se_layer, "__name__", None)
-    return name if isinstance(name, str) else type(se_layer).__name__
-
-
 def _fault(what: str, error: Exception) -> str:
     said = f": {text}" if (text := first_line(error)) else ""
     return (
@@ -460,61 +335,7 @@ def _fault(what: str, error: Exception) -> str:
     )
 
 
-def sum_costs(costs: Iterable[SECost]) -> SECost:
-    """Column sums."""
-    columns = zip(*((c.params, c.layers, c.squeeze, c.scale) for c in costs), strict=True)
-    return SECost(*(sum(column) for column in columns))
-
-
 # --- globs -------------------------------------------------------------------------------------
-
-
-def matching(
-    names: Sequence[str],
-    patterns: str | Sequence[str],
-    argument: str,
-    what: str = "block with an addition",
-) -> set[str]:
-    """The names that any of the globs matches; each glob must match one.
-
-    Raises:
-        ArgumentError: a glob matches none; the message shows near names.
-    """
-    matched: set[str] = set()
-    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
-        patterns = [patterns]
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise ArgumentError(
-                f"{argument} takes a glob or a list of globs on names, not {pattern!r}."
-            )
-        hits = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
-        if not hits:
-            raise ArgumentError(
-                f"{argument}={pattern!r} matches no {what}."
-                f" Names are like {near_names(pattern, names)}."
-            )
-        matched |= hits
-    return matched
-
-
-def near_names(name: str, names: Sequence[str]) -> str:
-    """A few of the names, the most alike first, for an error message."""
-    near = difflib.get_close_matches(name, names, n=4, cutoff=0.3) or names[:4]
-    return ", ".join(map(repr, dict.fromkeys(near)))
-
-
-def _ratios(wanted: Sequence[str], names: Sequence[str], r: Ratio) -> dict[str, int]:
-    if not isinstance(r, Mapping):
-        return dict.fromkeys(wanted, r)
-    matches = {pattern: matching(names, pattern, "r") for pattern in r}
-    ratios = {}
-    for name in wanted:
-        pattern = next((p for p in r if name in matches[p]), None)
-        if pattern is None:
-            raise ArgumentError(f"r={dict(r)} says nothing of block {name!r}; add '*': 16.")
-        ratios[name] = r[pattern]
-    return ratios
 
 
 # --- what the user is told -----------------------------------------------------------------------
@@ -546,5 +367,5 @@ def _warn_of_floor(sites: Sequence[Site], divisor: int) -> None:
         warnings.warn(
             f"r={site.r} is more than the channels of any block (at most {site.channels}):"
             f" every bottleneck is kept at width {site.bottleneck}, never under divisor={divisor}.",
-            stacklevel=3,
+            stacklevel=4,
         )

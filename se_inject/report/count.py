@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from se_inject.graph.meta import meta_copy, needs_values, on_meta
 from se_inject.graph.record import Arguments
-from se_inject.plan.planner import Plan
+from se_inject.plan.plan import Plan
 
 
 @dataclass(frozen=True)

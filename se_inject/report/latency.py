@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from se_inject.edit.insert import withdraw_plan
 from se_inject.errors import ArgumentError, BenchmarkError, first_line
-from se_inject.plan.planner import Plan
+from se_inject.plan.plan import Plan
 
 # Both networks take turns until the first two are reached, or the last two: a slow network has to
 # run seven times all the same.
@@ -83,7 +82,7 @@ def measure_latency(
     try:
         after = copy.deepcopy(plan.model)
     finally:
-        withdraw_plan(plan)
+        plan.withdraw()
 
     def seconds(network: nn.Module) -> float:
         _synchronize(device)

@@ -1,0 +1,84 @@
+"""``inject_se``, ``remove_se`` and ``se_parameters``: what most users call."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from se_inject.edit.insert import injected, is_injected, restore
+from se_inject.errors import NoSiteError
+from se_inject.layers.attention import SELayer
+from se_inject.layers.gates import Gate, Init
+from se_inject.layers.squeezes import Squeeze
+from se_inject.names import Patterns
+from se_inject.plan.injection import Ratio
+from se_inject.plan.planner import plan_se
+from se_inject.sites.placements import Placement
+
+
+def inject_se(
+    model: nn.Module,
+    r: Ratio = 16,
+    *,
+    example_input: Any = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    placement: Placement = "standard",
+    squeeze: Squeeze = "avg",
+    gate: Gate = "sigmoid",
+    bias: bool = True,
+    init: Init = "identity",
+    divisor: int = 8,
+    se_layer: SELayer | None = None,
+) -> nn.Module:
+    """Put an SE block on every residual branch of ``model``, in place, and return the model.
+
+    The same object comes back, with every old ``state_dict`` key and tensor, its hooks, its
+    frozen parameters and its train/eval mode; only ``<block>.se.*`` keys are new. With the
+    default ``init`` the outputs are equal to the last bit until training moves the SE blocks.
+    Each edited block is an instance of a subclass of its class (``SEBottleneck`` of
+    ``Bottleneck``). If anything fails, the model is as it was.
+
+    >>> model = inject_se(timm.create_model("resnet50", pretrained=True))
+
+    The arguments (placement, squeeze, gate and bias make the paper's variants) and errors are
+    those of :func:`plan_se`, which only says what would be done.
+    """
+    return plan_se(
+        model,
+        r,
+        example_input=example_input,
+        include=include,
+        exclude=exclude,
+        placement=placement,
+        squeeze=squeeze,
+        gate=gate,
+        bias=bias,
+        init=init,
+        divisor=divisor,
+        se_layer=se_layer,
+    ).apply()
+
+
+def remove_se(model: nn.Module) -> nn.Module:
+    """Take the SE blocks out again, in place, and return the model.
+
+    Every block gets back its class and forward; the ``<block>.se.*`` keys are gone and all other
+    tensors stay as they are (trained, if they were trained).
+
+    Raises:
+        SEInjectError: the model has no SE block that se_inject put there.
+    """
+    if not is_injected(model):
+        raise NoSiteError(
+            f"{type(model).__name__} has no SE block from inject_se, so there is none to remove."
+        )
+    restore(model)
+    return model
+
+
+def se_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that :func:`inject_se` added, block by block (weights and biases)."""
+    for _, module, edit in injected(model):
+        for child in edit.children:
+            yield from module.get_submodule(child).parameters()

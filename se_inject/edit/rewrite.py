@@ -1,0 +1,63 @@
+"""Block graph with sites -> edited block graph. This is the only file that changes a graph.
+
+A block whose forward ends in ``x = self.bn2(x); x += shortcut`` changes as follows.
+
+Before::
+
+    bn2 = self.bn2(conv2)
+    bn2 += shortcut;  iadd = bn2
+
+After::
+
+    bn2 = self.bn2(conv2)
+    se = self.se(bn2, shortcut, in_place = True)
+
+Where stochastic depth or a layer scale stands between, ``drop_path = self.drop_path(bn2)`` becomes
+``se = self.se(bn2); drop_path = self.drop_path(se)``. The other placements work in the same way:
+the readers of a map read ``self.se`` of that map.
+"""
+
+from typing import Any
+
+from torch import fx
+
+from se_inject.sites.find import ResidualSite
+
+
+def edit_graph(
+    graph: fx.Graph, sites: list[ResidualSite], children: tuple[str, ...], fuse: bool = True
+) -> fx.Graph:
+    """A copy of a block graph with one ``call_module`` node for each SE block.
+
+    The other nodes stay, in their order: a graph with in-place operations has no dead code.
+    """
+    edited = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    edited.output(edited.graph_copy(graph, copies))
+    output = next(n for n in graph.nodes if n.op == "output")
+    copies[output] = next(n for n in edited.nodes if n.op == "output")
+    # Where two sites share an edge, the second SE block reads the first: (map, reader) -> the SE
+    # block that reads the map in the place of that reader.
+    stand_ins: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+    for site, child in zip(sites, children, strict=True):
+        source = copies[site.source]
+        if site.fused and fuse:
+            addition = copies[site.addition]
+            kind = {"residual_first": site.shortcut_first, "in_place": site.in_place}
+            flags: dict[str, Any] = {name: True for name, value in kind.items() if value}
+            with edited.inserting_after(addition):
+                se = edited.call_module(child, (source, copies[site.shortcut]), flags)
+            addition.replace_all_uses_with(se)
+            edited.erase_node(addition)
+            copies[site.addition] = se
+            continue
+        edges = [(site.source, reader) for reader in site.readers]
+        readers = [stand_ins.get(edge) or copies[edge[1]] for edge in edges]
+        first = next(node for node in edited.nodes if node in readers)
+        with edited.inserting_before(first):
+            se = edited.call_module(child, (source,))
+        for reader in readers:
+            reader.replace_input_with(source, se)
+        stand_ins |= dict.fromkeys(edges, se)
+    edited.lint()
+    return edited

@@ -1,0 +1,77 @@
+"""One SE block to be inserted, and the layer that is made for it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from se_inject.layers.attention import SELayer
+from se_inject.layers.cost import SECost
+from se_inject.layers.layout import Layout
+from se_inject.layers.squeeze_excite import SqueezeExcite
+from se_inject.layers.variant import Variant
+from se_inject.sites.find import ResidualSite
+
+
+@dataclass(frozen=True)
+class Site:
+    """One SE block to be inserted. MACs are for one image."""
+
+    block: str  # "layer1.0"; "" is the model itself
+    child: str  # the attribute that the SE block becomes: "se"
+    channels: int
+    r: int
+    bottleneck: int | None  # None: a user's se_layer, which has none that we know of
+    shape: tuple[int, ...]  # (C, H, W) or (C, T, H, W) of the scaled map in the first call
+    layout: Layout
+    cost: SECost
+    device: torch.device
+    dtype: torch.dtype
+    where: tuple[ResidualSite, ResidualSite] = field(repr=False)  # in eval and in train graph
+
+    @property
+    def params(self) -> int:
+        """Added parameters."""
+        return self.cost.params
+
+    @property
+    def macs(self) -> int:
+        """Added multiply-accumulates for one image: layers, squeeze and scale."""
+        return self.cost.macs
+
+    @property
+    def name(self) -> str:
+        """Dotted name of the SE block in the model: ``layer1.0.se``."""
+        return f"{self.block}.{self.child}".lstrip(".")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The site as JSON-ready data."""
+        return {
+            "block": self.block,
+            "child": self.child,
+            "channels": self.channels,
+            "r": self.r,
+            "bottleneck": self.bottleneck,
+            "shape": list(self.shape),
+            "params": self.params,
+            "macs": self.macs,
+        }
+
+
+def make_layer(site: Site, variant: Variant, se_layer: SELayer | None) -> nn.Module:
+    """A new SE block (or the user's ``se_layer``) for a site, on its device and in its dtype."""
+    if se_layer is not None:
+        return se_layer(site.channels).to(device=site.device, dtype=site.dtype)
+    assert site.bottleneck is not None
+    return SqueezeExcite(
+        site.channels,
+        site.bottleneck,
+        layout=site.layout,
+        squeeze=variant.squeeze,
+        gate=variant.gate,
+        bias=variant.bias,
+        init=variant.init,
+        device=site.device,
+        dtype=site.dtype,
+    )

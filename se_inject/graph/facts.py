@@ -1,0 +1,133 @@
+"""What each node of a block graph computed on the recorded calls."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from se_inject.graph.log import OpLog, leaves
+from se_inject.graph.meta import on_meta
+from se_inject.graph.ops import Op
+from se_inject.graph.record import Call, Shape, rebuilt
+from se_inject.graph.source import ForwardSource
+from se_inject.graph.tracer import OtherNetworkError, bind
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """What one node of a block graph computed on a recorded call."""
+
+    shape: Shape | None  # None: not a tensor
+    dtype: torch.dtype | None
+    channel_dim: int | None  # None: not known
+    live: bool  # computed from the block's inputs
+    storage: int | None  # equal for tensors that share memory
+    writes: frozenset[int]  # the storages that it changes in place
+    ops: tuple[Op, ...]  # what ran in it, inside children too
+
+
+@dataclass(frozen=True)
+class TracedForward:
+    """The forward of one block in one mode (eval or train) as a graph."""
+
+    graph: fx.Graph
+    calls: tuple[Mapping[fx.Node, NodeFacts], ...]  # the facts of each recorded call
+    returns_same: bool  # the types of its outputs too: fx turns an OrderedDict into a dict
+
+
+def run_graph(module: nn.Module, graph: fx.Graph, calls: Sequence[Call]) -> TracedForward:
+    """Run the graph on each recorded call, and the forward itself, and compare what ran."""
+    by_signature: dict[Hashable, Mapping[fx.Node, NodeFacts]] = {}
+    returns_same = True
+    for call in calls:
+        if call.signature not in by_signature:
+            facts, same = _facts(module, graph, call)
+            by_signature[call.signature] = facts
+            returns_same = returns_same and same
+    facts_of_calls = tuple(by_signature[call.signature] for call in calls)
+    return TracedForward(graph, facts_of_calls, returns_same)
+
+
+def _facts(
+    module: nn.Module, graph: fx.Graph, call: Call
+) -> tuple[Mapping[fx.Node, NodeFacts], bool]:
+    """What the nodes compute, and whether the outputs have the types that the forward's have."""
+    generated = ForwardSource.of(graph, "check").compile(show=False)
+    ops, returned = [], []
+    with on_meta():
+        for forward in (type(module).forward, generated):
+            args, kwargs = rebuilt((call.args, call.kwargs))
+            with call.log() as log:
+                output = forward(module, *args, **kwargs)
+            ops.append(log.ops)
+            returned.append((pytree.tree_structure(output), _leaf_types(output)))
+        finder = _FactFinder(module, graph, call.log(), call)
+        with finder.log:
+            finder.run()
+    if ops[0] != ops[1]:
+        raise OtherNetworkError("fx follows another path through its forward than Python does")
+    return finder.facts, returned[0] == returned[1]
+
+
+def _leaf_types(value: Any) -> list[type]:
+    return [type(leaf) for leaf in pytree.tree_leaves(value)]
+
+
+class _FactFinder(fx.Interpreter):
+    """Runs a block graph on meta and notes what each node computes."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, log: OpLog, call: Call) -> None:
+        super().__init__(module, graph=graph)
+        self.arguments = bind(type(module).forward, module, call)
+        self.log = log
+        self.facts: dict[fx.Node, NodeFacts] = {}
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.arguments[str(target).lstrip("*")]
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        # fx hands out immutable lists; the generated code will not, and HRNet writes into them.
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(map(_mutable, args)), {k: _mutable(v) for k, v in kwargs.items()}
+
+    def run_node(self, n: fx.Node) -> Any:
+        start = len(self.log.ops)
+        inputs = [self.env[i] for i in n.all_input_nodes if i in self.env]
+        tensors = [t for t in leaves(inputs) if isinstance(t, Tensor) and not t.is_inference()]
+        before = [(t, t._version) for t in tensors]
+        value = super().run_node(n)
+        is_tensor = isinstance(value, Tensor)
+        self.log.ensure_followed(value, inputs)
+        self.facts[n] = NodeFacts(
+            shape=tuple(value.shape) if is_tensor else None,
+            dtype=value.dtype if is_tensor else None,
+            channel_dim=self.log.channel_dim(value) if is_tensor else None,
+            live=any(self.log.is_live(leaf) for leaf in pytree.tree_leaves(value)),
+            storage=_storage(value) if is_tensor else None,
+            writes=frozenset(
+                _storage(t) for t, version in before if t._version != version or self._drops(n)
+            ),
+            ops=tuple(self.log.ops[start:]),
+        )
+        return value
+
+    def _drops(self, n: fx.Node) -> bool:
+        """Whether it is a dropout in place, which writes in train mode only."""
+        child = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        return isinstance(child, nn.modules.dropout._DropoutNd) and child.inplace
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _mutable(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_mutable(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _mutable(v) for k, v in value.items()}
+    return value

@@ -1,0 +1,57 @@
+"""Which modules trace to the same graph, so that equal blocks are traced once."""
+
+import enum
+import functools
+import inspect
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+
+_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+
+
+def configuration(module: nn.Module, seen: dict[int, int] | None = None) -> Hashable:
+    """Equal only for modules that trace to the same graph on the same call.
+
+    ``seen`` numbers modules and tensors in the order in which they come up: where two names are
+    one object in one block and two in another, the blocks are not alike.
+    """
+    seen = {} if seen is None else seen
+    if id(module) in seen:
+        return seen[id(module)]
+    seen[id(module)] = len(seen)
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    return (
+        type(module),
+        tuple(
+            (name, _hashable(value))
+            for name, value in vars(module).items()
+            if name not in _MODULE_INTERNALS
+        ),
+        tuple(
+            (name, t if t is None else (*t.shape, t.dtype, seen.setdefault(id(t), len(seen))))
+            for name, t in tensors
+        ),
+        tuple(
+            (name, None if child is None else configuration(child, seen))
+            for name, child in module._modules.items()
+        ),
+    )
+
+
+def _hashable(value: Any) -> Hashable:
+    """The value itself where equality means sameness, else its identity (shares nothing)."""
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | enum.Enum):
+        return (type(value), value)
+    if isinstance(value, type) or (inspect.isroutine(value) and not inspect.ismethod(value)):
+        return value
+    if isinstance(value, functools.partial):
+        return (value.func, _hashable(value.args), _hashable(value.keywords))
+    if isinstance(value, tuple | list):
+        return (type(value), tuple(_hashable(v) for v in value))
+    if isinstance(value, dict):
+        return (type(value), tuple((k, _hashable(v)) for k, v in value.items()))
+    return id(value)

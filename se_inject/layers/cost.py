@@ -1,0 +1,58 @@
+"""What one inserted block costs: parameters and MACs."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from se_inject.layers.squeezes import SQUEEZES, Squeeze
+
+
+@dataclass(frozen=True)
+class SECost:
+    """What one SE block adds. MACs are for one image; 1 MAC = 2 FLOPs.
+
+    ``layers`` are those of the two 1x1 convolutions, C*rd + rd*C (without a squeeze: at each
+    position); ``squeeze``, mean or maximum, and ``scale`` are one operation each an element of the
+    map, C*H*W (video: C*T*H*W). Biases, ReLU and the gate are not counted.
+    """
+
+    params: int
+    layers: int
+    squeeze: int
+    scale: int
+
+    @property
+    def macs(self) -> int:
+        return self.layers + self.squeeze + self.scale
+
+
+def se_cost(
+    channels: int,
+    bottleneck: int,
+    spaces: Sequence[Sequence[int]],
+    *,
+    squeeze: Squeeze = "avg",
+    bias: bool = True,
+) -> SECost:
+    """Parameters and MACs of a :class:`SqueezeExcite` block.
+
+    Args:
+        channels, bottleneck: C and rd.
+        spaces: the (H, W) or (T, H, W) of the map, one for each call of the block in a forward.
+        squeeze, bias: as of the block.
+    """
+    weights = 2 * channels * bottleneck
+    positions = sum(math.prod(space) for space in spaces)
+    pools = SQUEEZES[squeeze].pools
+    return SECost(
+        params=weights + (bottleneck + channels if bias else 0),
+        layers=weights * (len(spaces) if pools else positions),
+        squeeze=channels * positions if pools else 0,
+        scale=channels * positions,
+    )
+
+
+def sum_costs(costs: Iterable[SECost]) -> SECost:
+    """Column sums."""
+    columns = zip(*((c.params, c.layers, c.squeeze, c.scale) for c in costs), strict=True)
+    return SECost(*(sum(column) for column in columns))

@@ -1,0 +1,71 @@
+"""The paper's gates (Table 12): a new gate is a new row, and its name in the ``Literal``."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Gate = Literal["sigmoid", "tanh", "relu", "hard_sigmoid"]
+
+
+Init = Literal["identity", "paper"]
+
+
+@dataclass(frozen=True)
+class GateFunctions:
+    """A gate as the paper writes it, and the form of it that is exactly 1 at 0.
+
+    The second is ``identity``, or ``factor`` times the first: a power of two, which loses no bit
+    wherever it is multiplied.
+    """
+
+    paper: Callable[[Tensor], Tensor]
+    formulas: dict[Init, str]
+    identity: Callable[[Tensor], Tensor] | None = None
+    factor: float | None = None
+
+    def of(self, init: Init) -> Callable[[Tensor], Tensor]:
+        """The function, but for its factor."""
+        return self.identity if init == "identity" and self.identity else self.paper
+
+
+def _sigmoid(z: Tensor) -> Tensor:
+    return z.sigmoid()
+
+
+def _tanh(z: Tensor) -> Tensor:
+    return z.tanh()
+
+
+def _tanh_plus_one(z: Tensor) -> Tensor:
+    return z.tanh() + 1
+
+
+def _relu(z: Tensor) -> Tensor:
+    return torch.relu(z)
+
+
+def _relu_of_one_plus(z: Tensor) -> Tensor:
+    # Not 1 + relu(z): that has no gradient at 0, where the training starts.
+    return torch.relu(z + 1)
+
+
+def _hard_sigmoid(z: Tensor) -> Tensor:
+    return F.hardsigmoid(z)
+
+
+GATES: dict[Gate, GateFunctions] = {
+    "sigmoid": GateFunctions(_sigmoid, {"paper": "sigmoid", "identity": "2 * sigmoid"}, factor=2.0),
+    "tanh": GateFunctions(
+        _tanh, {"paper": "tanh", "identity": "1 + tanh"}, identity=_tanh_plus_one
+    ),
+    "relu": GateFunctions(
+        _relu, {"paper": "relu", "identity": "relu(1 + z)"}, identity=_relu_of_one_plus
+    ),
+    "hard_sigmoid": GateFunctions(
+        _hard_sigmoid, {"paper": "hard_sigmoid", "identity": "2 * hard_sigmoid"}, factor=2.0
+    ),
+}

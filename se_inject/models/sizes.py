@@ -1,0 +1,39 @@
+"""The size of the images that a network is planned with."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+
+def input_size(
+    name: str, model: nn.Module, img_size: int | None, in_chans: int | None
+) -> tuple[int, ...] | None:
+    """[C, H, W] (video: [C, T, H, W]) of the images to plan with.
+
+    A library model's own size, with ``img_size`` as its sides and ``in_chans`` as its channels
+    where given; None where nothing is known or given, and the planner finds out.
+    """
+    size = _trained_size(name, model)
+    if size is None and img_size is None and in_chans is None:
+        return None
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
+    own_channels = first.in_channels if first is not None else 3
+    channels, *space = size or (own_channels, 224, 224)
+    if img_size is not None:
+        space[-2:] = [img_size, img_size]
+    return (in_chans or channels, *space)
+
+
+def _trained_size(name: str, model: nn.Module) -> tuple[int, ...] | None:
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, Mapping) and "input_size" in config:
+        return tuple(config["input_size"])
+    if type(model).__module__.startswith("torchvision."):
+        from torchvision.models import get_model_weights, list_models, video
+
+        name = name.removeprefix("torchvision/")
+        for weights in get_model_weights(name) if name in list_models() else ():
+            if crop := getattr(weights.transforms(), "crop_size", None):
+                clip = (16,) if name in list_models(module=video) else ()
+                return (3, *clip, crop[0], crop[-1])
+    return None

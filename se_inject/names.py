@@ -1,0 +1,61 @@
+"""Names of blocks: how messages show them, which of them a glob matches, and which are near."""
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+from se_inject.errors import ArgumentError
+
+
+def block_label(name: str) -> str:
+    """The name of a block as users read it; the root module has the empty name."""
+    return f"'{name}'" if name else "the model itself"
+
+
+Patterns = str | Sequence[str] | None
+
+
+def matching(
+    names: Sequence[str],
+    patterns: str | Sequence[str],
+    argument: str,
+    what: str = "block with an addition",
+) -> set[str]:
+    """The names that any of the globs matches; each glob must match one.
+
+    Raises:
+        ArgumentError: a glob matches none; the message shows near names.
+    """
+    matched: set[str] = set()
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        patterns = [patterns]
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ArgumentError(
+                f"{argument} takes a glob or a list of globs on names, not {pattern!r}."
+            )
+        hits = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+        if not hits:
+            raise ArgumentError(
+                f"{argument}={pattern!r} matches no {what}."
+                f" Names are like {near_names(pattern, names)}."
+            )
+        matched |= hits
+    return matched
+
+
+def near_names(name: str, names: Sequence[str]) -> str:
+    """A few of the names, the most alike first, for an error message."""
+    near = difflib.get_close_matches(name, names, n=4, cutoff=0.3) or names[:4]
+    return ", ".join(map(repr, dict.fromkeys(near)))
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 site``, ``16 sites``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

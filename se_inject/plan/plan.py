@@ -1,0 +1,87 @@
+"""What would be injected into one model: sites, skipped additions, and how to carry it out."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from se_inject.edit.insert import insert, withdraw
+from se_inject.edit.site import Site
+from se_inject.graph.record import Arguments
+from se_inject.graph.trace import TracedBlock
+from se_inject.layers.attention import SELayer
+from se_inject.layers.cost import SECost, sum_costs
+from se_inject.layers.variant import Variant
+from se_inject.plan.injection import Ratio
+from se_inject.reasons import Skipped
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`inject_se` would do to one model. ``print`` it with rich, or ``apply`` it."""
+
+    model: nn.Module = field(repr=False, compare=False)
+    r: Ratio
+    variant: Variant
+    se_layer: SELayer | None  # in place of the SE block: of the variant only the placement counts
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+    example: Arguments = field(repr=False, compare=False)  # what the recorded forward was given
+    blocks: Mapping[str, TracedBlock] = field(repr=False, compare=False)
+    modules: Mapping[str, nn.Module] = field(repr=False, compare=False)  # that have a site
+
+    @property
+    def input_size(self) -> list[int]:
+        """Of one image: [C, H, W] (of the first tensor that the forward takes)."""
+        tensors = [t for t in pytree.tree_leaves(self.example) if isinstance(t, torch.Tensor)]
+        return list(tensors[0].shape[1 if tensors[0].dim() >= 4 else 0 :]) if tensors else []
+
+    @property
+    def added(self) -> SECost:
+        """Parameters and MACs of all sites together."""
+        return sum_costs(site.cost for site in self.sites)
+
+    def apply(self) -> nn.Module:
+        """Insert the SE blocks into the model, in place, and return it."""
+        return insert(
+            self.model,
+            self.sites,
+            self.modules,
+            self.blocks,
+            variant=self.variant,
+            se_layer=self.se_layer,
+            example=self.example,
+        )
+
+    def withdraw(self) -> None:
+        """Take out what :meth:`apply` put in, and no SE block that was there before."""
+        withdraw(self.modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready data."""
+        return {
+            "r": dict(self.r) if isinstance(self.r, Mapping) else self.r,
+            "variant": asdict(self.variant)
+            if self.se_layer is None
+            else {"placement": self.variant.placement, "attention": layer_name(self.se_layer)},
+            "added": {"params": self.added.params, "macs": self.added.macs},
+            "sites": [site.to_dict() for site in self.sites],
+            "skipped": [skipped.to_dict() for skipped in self.skipped],
+        }
+
+    def __rich__(self) -> "RenderableType":
+        from se_inject.plan.table import plan_table  # rich is imported where something is printed
+
+        return plan_table(self)
+
+
+def layer_name(se_layer: SELayer) -> str:
+    """The name of timm's attention, or of a user's function or class."""
+    name = getattr(se_layer, "name", None) or getattr(se_layer, "__name__", None)
+    return name if isinstance(name, str) else type(se_layer).__name__

@@ -1,0 +1,102 @@
+"""A plan as rich tables."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from se_inject.edit.site import Site
+from se_inject.layers.cost import sum_costs
+from se_inject.names import plural
+from se_inject.plan.plan import Plan
+from se_inject.reasons import Reason, Skipped
+
+# How the block that is the model itself, whose name is empty, is shown.
+MODEL_ITSELF = "(model)"
+
+
+# More sites than this are shown stage by stage.
+_MANY = 24
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """What a :class:`Plan` looks like when printed with rich."""
+    parts = [site_table(plan)]
+    if plan.skipped:
+        parts.append(skipped_table(plan.skipped))
+    return Group(*parts)
+
+
+def site_table(plan: Plan, *, by_stage: bool = True) -> Table:
+    """One row a site, or one a stage where there are many; the footer sums the columns."""
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, show_edge=False, padding=0)
+    total = plan.added
+    grouped = by_stage and len(plan.sites) > _MANY
+    rows = _stages(plan.sites) if grouped else [[site] for site in plan.sites]
+    # Where 80 columns are too few, long block names are folded, never the figures.
+    table.add_column("block", plural(len(plan.sites), "site"), overflow="fold", min_width=8)
+    table.add_column("map\nC×H×W", no_wrap=True)
+    table.add_column("bottleneck\nC→rd", no_wrap=True)
+    table.add_column("added\nparams", f"{total.params:,}", justify="right", no_wrap=True)
+    for header, value in (
+        ("MACs in\nlayers", total.layers),
+        ("MACs in\nsqueeze", total.squeeze),
+        ("MACs in\nscale", total.scale),
+    ):
+        table.add_column(header, f"{value:,}", justify="right", no_wrap=True)
+    for sites in rows:
+        cost = sum_costs(site.cost for site in sites)
+        table.add_row(
+            Text(_label(sites)),
+            "×".join(map(str, sites[0].shape)),
+            f"{sites[0].channels}→{sites[0].bottleneck or 'own'}",
+            *(f"{v:,}" for v in (cost.params, cost.layers, cost.squeeze, cost.scale)),
+        )
+    return table
+
+
+def _stages(sites: Sequence[Site]) -> list[list[Site]]:
+    """Runs of sites with the same map and bottleneck."""
+    runs = groupby(sites, key=lambda site: (site.shape, site.bottleneck))
+    return [list(run) for _, run in runs]
+
+
+def _label(sites: Sequence[Site]) -> str:
+    """``layer3.0``, or ``layer3.0…22 ×23`` for a run; the part that differs is shown."""
+    first, last = (site.block or MODEL_ITSELF for site in (sites[0], sites[-1]))
+    if len(sites) == 1:
+        number = re.sub(r"^\D+", "", sites[0].child)  # "2" of "se2", the block's second site
+        return f"{first} #{number}" if number else first
+    a, b = first.split("."), last.split(".")
+    if len(a) == len(b):
+        while len(a) > 1 and a[-1] == b[-1]:
+            a.pop(), b.pop()
+        same = next((i for i in range(len(a)) if a[i] != b[i]), 0)
+        last = ".".join(last.split(".")[same:])
+    return f"{first}…{last} ×{len(sites)}" if first != last else f"{first} ×{len(sites)}"
+
+
+def skipped_table(skipped: Sequence[Skipped], *, verbose: bool = False) -> Table:
+    """The additions that get no SE block: counted by reason, or each of them."""
+    table = Table(box=None, pad_edge=False, title_justify="left", title_style="bold")
+    additions = sum(entry.reason != Reason.NOT_REACHED for entry in skipped)
+    table.title = f"{plural(additions, 'addition')} left alone"
+    if verbose:
+        table.add_column("block", overflow="fold")
+        table.add_column("reason", overflow="fold")
+        for entry in skipped:
+            detail = f" ({entry.detail})" if entry.detail else ""
+            table.add_row(Text(entry.block or MODEL_ITSELF), Text(f"{entry.reason}{detail}"))
+        return table
+    table.add_column("count", justify="right", no_wrap=True)
+    table.add_column("reason", overflow="fold")
+    table.add_column("such as", overflow="fold")
+    examples = {entry.reason: entry.block or MODEL_ITSELF for entry in reversed(skipped)}
+    for reason, count in Counter(entry.reason for entry in skipped).most_common():
+        table.add_row(str(count), str(reason), Text(examples[reason]))
+    return table

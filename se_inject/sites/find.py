@@ -1,0 +1,143 @@
+"""Block graph -> residual sites, and every other addition with its reason; reads only."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from se_inject.graph.facts import NodeFacts
+from se_inject.graph.record import Shape
+from se_inject.layers.layout import Layout
+from se_inject.reasons import Reason
+from se_inject.sites.flow import Flow
+from se_inject.sites.placements import PLACEMENTS, Placement, Point, is_in_place
+from se_inject.sites.residual import Residual, is_inner, is_sibling, shape_verdict
+
+
+@dataclass(frozen=True)
+class ResidualSite:
+    """Where in a block graph an SE block goes."""
+
+    addition: fx.Node
+    source: fx.Node  # the map to scale: the SE block reads it
+    readers: tuple[fx.Node, ...]  # what reads the scaled map in its place
+    shortcut: fx.Node  # the operand of the addition that is not the branch
+    fused: bool  # the addition alone reads the branch: the SE block takes it over
+    shortcut_first: bool  # the sum has the memory format of its first operand
+    in_place: bool  # and keeps its dtype too
+    channels: int
+    layout: Layout
+    dtype: torch.dtype
+    shapes: tuple[Shape, ...]  # of the branch map, one a recorded call
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An addition of two maps that is no site."""
+
+    addition: fx.Node
+    reason: Reason
+
+
+def find_sites(
+    graph: fx.Graph,
+    calls: Sequence[Mapping[fx.Node, NodeFacts]],
+    module: nn.Module,
+    placement: Placement = "standard",
+) -> tuple[list[ResidualSite], list[Rejection]]:
+    """The residual sites of one block graph, and every other addition of two maps.
+
+    Args:
+        graph: the block's own forward, every child a leaf.
+        calls: what each node computed, one mapping a recorded call.
+        module: the block; only asked whether it has a method that folds its convolutions.
+        placement: where at a residual addition the SE block goes; which additions are residual is
+            the same for all.
+    """
+    flow = Flow(graph, calls[0])
+    additions = [n for n in graph.nodes if flow.addition(n) is not None]
+    shapes = {n: shape_verdict(flow, module, n) for n in additions}
+    for node in additions:
+        # ``x + a(x) + b(x)``: neither addition has the whole branch on one side.
+        for part in flow.operands(node):
+            inner = shapes.get(part)
+            same_fork = isinstance(inner, Residual) and inner.fork is flow.dominator[node]
+            if same_fork and shapes[node] is Reason.FUSION:
+                shapes[part] = Reason.FUSION
+    residuals = {n: r for n in additions if isinstance(r := shapes[n], Residual)}
+    sites: list[ResidualSite] = []
+    rejected: list[Rejection] = []
+    for node in additions:
+        shape = shapes[node]
+        verdict = (
+            _site(flow, calls, node, additions, residuals, placement)
+            if isinstance(shape, Residual)
+            else shape
+        )
+        if isinstance(verdict, ResidualSite):
+            sites.append(verdict)
+        else:
+            rejected.append(Rejection(node, verdict))
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method") and flow.addition(node) is None:
+            inside = sum(op.adds_maps for op in calls[0][node].ops)
+            rejected += [Rejection(node, Reason.HIDDEN)] * inside
+    return sites, rejected
+
+
+def _site(
+    flow: Flow,
+    calls: Sequence[Mapping[fx.Node, NodeFacts]],
+    node: fx.Node,
+    additions: Sequence[fx.Node],
+    residuals: Mapping[fx.Node, Residual],
+    placement: Placement,
+) -> ResidualSite | Reason:
+    residual = residuals[node]
+    path = flow.between(residual.fork, residual.branch)
+    if any(is_inner(flow, node, residual, outer, residuals[outer]) for outer in residuals):
+        return Reason.INNER
+    if any(is_sibling(flow, node, residual, sum_node) for sum_node in additions):
+        return Reason.FUSION
+    if any(op.gates for op in flow.ops(path)):
+        return Reason.GATED
+    point = PLACEMENTS[placement](flow, node, residual)
+    if isinstance(point, Reason):
+        return point
+    facts = flow.facts[point.source]
+    if facts.shape is None or facts.dtype is None or not facts.dtype.is_floating_point:
+        return Reason.NO_MAP
+    if len(facts.shape) not in (4, 5):
+        return Reason.TOKENS if len(facts.shape) == 3 else Reason.NO_MAP
+    channel_dim = _channel_dim(flow, point)
+    if channel_dim not in (1, len(facts.shape) - 1):
+        return Reason.CHANNELS_UNKNOWN
+    shapes = tuple(shape for call in calls if (shape := call[point.source].shape) is not None)
+    if len({shape[channel_dim] for shape in shapes}) > 1:
+        return Reason.WIDTHS
+    return ResidualSite(
+        addition=node,
+        source=point.source,
+        readers=point.readers,
+        shortcut=residual.shortcut,
+        fused=point.fused,
+        shortcut_first=flow.operands(node)[0] is residual.shortcut,
+        in_place=is_in_place(node),
+        channels=facts.shape[channel_dim],
+        layout=Layout(len(facts.shape), channel_dim),
+        dtype=facts.dtype,
+        shapes=shapes,
+    )
+
+
+def _channel_dim(flow: Flow, point: Point) -> int | None:
+    """Of the source: known there, or from maps like it, or from the layer that reads it."""
+    for node in (point.source, *point.alike):
+        if (known := flow.facts[node].channel_dim) is not None:
+            return known
+    for reader in point.source.users:
+        ops = flow.facts[reader].ops if reader in flow.facts else ()
+        if ops and ops[0].reads_channels_first and reader.all_input_nodes == [point.source]:
+            return 1
+    return None

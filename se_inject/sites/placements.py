@@ -1,0 +1,151 @@
+"""Where at a residual addition the SE block goes, for each placement of the paper."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+from se_inject.graph.ops import Op
+from se_inject.reasons import Reason
+from se_inject.sites.flow import Flow
+from se_inject.sites.residual import Residual
+
+Placement = Literal["standard", "pre", "post", "identity", "3x3"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """The map that the SE block reads, and what reads its output in place of the map."""
+
+    source: fx.Node
+    readers: tuple[fx.Node, ...]
+    alike: tuple[fx.Node, ...] = ()  # maps whose dims are those of the source
+    fused: bool = False
+
+
+def _before_addition(flow: Flow, node: fx.Node, residual: Residual) -> Point | Reason:
+    """standard: on the branch, before stochastic depth, dropout, layer scale and gains."""
+    reader, *chain = _tail(flow, node, residual)
+    branch = chain[0]
+    # ``x += F(x)`` changes the caller's x; only the addition itself can go on doing so.
+    mutates_shortcut = is_in_place(node) and node.args[0] is residual.shortcut
+    for step in {node, reader}:
+        # Who reads ``out`` after ``out += x`` reads the sum; after the SE block it would not.
+        if is_in_place(step) and step.args[0] in chain and flow.read_again(step):
+            return Reason.SHARED_IN_PLACE
+    # What stands between branch and addition moves no dim.
+    fused = reader is node and not mutates_shortcut
+    return Point(branch, (reader,), (residual.shortcut,), fused)
+
+
+def _tail(flow: Flow, node: fx.Node, residual: Residual) -> list[fx.Node]:
+    """What reads the branch map, the branch map itself, and what only drops or scales it."""
+    reader, chain = node, [residual.branch]
+    while _is_tail(flow, chain[0]):
+        reader = chain[0]
+        chain = [flow.inputs[reader][0], *chain]
+    return [reader, *chain]
+
+
+def _on_branch_input(flow: Flow, node: fx.Node, residual: Residual) -> Point | Reason:
+    """pre: on what the branch reads; the shortcut reads the map as it was."""
+    path = flow.between(residual.fork, residual.branch)
+    source = residual.fork
+    if source is None:  # the shortcut is another argument of the block
+        entries = [n for n in path if not flow.inputs[n]]
+        if len(entries) != 1:
+            return Reason.SEVERAL_INPUTS
+        source = entries[0]
+    readers = [user for user in source.users if user in path]
+    while flow.facts[source].shape is None and len(readers) == 1:  # a list of maps, say
+        source = readers[0]
+        readers = [user for user in source.users if user in path]
+    if flow.facts[source].shape is None:
+        return Reason.SEVERAL_INPUTS
+    alike = (residual.branch,) if source is residual.shortcut else ()
+    return _separate(flow, Point(source, tuple(readers), alike))
+
+
+def _after_addition(flow: Flow, node: fx.Node, residual: Residual) -> Point | Reason:
+    """post: behind the addition and, where one follows, its activation."""
+    source = flow.next_step(node, _is_activation) or node
+    return _separate(flow, Point(source, tuple(source.users), (residual.branch, residual.shortcut)))
+
+
+def _on_shortcut(flow: Flow, node: fx.Node, residual: Residual) -> Point | Reason:
+    """identity: on the operand of the addition that is not the branch."""
+    return _separate(flow, Point(residual.shortcut, (node,), (residual.branch,)))
+
+
+def _after_spatial_convolution(flow: Flow, node: fx.Node, residual: Residual) -> Point | Reason:
+    """3x3: behind the branch's last spatial convolution and its norm.
+
+    Behind the activation too, where the convolution is depthwise: there MobileNetV3 and
+    EfficientNet have it.
+    """
+    path = flow.between(residual.fork, residual.branch)
+    spatial = [n for n in path if any(op.is_spatial_convolution for op in flow.facts[n].ops)]
+    if not spatial:
+        return Reason.NO_SPATIAL
+    source = spatial[-1]
+    if not flow.dominates(source, residual.branch):
+        return Reason.SIDE_BY_SIDE
+    ops = flow.facts[source].ops
+    last = max(i for i, op in enumerate(ops) if op.is_spatial_convolution)
+    if any(op.adds_depth for op in ops[last + 1 :]):
+        return Reason.CONVOLUTION_INSIDE
+    if not _is_norm(ops[last + 1 :]):
+        source = flow.next_step(source, _is_norm, permuted=True) or source
+    if ops[last].is_depthwise and not any(op.is_activation for op in flow.facts[source].ops):
+        source = flow.next_step(source, _is_activation) or source
+    _, end, *_ = _tail(flow, node, residual)
+    if source is end or source not in flow.between(residual.fork, end):
+        return _before_addition(flow, node, residual)
+    return _separate(flow, Point(source, tuple(source.users)))
+
+
+PLACEMENTS: dict[Placement, Callable[[Flow, fx.Node, Residual], Point | Reason]] = {
+    "standard": _before_addition,
+    "pre": _on_branch_input,
+    "post": _after_addition,
+    "identity": _on_shortcut,
+    "3x3": _after_spatial_convolution,
+}
+
+
+def _separate(flow: Flow, point: Point) -> Point | Reason:
+    """The point, unless the copy that the SE block makes would be seen."""
+    if not point.readers or not flow.separable(point.source, point.readers):
+        return Reason.SHARED_IN_PLACE
+    return point
+
+
+def _is_norm(ops: Sequence[Op]) -> bool:
+    """Begins as a norm (an activation with a gain ends as one), perhaps with an activation."""
+    first = next((op for op in ops if not op.is_permutation), None)
+    plain = not any(op.adds_depth or op.joins for op in ops)
+    return plain and first is not None and first.is_affine
+
+
+def _is_activation(ops: Sequence[Op]) -> bool:
+    """Alone, or made of products (``x * sigmoid(x)``, a gain)."""
+    named = any(op.is_activation for op in ops)
+    return named and all(op.is_activation or op.is_product for op in ops)
+
+
+def _is_tail(flow: Flow, node: fx.Node) -> bool:
+    """Whether a node only drops or scales its one input, and so belongs behind the SE block."""
+    if node.op == "placeholder" or len(flow.inputs[node]) != 1:
+        return False
+    (source,) = flow.inputs[node]
+    facts = flow.facts[node]
+    same = facts.shape is not None and facts.shape == flow.facts[source].shape
+    return same and all(op.is_dropout or op.scales for op in facts.ops)
+
+
+def is_in_place(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in ("iadd", "imul", "isub", "itruediv") or (
+        node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+    )
