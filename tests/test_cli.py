@@ -127,6 +127,8 @@ def test_json_is_one_object_with_the_promised_keys(call) -> None:
     }
     assert data["sites"][0] == {
         "block": "layer1.0",
+        "child": "se",
+        "r": 16,
         "channels": 256,
         "bottleneck": 16,
         "shape": [256, 48, 48],
@@ -134,7 +136,7 @@ def test_json_is_one_object_with_the_promised_keys(call) -> None:
         "macs": 2 * 256 * 16 + 2 * 256 * 48 * 48,
     }
     assert data["skipped"] == [
-        {"block": f"layer4.{i}", "reason": "excluded by the user"} for i in range(3)
+        {"block": f"layer4.{i}", "reason": "excluded by the user", "detail": ""} for i in range(3)
     ]
 
 

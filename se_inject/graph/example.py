@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from se_inject.graph.log import tensors_in
 from se_inject.graph.record import Arguments
+from se_inject.layers.layout import first_convolution, kind_of
 
 
 def example_inputs(model: nn.Module, example_input: Any = None) -> list[Arguments]:
@@ -21,25 +23,37 @@ def example_inputs(model: nn.Module, example_input: Any = None) -> list[Argument
         return [(on_meta if isinstance(on_meta, tuple) else (on_meta,), {})]
     config = getattr(model, "pretrained_cfg", None)
     size = config.get("input_size") if isinstance(config, Mapping) else None
-    first_conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
-    spaces: list[tuple[int, ...]]
-    if size:
-        spaces = [tuple(size[1:])]
-    elif isinstance(first_conv, nn.Conv3d):
-        spaces = [(16, side, side) for side in (112, 224, 64)]
-    else:
-        # A hand-written network for small images flattens to a fixed size and rejects 224 pixels.
-        spaces = [(side, side) for side in (224, 32, 64, 28, 96, 128, 256, 512)]
+    first_conv = first_convolution(model)
+    spaces = (tuple(size[1:]),) if size else kind_of(first_conv).spaces
     channels = [size[0] if size else 3]
     if first_conv is not None and first_conv.in_channels not in channels:
         channels.append(first_conv.in_channels)
-    # Two images, so that a batch norm in train mode has more than one value for a 1x1 map; and
-    # as many such arguments as the forward requires (optical flow takes two frames).
+    # There are two images, so that a batch norm in train mode has more than one value for a 1x1
+    # map, and as many such arguments as the forward requires (optical flow takes two frames).
     return [
         ((torch.empty(2, c, *space, dtype=dtype, device="meta"),) * _required_arguments(model), {})
         for space in spaces
         for c in channels
     ]
+
+
+def is_batched(example: Arguments) -> bool:
+    """Whether dim 0 of the tensors is the batch: a detector takes a list of single images."""
+    args, kwargs = example
+    first = next(iter((*args, *kwargs.values())), None)
+    return not isinstance(first, list | tuple)
+
+
+def batch_size(example: Arguments) -> int:
+    """How many images (or clips, or sequences) the first tensor holds."""
+    tensors = tensors_in(example)
+    return tensors[0].shape[0] if tensors and tensors[0].dim() and is_batched(example) else 1
+
+
+def item_size(example: Arguments) -> list[int]:
+    """The size of one image, such as [C, H, W], of the first tensor."""
+    tensors = tensors_in(example)
+    return list(tensors[0].shape[1 if is_batched(example) else 0 :]) if tensors else []
 
 
 def _required_arguments(model: nn.Module) -> int:

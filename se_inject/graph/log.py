@@ -21,6 +21,7 @@ from se_inject.graph.ops import (
     LIKE,
     MATRIX_PRODUCT,
     MULTIPLY,
+    OVER_CHANNELS,
     PERMUTE,
     REARRANGE,
     RESHAPE,
@@ -133,7 +134,7 @@ class OpLog(TorchFunctionMode):
         out = run_on_meta(func, args, kwargs)
         outputs = [t for t in leaves(out) if isinstance(t, Tensor)]
         sources = [t for t in leaves((args, kwargs)) if self.is_live(t)] if outputs else []
-        name = getattr(func, "__name__", str(func))
+        name = _name_of(func, args, kwargs)
         if sources and name not in CREATION:
             self.ops.append(self._describe(name, args, kwargs, sources, outputs[0]))
             known = [self._live[id(t)] for t in sources]
@@ -171,7 +172,9 @@ class OpLog(TorchFunctionMode):
     def _gates(self, x: Tensor, gate: Tensor) -> bool:
         """Whether ``x * gate`` scales the channels of the map ``x`` alike at every position."""
         of_x, of_gate = self._live[id(x)], self._live[id(gate)]
-        if x.dim() < 4 or not of_gate.excited or _is_spatial_gate(x, gate):
+        if x.dim() < 3 or not of_gate.excited or _is_spatial_gate(x, gate):
+            return False
+        if x.dim() == 3 and of_x.channel_dim != 1:  # tokens: attention multiplies them
             return False
         if of_x.flat or _is_single(x):
             # A 1x1 map (of a small image) is flat itself: only a sigmoid tells a gate from a
@@ -226,6 +229,15 @@ class OpLog(TorchFunctionMode):
         return dim
 
 
+def _name_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    name = str(getattr(func, "__name__", func))
+    if name == "conv1d":
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        if tuple(weight.shape[:2]) == (1, 1):
+            return OVER_CHANNELS
+    return name
+
+
 def _moved(
     func: Callable[..., Any],
     args: tuple[Any, ...],
@@ -253,7 +265,7 @@ def _kept(source: Tensor, dim: int | None, out: Tensor) -> int | None:
 
 def _is_single(x: Tensor) -> bool:
     """Whether a map has one position only (channels first or last)."""
-    return x.dim() >= 4 and (
+    return x.dim() >= 3 and (
         all(size == 1 for size in x.shape[2:]) or all(size == 1 for size in x.shape[1:-1])
     )
 

@@ -6,10 +6,14 @@ is ``nn.Conv2d``, timm's ``ScaledStdConv2d`` or ``F.conv2d`` in a hand-written b
 
 from dataclasses import dataclass
 
+from se_inject.layers.layout import KINDS
+
 ADD = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 MULTIPLY = {"mul", "mul_", "multiply", "multiply_", "__mul__", "__imul__", "__rmul__"}
 DIVIDE = {"div", "div_", "true_divide", "divide", "__truediv__", "__itruediv__"}
-CONVOLUTION = {"conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d"}
+CONVOLUTION = frozenset[str]().union(*(kind.functions for kind in KINDS.values()))
+# A conv1d of one channel into one slides over the channels themselves, as in ECA's gate.
+OVER_CHANNELS = "conv1d over channels"
 CHANNELS_FIRST_NORM = {"batch_norm", "instance_norm", "group_norm"}
 CHANNELS_LAST_LAYER = {"linear", "layer_norm", "rms_norm"}
 DROPOUT = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
@@ -26,7 +30,7 @@ ACTIVATION |= SIGMOID - {"softmax"}
 # Take only the shape or dtype from their second tensor.
 LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
 # What an excitation passes; the reciprocal deviation of a norm does not.
-EXCITE = SIGMOID | CONVOLUTION | {"conv1d", "linear"} | MATRIX_PRODUCT
+EXCITE = SIGMOID | CONVOLUTION | {OVER_CHANNELS, "linear"} | MATRIX_PRODUCT
 SUBTRACT = {"sub", "sub_", "subtract", "__sub__", "__isub__", "__rsub__"}
 JOIN = {"cat", "concat", "concatenate", "stack"}
 # Take only shape, dtype and device from their tensor: random masks are made so.

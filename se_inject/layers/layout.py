@@ -1,4 +1,7 @@
-"""Layouts of feature maps, in one table: rank, channel dim, and the layer over the channels."""
+"""The kinds of feature maps, in one table, and the layouts in which their dims can lie.
+
+A new kind of map is a new row of :data:`KINDS`.
+"""
 
 from dataclasses import dataclass
 
@@ -7,25 +10,79 @@ from torch import nn
 
 
 @dataclass(frozen=True)
+class Kind:
+    """Feature maps of one rank: which layers make them, and how people write their dims."""
+
+    rank: int  # of the tensor, with the batch
+    convolution: type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]
+    functions: frozenset[str]  # the torch functions that convolve such maps
+    axes: str  # of one item, channels first
+    channels_last: bool  # whether [N, *space, C] is such a map too; [N, L, C] are tokens
+    # Sizes to record with where nothing says which: a hand-written network for small inputs
+    # flattens to a fixed size and rejects the usual one.
+    spaces: tuple[tuple[int, ...], ...]
+
+
+KINDS: dict[int, Kind] = {
+    kind.rank: kind
+    for kind in (
+        Kind(
+            3,
+            nn.Conv1d,
+            frozenset({"conv1d", "conv_transpose1d"}),
+            "C×L",
+            channels_last=False,
+            spaces=tuple((n,) for n in (1024, 128, 4096, 256, 512, 1000, 2048, 500, 5000, 16000)),
+        ),
+        Kind(
+            4,
+            nn.Conv2d,
+            frozenset({"conv2d", "conv_transpose2d"}),
+            "C×H×W",
+            channels_last=True,
+            spaces=tuple((n, n) for n in (224, 32, 64, 28, 96, 128, 256, 512)),
+        ),
+        Kind(
+            5,
+            nn.Conv3d,
+            frozenset({"conv3d", "conv_transpose3d"}),
+            "C×T×H×W",
+            channels_last=True,
+            spaces=tuple((16, n, n) for n in (112, 224, 64)),
+        ),
+    )
+}
+CONVOLUTIONS = tuple(kind.convolution for kind in KINDS.values())
+
+
+@dataclass(frozen=True)
 class Layout:
     """Which dims of a feature map are which; dim 0 is the batch.
 
-    >>> Layout(4, 1).space, Layout(5, 1).space, Layout(4, 3).space
-    ((-2, -1), (-3, -2, -1), (-3, -2))
+    >>> Layout(4, 1).space, Layout(5, 1).space, Layout(4, 3).space, Layout(3, 1).space
+    ((-2, -1), (-3, -2, -1), (-3, -2), (-1,))
     """
 
-    ndim: int  # 4: images, 5: video
+    ndim: int  # a key of KINDS
     channel_dim: int  # 1: channels first, ndim - 1: channels last
 
     @property
     def space(self) -> tuple[int, ...]:
-        """The dims that the squeeze averages over, from the end: an image without batch works."""
+        """The dims that the squeeze averages over, from the end: a map without batch works too."""
         return tuple(d - self.ndim for d in range(1, self.ndim) if d != self.channel_dim)
 
     @property
     def channels_last(self) -> bool:
         """Whether Linear layers act on the channels."""
         return self.channel_dim == self.ndim - 1
+
+    @property
+    def is_map(self) -> bool:
+        """Whether a tensor that lies so is a feature map."""
+        kind = KINDS.get(self.ndim)
+        if kind is None:
+            return False
+        return self.channel_dim == 1 or (self.channels_last and kind.channels_last)
 
 
 IMAGES = Layout(4, 1)
@@ -38,9 +95,19 @@ def pointwise(
     bias: bool,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
-) -> nn.Conv2d | nn.Conv3d | nn.Linear:
-    """A layer over the channels alone."""
+) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear:
+    """A layer over the channels alone: a convolution of size 1, or a Linear for channels last."""
     if layout.channels_last:
         return nn.Linear(width_in, width_out, bias, device=device, dtype=dtype)
-    convolution = nn.Conv3d if layout.ndim == 5 else nn.Conv2d
+    convolution = KINDS[layout.ndim].convolution
     return convolution(width_in, width_out, 1, bias=bias, device=device, dtype=dtype)
+
+
+def first_convolution(model: nn.Module) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | None:
+    """The first convolution of a model, which tells the kind and the channels of its input."""
+    return next((m for m in model.modules() if isinstance(m, CONVOLUTIONS)), None)
+
+
+def kind_of(convolution: nn.Module | None) -> Kind:
+    """The kind of map that a layer convolves; images where there is no layer to ask."""
+    return next((k for k in KINDS.values() if isinstance(convolution, k.convolution)), KINDS[4])

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from se_inject.layers.layout import first_convolution, kind_of
+
 
 def input_size(
     name: str, model: nn.Module, img_size: int | None, in_chans: int | None
 ) -> tuple[int, ...] | None:
-    """[C, H, W] (video: [C, T, H, W]) of the images to plan with.
+    """[C, H, W] of the images to plan with; [C, T, H, W] of video, [C, L] of sequences.
 
     A library model's own size, with ``img_size`` as its sides and ``in_chans`` as its channels
     where given; None where nothing is known or given, and the planner finds out.
@@ -16,11 +18,11 @@ def input_size(
     size = _trained_size(name, model)
     if size is None and img_size is None and in_chans is None:
         return None
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
+    first = first_convolution(model)
     own_channels = first.in_channels if first is not None else 3
-    channels, *space = size or (own_channels, 224, 224)
+    channels, *space = size or (own_channels, *kind_of(first).spaces[0])
     if img_size is not None:
-        space[-2:] = [img_size, img_size]
+        space[-2:] = [img_size] * len(space[-2:])
     return (in_chans or channels, *space)
 
 

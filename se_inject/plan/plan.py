@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from se_inject.edit.insert import insert, withdraw
 from se_inject.edit.site import Site
+from se_inject.graph.example import item_size
 from se_inject.graph.record import Arguments
 from se_inject.graph.trace import TracedBlock
 from se_inject.layers.attention import SELayer
@@ -39,8 +38,7 @@ class Plan:
     @property
     def input_size(self) -> list[int]:
         """Of one image: [C, H, W] (of the first tensor that the forward takes)."""
-        tensors = [t for t in pytree.tree_leaves(self.example) if isinstance(t, torch.Tensor)]
-        return list(tensors[0].shape[1 if tensors[0].dim() >= 4 else 0 :]) if tensors else []
+        return item_size(self.example)
 
     @property
     def added(self) -> SECost:

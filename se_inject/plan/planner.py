@@ -20,7 +20,7 @@ from se_inject.graph.trace import Trace, TracedBlock, UntracedBlock, trace_block
 from se_inject.layers.attention import Attention, SELayer
 from se_inject.layers.cost import SECost, se_cost
 from se_inject.layers.gates import Gate, Init
-from se_inject.layers.layout import IMAGES
+from se_inject.layers.layout import IMAGES, KINDS
 from se_inject.layers.squeeze_excite import bottleneck_width
 from se_inject.layers.squeezes import Squeeze
 from se_inject.names import Patterns, block_label
@@ -185,7 +185,7 @@ def _find(
         if block.name in injected:
             continue
         if isinstance(block, UntracedBlock):
-            skipped += _untraced(block)
+            skipped += _untraced(block, modules[block.name])
             continue
         pairs, others = _sites_of(block, modules[block.name], placement, images_only)
         found += [(block.name, *pair) for pair in pairs]
@@ -232,11 +232,20 @@ def _position(site: ResidualSite) -> tuple[str, int]:
     return str(site.source.target), site.channels
 
 
-def _untraced(block: UntracedBlock) -> list[Skipped]:
-    return [
-        Skipped(block.name, Reason.TOKENS if len(shape) == 3 else Reason.UNTRACED, block.why)
-        for shape in block.additions
-    ]
+def _untraced(block: UntracedBlock, module: nn.Module) -> list[Skipped]:
+    """Every addition of a block that has no graph, with the reason that fits its shape best."""
+    skipped = []
+    for shape in block.additions:
+        kind = KINDS.get(len(shape))
+        # Without a graph nobody knows which dim holds the channels; the layers tell what is meant.
+        tokens = (
+            kind is not None
+            and not kind.channels_last
+            and not any(isinstance(m, kind.convolution) for m in module.modules())
+        )
+        reason = Reason.TOKENS if tokens else Reason.UNTRACED
+        skipped.append(Skipped(block.name, reason, block.why))
+    return skipped
 
 
 def _make_site(

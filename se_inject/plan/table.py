@@ -12,6 +12,7 @@ from rich.text import Text
 
 from se_inject.edit.site import Site
 from se_inject.layers.cost import sum_costs
+from se_inject.layers.layout import KINDS
 from se_inject.names import plural
 from se_inject.plan.plan import Plan
 from se_inject.reasons import Reason, Skipped
@@ -40,7 +41,8 @@ def site_table(plan: Plan, *, by_stage: bool = True) -> Table:
     rows = _stages(plan.sites) if grouped else [[site] for site in plan.sites]
     # Where 80 columns are too few, long block names are folded, never the figures.
     table.add_column("block", plural(len(plan.sites), "site"), overflow="fold", min_width=8)
-    table.add_column("map\nC×H×W", no_wrap=True)
+    axes = dict.fromkeys(KINDS[site.layout.ndim].axes for site in plan.sites)
+    table.add_column(f"map\n{', '.join(axes)}", no_wrap=True)
     table.add_column("bottleneck\nC→rd", no_wrap=True)
     table.add_column("added\nparams", f"{total.params:,}", justify="right", no_wrap=True)
     for header, value in (

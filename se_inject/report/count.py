@@ -8,10 +8,10 @@ The added blocks: see :class:`se_inject.layers.squeeze_excite.SECost`.
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from se_inject.graph.example import batch_size
 from se_inject.graph.meta import meta_copy, needs_values, on_meta
 from se_inject.graph.record import Arguments
 from se_inject.plan.plan import Plan
@@ -54,9 +54,8 @@ def count_model(model: nn.Module, example: Arguments) -> Count:
     """
     params = sum(p.numel() for p in model.parameters())
     args, kwargs = example
-    tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor)]
     # A list of single images [C, H, W] is a batch too, but a detector's stops before its end.
-    batch = tensors[0].shape[0] if tensors and tensors[0].dim() >= 4 else 1
+    batch = batch_size(example)
     twin = meta_copy(model)
     with on_meta(), FlopCounterMode(display=False) as counter:
         try:

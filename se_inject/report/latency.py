@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from se_inject.errors import ArgumentError, BenchmarkError, first_line
+from se_inject.graph import example
 from se_inject.plan.plan import Plan
 
 # Both networks take turns until the first two are reached, or the last two: a slow network has to
@@ -91,12 +92,13 @@ def measure_latency(
         _synchronize(device)
         return time.perf_counter() - start
 
+    planned = example.batch_size(plan.example) if example.is_batched(plan.example) else None
     pairs: list[tuple[float, float]] = []
     with torch.inference_mode():
         start = time.perf_counter()
         try:
             args, kwargs = pytree.tree_map_only(
-                Tensor, lambda t: _random_like(t, batch_size, device), plan.example
+                Tensor, lambda t: _random_like(t, planned, batch_size, device), plan.example
             )
             for network in (before, after):
                 network.to(device).eval()
@@ -134,9 +136,12 @@ def measure_latency(
     )
 
 
-def _random_like(tensor: Tensor, batch_size: int, device: torch.device) -> Tensor:
+def _random_like(
+    tensor: Tensor, planned: int | None, batch_size: int, device: torch.device
+) -> Tensor:
+    """Random numbers in the shape of ``tensor``, with another batch size where it has a batch."""
     shape = list(tensor.shape)
-    if len(shape) >= 4:
+    if shape and shape[0] == planned:
         shape[0] = batch_size
     if tensor.is_floating_point():
         return torch.randn(shape, dtype=tensor.dtype, device=device)

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from se_inject.graph.facts import NodeFacts
 from se_inject.graph.record import Shape
-from se_inject.layers.layout import Layout
+from se_inject.layers.layout import KINDS, Layout
 from se_inject.reasons import Reason
 from se_inject.sites.flow import Flow
 from se_inject.sites.placements import PLACEMENTS, Placement, Point, is_in_place
@@ -62,8 +62,10 @@ def find_sites(
         # ``x + a(x) + b(x)``: neither addition has the whole branch on one side.
         for part in flow.operands(node):
             inner = shapes.get(part)
-            same_fork = isinstance(inner, Residual) and inner.fork is flow.dominator[node]
-            if same_fork and shapes[node] is Reason.FUSION:
+            same_split_point = (
+                isinstance(inner, Residual) and inner.split_point is flow.dominator[node]
+            )
+            if same_split_point and shapes[node] is Reason.FUSION:
                 shapes[part] = Reason.FUSION
     residuals = {n: r for n in additions if isinstance(r := shapes[n], Residual)}
     sites: list[ResidualSite] = []
@@ -95,7 +97,7 @@ def _site(
     placement: Placement,
 ) -> ResidualSite | Reason:
     residual = residuals[node]
-    path = flow.between(residual.fork, residual.branch)
+    path = flow.between(residual.split_point, residual.branch)
     if any(is_inner(flow, node, residual, outer, residuals[outer]) for outer in residuals):
         return Reason.INNER
     if any(is_sibling(flow, node, residual, sum_node) for sum_node in additions):
@@ -108,11 +110,14 @@ def _site(
     facts = flow.facts[point.source]
     if facts.shape is None or facts.dtype is None or not facts.dtype.is_floating_point:
         return Reason.NO_MAP
-    if len(facts.shape) not in (4, 5):
-        return Reason.TOKENS if len(facts.shape) == 3 else Reason.NO_MAP
+    if len(facts.shape) not in KINDS:
+        return Reason.NO_MAP
     channel_dim = _channel_dim(flow, point)
-    if channel_dim not in (1, len(facts.shape) - 1):
+    if channel_dim is None:
         return Reason.CHANNELS_UNKNOWN
+    layout = Layout(len(facts.shape), channel_dim)
+    if not layout.is_map:
+        return Reason.TOKENS if layout.channels_last else Reason.CHANNELS_UNKNOWN
     shapes = tuple(shape for call in calls if (shape := call[point.source].shape) is not None)
     if len({shape[channel_dim] for shape in shapes}) > 1:
         return Reason.WIDTHS
@@ -125,7 +130,7 @@ def _site(
         shortcut_first=flow.operands(node)[0] is residual.shortcut,
         in_place=is_in_place(node),
         channels=facts.shape[channel_dim],
-        layout=Layout(len(facts.shape), channel_dim),
+        layout=layout,
         dtype=facts.dtype,
         shapes=shapes,
     )

@@ -48,13 +48,13 @@ class Flow:
             b = self.dominator[b]
         return b is a
 
-    def between(self, fork: fx.Node | None, end: fx.Node) -> list[fx.Node]:
-        """The nodes on the paths from the fork (left out) to ``end`` (included)."""
+    def between(self, split_point: fx.Node | None, end: fx.Node) -> list[fx.Node]:
+        """The nodes on the paths from the split_point (left out) to ``end`` (included)."""
         seen: set[fx.Node] = set()
         stack = [end]
         while stack:
             node = stack.pop()
-            if node is not fork and node not in seen:
+            if node is not split_point and node not in seen:
                 seen.add(node)
                 stack += self.inputs[node]
         return sorted(seen, key=self.order.__getitem__)
@@ -63,10 +63,10 @@ class Flow:
         for node in nodes:
             yield from self.facts[node].ops
 
-    def depth(self, fork: fx.Node | None, end: fx.Node) -> int:
-        """Most convolutions and Linears that a path from the fork to ``end`` passes."""
+    def depth(self, split_point: fx.Node | None, end: fx.Node) -> int:
+        """Most convolutions and Linears that a path from the split_point to ``end`` passes."""
         deepest: dict[fx.Node, int] = {}
-        for node in self.between(fork, end):
+        for node in self.between(split_point, end):
             before = max((deepest.get(i, 0) for i in self.inputs[node]), default=0)
             deepest[node] = before + sum(op.adds_depth for op in self.facts[node].ops)
         return deepest.get(end, 0)
@@ -128,14 +128,14 @@ class Flow:
                 return None
         return None
 
-    def keeps_fork(self, fork: fx.Node | None, end: fx.Node) -> bool:
-        """Whether a term of ``end`` is the fork itself, through no convolution or Linear.
+    def keeps_input(self, split_point: fx.Node | None, end: fx.Node) -> bool:
+        """Whether a term of ``end`` is the split_point itself, through no convolution or Linear.
 
         Where paths are added or concatenated, all must pass one; where they are multiplied, a
-        gate that is computed from the fork leaves nothing of it in the product.
+        gate that is computed from the split_point leaves nothing of it in the product.
         """
         kept: dict[fx.Node, bool] = {}
-        for node in self.between(fork, end):
+        for node in self.between(split_point, end):
             ops = self.facts[node].ops
             inputs = [kept.get(i, True) for i in self.inputs[node]] or [True]
             joined = any(op.joins for op in ops)

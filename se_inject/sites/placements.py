@@ -50,8 +50,8 @@ def _tail(flow: Flow, node: fx.Node, residual: Residual) -> list[fx.Node]:
 
 def _on_branch_input(flow: Flow, node: fx.Node, residual: Residual) -> Point | Reason:
     """pre: on what the branch reads; the shortcut reads the map as it was."""
-    path = flow.between(residual.fork, residual.branch)
-    source = residual.fork
+    path = flow.between(residual.split_point, residual.branch)
+    source = residual.split_point
     if source is None:  # the shortcut is another argument of the block
         entries = [n for n in path if not flow.inputs[n]]
         if len(entries) != 1:
@@ -84,7 +84,7 @@ def _after_spatial_convolution(flow: Flow, node: fx.Node, residual: Residual) ->
     Behind the activation too, where the convolution is depthwise: there MobileNetV3 and
     EfficientNet have it.
     """
-    path = flow.between(residual.fork, residual.branch)
+    path = flow.between(residual.split_point, residual.branch)
     spatial = [n for n in path if any(op.is_spatial_convolution for op in flow.facts[n].ops)]
     if not spatial:
         return Reason.NO_SPATIAL
@@ -100,7 +100,7 @@ def _after_spatial_convolution(flow: Flow, node: fx.Node, residual: Residual) ->
     if ops[last].is_depthwise and not any(op.is_activation for op in flow.facts[source].ops):
         source = flow.next_step(source, _is_activation) or source
     _, end, *_ = _tail(flow, node, residual)
-    if source is end or source not in flow.between(residual.fork, end):
+    if source is end or source not in flow.between(residual.split_point, end):
         return _before_addition(flow, node, residual)
     return _separate(flow, Point(source, tuple(source.users)))
 

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 from se_inject.edit.block_class import edit_of
 from se_inject.errors import ExportError, NoSiteError
 from se_inject.layers.gates import GATES
+from se_inject.layers.layout import CONVOLUTIONS
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.names import block_label
 
@@ -90,6 +91,6 @@ def _affine_layers() -> set[type[nn.Module]]:
     from timm.layers import BatchNormAct2d, LayerNorm, LayerNorm2d
     from torchvision.ops import FrozenBatchNorm2d
 
-    layers: set[type[nn.Module]] = {nn.Conv2d, nn.Conv3d, nn.Linear, nn.GroupNorm, nn.LayerNorm}
-    layers |= {nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d}
+    layers: set[type[nn.Module]] = {*CONVOLUTIONS, nn.Linear, nn.GroupNorm, nn.LayerNorm}
+    layers |= {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d}
     return layers | {BatchNormAct2d, LayerNorm, LayerNorm2d}
