@@ -42,6 +42,7 @@ from se_inject.api import inject_se, remove_se, se_parameters
 from se_inject.edit.site import Site
 from se_inject.errors import (
     ArgumentError,
+    BenchmarkError,
     CheckpointError,
     DataError,
     ExportError,
@@ -65,6 +66,7 @@ __version__ = metadata.version("se-inject")
 
 __all__ = [
     "ArgumentError",
+    "BenchmarkError",
     "CheckpointError",
     "DataError",
     "ExportError",

@@ -1,4 +1,4 @@
-"""Maps [N, C, L] of Conv1d networks: ECG, audio, time series; [N, L, C] of transformers are tokens."""
+"""Maps [N, C, L] of Conv1d networks (ECG, audio); [N, L, C] of transformers are tokens."""
 
 import itertools
 from pathlib import Path

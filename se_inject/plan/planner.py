@@ -4,35 +4,31 @@ A plan is made on a copy of the model on meta tensors; nothing here changes the 
 """
 
 import itertools
-import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from se_inject.edit.block_class import edit_of
 from se_inject.edit.site import Site
-from se_inject.errors import ArgumentError, NoSiteError, SEInjectError, first_line
-from se_inject.graph.meta import meta_copy, on_meta
-from se_inject.graph.trace import Trace, TracedBlock, UntracedBlock, trace_blocks
-from se_inject.layers.attention import Attention, SELayer
-from se_inject.layers.cost import SECost, se_cost
+from se_inject.errors import NoSiteError
+from se_inject.graph.trace import TracedBlock
+from se_inject.layers.attention import SELayer
+from se_inject.layers.cost import se_cost
 from se_inject.layers.gates import Gate, Init
-from se_inject.layers.layout import IMAGES, KINDS
 from se_inject.layers.squeeze_excite import bottleneck_width
 from se_inject.layers.squeezes import Squeeze
-from se_inject.names import Patterns, block_label
+from se_inject.names import Patterns
+from se_inject.plan.candidates import Candidate, find_candidates
 from se_inject.plan.checks import check_injection, check_model
 from se_inject.plan.injection import Injection, Ratio
+from se_inject.plan.layer_cost import layer_cost
+from se_inject.plan.messages import no_site_message, warn_of_floor, warn_of_gaps
 from se_inject.plan.plan import Plan
 from se_inject.plan.select import ratios_of, selected
 from se_inject.reasons import Reason, Skipped
-from se_inject.sites.find import ResidualSite, find_sites
 from se_inject.sites.placements import Placement
-
-_Found = tuple[str, ResidualSite, ResidualSite]
 
 
 def plan_se(
@@ -111,35 +107,33 @@ def make_plan(model: nn.Module, injection: Injection, example_input: Any = None)
     check_injection(injection)
     check_model(model)
     modules = dict(model.named_modules())
-    images_only = injection.se_layer is not None
-    placement = injection.placement
-    trace, found, skipped = _find(modules, model, example_input, placement, images_only)
-    if any(entry.reason == Reason.CHANNELS_UNKNOWN for entry in skipped):
-        trace, found, skipped = _find(
-            modules, model, example_input, placement, images_only, follow=True
-        )
-    _warn_of_gaps(trace)
+    candidates = find_candidates(model, modules, injection, example_input)
+    warn_of_gaps(candidates.trace)
 
-    names = [*dict.fromkeys([name for name, *_ in found] + [s.block for s in skipped])]
+    blocks = [candidate.block for candidate in candidates.found]
+    names = [*dict.fromkeys(blocks + [entry.block for entry in candidates.skipped])]
     wanted = selected(names, injection.include, injection.exclude)
-    skipped += [Skipped(name, Reason.EXCLUDED) for name, *_ in found if name not in wanted]
-    found = [entry for entry in found if entry[0] in wanted]
+    skipped = [
+        *candidates.skipped,
+        *(Skipped(name, Reason.EXCLUDED) for name in blocks if name not in wanted),
+    ]
+    found = [candidate for candidate in candidates.found if candidate.block in wanted]
     if not found:
-        raise NoSiteError(_no_site_message(model, skipped), skipped)
+        raise NoSiteError(no_site_message(model, skipped), skipped)
 
     r = injection.r
     r = {k: int(v) for k, v in r.items()} if isinstance(r, Mapping) else int(r)
-    ratios = ratios_of([name for name, *_ in found], names, r)
+    ratios = ratios_of([candidate.block for candidate in found], names, r)
     taken: Counter[str] = Counter()
     sites = []
-    for name, in_eval, in_train in found:
-        taken[name] += 1
+    for candidate in found:
+        taken[candidate.block] += 1
+        module, number = modules[candidate.block], taken[candidate.block]
         sites.append(
-            _make_site(
-                model, modules[name], name, taken[name], ratios[name], injection, in_eval, in_train
-            )
+            _make_site(model, module, candidate, number, ratios[candidate.block], injection)
         )
-    _warn_of_floor(sites, injection.divisor)
+    warn_of_floor(sites, injection.divisor)
+    trace = candidates.trace
     return Plan(
         model=model,
         r=r,
@@ -153,111 +147,16 @@ def make_plan(model: nn.Module, injection: Injection, example_input: Any = None)
     )
 
 
-def _warn_of_gaps(trace: Trace) -> None:
-    """Say what of the forward the recording did not see."""
-    if trace.stopped:
-        warnings.warn(
-            f"{trace.stopped}: blocks that would run after that are not planned.", stacklevel=4
-        )
-    if trace.guessed:
-        warnings.warn(
-            f"{block_label(trace.guessed[0])} asks tensors for their values, and meta tensors have"
-            " none: planned as if they were false or 0; what else it may call is not planned.",
-            stacklevel=4,
-        )
-
-
-def _find(
-    modules: Mapping[str, nn.Module],
-    model: nn.Module,
-    example_input: Any,
-    placement: Placement,
-    images_only: bool,
-    *,
-    follow: bool = False,
-) -> tuple[Trace, list[_Found], list[Skipped]]:
-    """Trace the model: its sites (block, in eval, in train), and all other additions."""
-    injected = [name for name, module in modules.items() if edit_of(module)]
-    skipped = [Skipped(name, Reason.INJECTED) for name in injected]
-    found: list[_Found] = []
-    trace = trace_blocks(model, example_input, follow=follow)
-    for block in trace.blocks:
-        if block.name in injected:
-            continue
-        if isinstance(block, UntracedBlock):
-            skipped += _untraced(block, modules[block.name])
-            continue
-        pairs, others = _sites_of(block, modules[block.name], placement, images_only)
-        found += [(block.name, *pair) for pair in pairs]
-        skipped += others
-    if trace.stopped:
-        skipped.append(Skipped("", Reason.NOT_REACHED, trace.stopped))
-    skipped += [Skipped(name, Reason.NOT_REACHED, _GUESSED) for name in trace.guessed]
-    return trace, found, skipped
-
-
-_GUESSED = "what it calls where the values of tensors are other than false or 0"
-
-
-def _sites_of(
-    block: TracedBlock, module: nn.Module, placement: Placement, images_only: bool
-) -> tuple[list[tuple[ResidualSite, ResidualSite]], list[Skipped]]:
-    """The sites of a block, each in its eval and train graph, and its other additions.
-
-    ``images_only``: a user's ``se_layer`` takes [N, C, H, W], so other layouts are skipped.
-    """
-    sites, rejected = find_sites(block.eval.graph, block.eval.calls, module, placement)
-    skipped = [Skipped(block.name, rejection.reason) for rejection in rejected]
-    in_train = sites
-    if block.train is not block.eval:
-        in_train, rejected_in_train = find_sites(
-            block.train.graph, block.train.calls, module, placement
-        )
-        more = Counter(r.reason for r in rejected_in_train) - Counter(r.reason for r in rejected)
-        skipped += [Skipped(block.name, reason, "in train mode") for reason in more.elements()]
-    if [_position(site) for site in sites] != [_position(site) for site in in_train]:
-        return [], skipped + [Skipped(block.name, Reason.MODES_DIFFER)] * len(sites)
-    if not (block.eval.returns_same and block.train.returns_same):
-        why = "its outputs would change their types"
-        return [], skipped + [Skipped(block.name, Reason.UNTRACED, why)] * len(sites)
-    pairs = list(zip(sites, in_train, strict=True))
-    if images_only:
-        skipped += [Skipped(block.name, Reason.LAYOUT) for s in sites if s.layout != IMAGES]
-        pairs = [pair for pair in pairs if pair[0].layout == IMAGES]
-    return pairs, skipped
-
-
-def _position(site: ResidualSite) -> tuple[str, int]:
-    """What tells sites of one block apart in both of its graphs."""
-    return str(site.source.target), site.channels
-
-
-def _untraced(block: UntracedBlock, module: nn.Module) -> list[Skipped]:
-    """Every addition of a block that has no graph, with the reason that fits its shape best."""
-    skipped = []
-    for shape in block.additions:
-        kind = KINDS.get(len(shape))
-        # Without a graph nobody knows which dim holds the channels; the layers tell what is meant.
-        tokens = (
-            kind is not None
-            and not kind.channels_last
-            and not any(isinstance(m, kind.convolution) for m in module.modules())
-        )
-        reason = Reason.TOKENS if tokens else Reason.UNTRACED
-        skipped.append(Skipped(block.name, reason, block.why))
-    return skipped
-
-
 def _make_site(
     model: nn.Module,
     module: nn.Module,
-    name: str,
+    candidate: Candidate,
     number: int,
     r: int,
     injection: Injection,
-    in_eval: ResidualSite,
-    in_train: ResidualSite,
 ) -> Site:
+    """The SE block of one site; ``number`` counts the sites of its block, from 1."""
+    in_eval = candidate.in_eval
     variant, se_layer = injection.variant, injection.se_layer
     channels = in_eval.channels
     layout = in_eval.layout
@@ -267,10 +166,10 @@ def _make_site(
         cost = se_cost(channels, bottleneck, spaces, squeeze=variant.squeeze, bias=variant.bias)
     else:
         bottleneck = None
-        cost = _layer_cost(se_layer, channels, in_eval.dtype, spaces)
+        cost = layer_cost(se_layer, channels, in_eval.dtype, spaces)
     tensors = itertools.chain(module.parameters(), module.buffers(), model.parameters())
     return Site(
-        block=name,
+        block=candidate.block,
         child=_free_name(module, number),
         channels=channels,
         r=r,
@@ -280,7 +179,7 @@ def _make_site(
         cost=cost,
         device=next((t.device for t in tensors), torch.device("cpu")),
         dtype=in_eval.dtype,
-        where=(in_eval, in_train),
+        where=(candidate.in_eval, candidate.in_train),
     )
 
 
@@ -298,83 +197,3 @@ def _free_name(module: nn.Module, number: int) -> str:
         for name in names
         if not hasattr(type(module), name) and getattr(module, name, None) is None
     )
-
-
-def _layer_cost(
-    se_layer: SELayer, channels: int, dtype: torch.dtype, spaces: Sequence[Sequence[int]]
-) -> SECost:
-    """What a user's layer adds: its parameters, and what the flop counter sees of it."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    text = f"se_layer({channels})"
-    if isinstance(se_layer, Attention):
-        text = se_layer.text(channels)
-    try:
-        with torch.device("meta"):
-            layer = se_layer(channels)
-    except SEInjectError:
-        raise
-    except Exception as error:  # a user's code
-        raise ArgumentError(_fault(text, error)) from error
-    if not isinstance(layer, nn.Module):
-        raise ArgumentError(f"{text} returned {type(layer).__name__}; return an nn.Module.")
-    # The layer itself may be in use elsewhere; a norm in it may want more than one image to learn.
-    layer = meta_copy(layer).to(dtype).eval()
-    flops = 0
-    for space in spaces:
-        x = torch.empty(1, channels, *space, dtype=dtype, device="meta")
-        try:
-            with on_meta(), FlopCounterMode(display=False) as counter:
-                shape = tuple(layer(x).shape)
-        except Exception as error:  # a user's code
-            raise ArgumentError(_fault(f"{text} on a map {list(x.shape)}", error)) from error
-        if shape != tuple(x.shape):
-            raise ArgumentError(
-                f"{text} turns a map {list(x.shape)} into {list(shape)}; it must keep the shape."
-            )
-        flops += counter.get_total_flops()
-    params = sum(p.numel() for p in layer.parameters())
-    return SECost(params=params, layers=flops // 2, squeeze=0, scale=0)
-
-
-def _fault(what: str, error: Exception) -> str:
-    said = f": {text}" if (text := first_line(error)) else ""
-    return (
-        f"{what} fails ({type(error).__name__}{said}). Exclude such blocks, or use another layer."
-    )
-
-
-# --- globs -------------------------------------------------------------------------------------
-
-
-# --- what the user is told -----------------------------------------------------------------------
-
-
-def _no_site_message(model: nn.Module, skipped: Sequence[Skipped]) -> str:
-    kind = type(model).__name__
-    injected = [s.block for s in skipped if s.reason == Reason.INJECTED]
-    if injected:
-        return (
-            f"{kind} has SE blocks already ({len(injected)}, first in {block_label(injected[0])})"
-            " and no other site. remove_se(model) first to inject anew."
-        )
-    if not skipped:
-        return f"no residual site: the forward of {kind} adds no two maps of one shape."
-    examples = {
-        s.reason: (s.block or "the model itself") + (f": {s.detail}" if s.detail else "")
-        for s in reversed(skipped)
-    }
-    return f"no residual site in {kind}: " + "; ".join(
-        f"{count} x {reason} (such as {examples[reason]})"
-        for reason, count in Counter(s.reason for s in skipped).most_common()
-    )
-
-
-def _warn_of_floor(sites: Sequence[Site], divisor: int) -> None:
-    if all(site.bottleneck and site.r > site.channels for site in sites):
-        site = max(sites, key=lambda site: site.channels)
-        warnings.warn(
-            f"r={site.r} is more than the channels of any block (at most {site.channels}):"
-            f" every bottleneck is kept at width {site.bottleneck}, never under divisor={divisor}.",
-            stacklevel=4,
-        )

@@ -38,7 +38,8 @@ def block_code(plan: Plan, block: str) -> RenderableType:
         modes = {" in eval mode": (traced.eval, 0), " in train mode": (traced.train, 1)}
     parts: list[RenderableType] = []
     for mode, (forward, index) in modes.items():
-        after = edit_graph(forward.graph, [site.where[index] for site in sites], children)
+        where = [site.where[index] for site in sites]
+        after = edit_graph(forward.graph, where, children, fuse=plan.se_layer is None)
         parts += [
             Text(f"{label}: {kind}.forward before{mode}", style="bold"),
             _python(_source(forward.graph)),

@@ -9,10 +9,10 @@ The added blocks: see :class:`se_inject.layers.squeeze_excite.SECost`.
 from dataclasses import dataclass
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from se_inject.graph.example import batch_size
-from se_inject.graph.meta import meta_copy, needs_values, on_meta
+from se_inject.graph.macs import run_and_count
+from se_inject.graph.meta import meta_copy, needs_values
 from se_inject.graph.record import Arguments
 from se_inject.plan.plan import Plan
 
@@ -57,11 +57,10 @@ def count_model(model: nn.Module, example: Arguments) -> Count:
     # A list of single images [C, H, W] is a batch too, but a detector's stops before its end.
     batch = batch_size(example)
     twin = meta_copy(model)
-    with on_meta(), FlopCounterMode(display=False) as counter:
-        try:
-            twin(*args, **kwargs)
-        except Exception as error:
-            if needs_values(error):  # as the plan has said
-                return Count(params, None)
-            raise
-    return Count(params, counter.get_total_flops() // (2 * batch))
+    try:
+        _, macs = run_and_count(twin, args, kwargs)
+    except Exception as error:
+        if needs_values(error):  # The plan has warned of it.
+            return Count(params, None)
+        raise
+    return Count(params, macs // batch)

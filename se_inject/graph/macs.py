@@ -1,0 +1,26 @@
+"""Counting multiply-accumulates of a forward on meta tensors."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from se_inject.graph.meta import on_meta
+
+
+def run_and_count(
+    twin: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Any, int]:
+    """The output of a module on meta, and the MACs of that forward.
+
+    Counted is what ``torch.utils.flop_counter`` counts, convolutions and matrix products, halved:
+    1 MAC = 2 FLOPs. Pooling, norms, activations and additions are not counted.
+
+    Args:
+        twin: a :func:`se_inject.graph.meta.meta_copy` of the module.
+        args, kwargs: of its forward, on meta.
+    """
+    with on_meta(), FlopCounterMode(display=False) as counter:
+        output = twin(*args, **kwargs)
+    return output, counter.get_total_flops() // 2

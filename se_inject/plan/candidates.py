@@ -1,0 +1,134 @@
+"""Model -> every site that an SE block could take, and every other addition with its reason."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from se_inject.edit.block_class import edit_of
+from se_inject.graph.trace import Trace, TracedBlock, UntracedBlock, trace_blocks
+from se_inject.layers.layout import IMAGES, KINDS
+from se_inject.plan.injection import Injection
+from se_inject.reasons import Reason, Skipped
+from se_inject.sites.find import ResidualSite, find_sites
+from se_inject.sites.placements import Placement
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A site that a block has, in its eval graph and in its train graph."""
+
+    block: str
+    in_eval: ResidualSite
+    in_train: ResidualSite
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What one recording of a model shows."""
+
+    trace: Trace
+    found: tuple[Candidate, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def find_candidates(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    injection: Injection,
+    example_input: Any,
+) -> Candidates:
+    """Trace a model and find all its sites, whatever ``include`` and ``exclude`` say.
+
+    Args:
+        modules: all modules of the model by name.
+        injection: only its placement counts, and whether it has an ``se_layer``, which takes
+            nothing but [N, C, H, W].
+        example_input: as in :func:`se_inject.plan_se`.
+    """
+    candidates = _find(model, modules, injection, example_input, follow=False)
+    if any(entry.reason == Reason.CHANNELS_UNKNOWN for entry in candidates.skipped):
+        # The blocks before may show where the channels are; following them takes longer.
+        candidates = _find(model, modules, injection, example_input, follow=True)
+    return candidates
+
+
+_GUESSED = "what it calls where the values of tensors are other than false or 0"
+
+
+def _find(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    injection: Injection,
+    example_input: Any,
+    *,
+    follow: bool,
+) -> Candidates:
+    injected = [name for name, module in modules.items() if edit_of(module)]
+    skipped = [Skipped(name, Reason.INJECTED) for name in injected]
+    found: list[Candidate] = []
+    trace = trace_blocks(model, example_input, follow=follow)
+    images_only = injection.se_layer is not None
+    for block in trace.blocks:
+        if block.name in injected:
+            continue
+        if isinstance(block, UntracedBlock):
+            skipped += _untraced(block, modules[block.name])
+            continue
+        sites, others = _sites_of(block, modules[block.name], injection.placement, images_only)
+        found += sites
+        skipped += others
+    if trace.stopped:
+        skipped.append(Skipped("", Reason.NOT_REACHED, trace.stopped))
+    skipped += [Skipped(name, Reason.NOT_REACHED, _GUESSED) for name in trace.guessed]
+    return Candidates(trace, tuple(found), tuple(skipped))
+
+
+def _sites_of(
+    block: TracedBlock, module: nn.Module, placement: Placement, images_only: bool
+) -> tuple[list[Candidate], list[Skipped]]:
+    """The sites of a block, and its other additions."""
+    sites, rejected = find_sites(block.eval.graph, block.eval.calls, module, placement)
+    skipped = [Skipped(block.name, rejection.reason) for rejection in rejected]
+    in_train = sites
+    if block.train is not block.eval:
+        in_train, rejected_in_train = find_sites(
+            block.train.graph, block.train.calls, module, placement
+        )
+        more = Counter(r.reason for r in rejected_in_train) - Counter(r.reason for r in rejected)
+        skipped += [Skipped(block.name, reason, "in train mode") for reason in more.elements()]
+    if [_position(site) for site in sites] != [_position(site) for site in in_train]:
+        return [], skipped + [Skipped(block.name, Reason.MODES_DIFFER)] * len(sites)
+    if not (block.eval.returns_same and block.train.returns_same):
+        why = "its outputs would change their types"
+        return [], skipped + [Skipped(block.name, Reason.UNTRACED, why)] * len(sites)
+    candidates = [
+        Candidate(block.name, *pair)
+        for pair in zip(sites, in_train, strict=True)
+        if not images_only or pair[0].layout == IMAGES
+    ]
+    skipped += [Skipped(block.name, Reason.LAYOUT)] * (len(sites) - len(candidates))
+    return candidates, skipped
+
+
+def _position(site: ResidualSite) -> tuple[str, int]:
+    """What tells sites of one block apart in both of its graphs."""
+    return str(site.source.target), site.channels
+
+
+def _untraced(block: UntracedBlock, module: nn.Module) -> list[Skipped]:
+    """Every addition of a block that has no graph, with the reason that fits its shape best."""
+    skipped = []
+    for shape in block.additions:
+        kind = KINDS.get(len(shape))
+        # Without a graph nobody knows which dim holds the channels; the layers tell what is meant.
+        tokens = (
+            kind is not None
+            and not kind.channels_last
+            and not any(isinstance(m, kind.convolution) for m in module.modules())
+        )
+        reason = Reason.TOKENS if tokens else Reason.UNTRACED
+        skipped.append(Skipped(block.name, reason, block.why))
+    return skipped

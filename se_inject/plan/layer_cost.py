@@ -1,0 +1,64 @@
+"""What a user's ``se_layer`` costs, found out by running it on meta tensors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from se_inject.errors import ArgumentError, SEInjectError, first_line
+from se_inject.graph.macs import run_and_count
+from se_inject.graph.meta import meta_copy
+from se_inject.layers.attention import Attention, SELayer
+from se_inject.layers.cost import SECost
+
+
+def layer_cost(
+    se_layer: SELayer, channels: int, dtype: torch.dtype, spaces: Sequence[Sequence[int]]
+) -> SECost:
+    """What a user's layer adds: its parameters, and what the flop counter sees of it.
+
+    Args:
+        se_layer: ``channels -> nn.Module``.
+        channels, dtype: of the map.
+        spaces: the (H, W) of the map, one for each call of the block in a forward.
+
+    Raises:
+        ArgumentError: the layer cannot be built or run, or does not keep the shape of the map.
+    """
+    text = f"se_layer({channels})"
+    if isinstance(se_layer, Attention):
+        text = se_layer.text(channels)
+    try:
+        with torch.device("meta"):
+            layer = se_layer(channels)
+    except SEInjectError:
+        raise
+    except Exception as error:  # a user's code
+        raise ArgumentError(_fault(text, error)) from error
+    if not isinstance(layer, nn.Module):
+        raise ArgumentError(f"{text} returned {type(layer).__name__}; return an nn.Module.")
+    # A copy is run: the layer itself may be in use elsewhere. It is in eval mode because a norm in
+    # it may want more than one image in train mode.
+    layer = meta_copy(layer).to(dtype).eval()
+    macs = 0
+    for space in spaces:
+        x = torch.empty(1, channels, *space, dtype=dtype, device="meta")
+        try:
+            out, count = run_and_count(layer, (x,), {})
+            shape = tuple(out.shape)
+        except Exception as error:  # a user's code
+            raise ArgumentError(_fault(f"{text} on a map {list(x.shape)}", error)) from error
+        if shape != tuple(x.shape):
+            raise ArgumentError(
+                f"{text} turns a map {list(x.shape)} into {list(shape)}; it must keep the shape."
+            )
+        macs += count
+    params = sum(p.numel() for p in layer.parameters())
+    return SECost(params=params, layers=macs, squeeze=0, scale=0)
+
+
+def _fault(what: str, error: Exception) -> str:
+    said = f": {text}" if (text := first_line(error)) else ""
+    return (
+        f"{what} fails ({type(error).__name__}{said}). Exclude such blocks, or use another layer."
+    )

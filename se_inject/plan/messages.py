@@ -1,0 +1,62 @@
+"""What the user is told of a plan: why there is no site, and what deserves a warning."""
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import nn
+
+from se_inject.edit.site import Site
+from se_inject.graph.trace import Trace
+from se_inject.names import block_label
+from se_inject.reasons import Reason, Skipped
+
+# Warnings point at the line that called plan_se or inject_se: past this file and make_plan.
+_CALLER = 4
+
+
+def no_site_message(model: nn.Module, skipped: Sequence[Skipped]) -> str:
+    """Why a model has no site: each reason with its number of additions and an example."""
+    kind = type(model).__name__
+    injected = [s.block for s in skipped if s.reason == Reason.INJECTED]
+    if injected:
+        return (
+            f"{kind} has SE blocks already ({len(injected)}, first in {block_label(injected[0])})"
+            " and no other site. remove_se(model) first to inject anew."
+        )
+    if not skipped:
+        return f"no residual site: the forward of {kind} adds no two maps of one shape."
+    examples = {
+        s.reason: (s.block or "the model itself") + (f": {s.detail}" if s.detail else "")
+        for s in reversed(skipped)
+    }
+    return f"no residual site in {kind}: " + "; ".join(
+        f"{count} x {reason} (such as {examples[reason]})"
+        for reason, count in Counter(s.reason for s in skipped).most_common()
+    )
+
+
+def warn_of_gaps(trace: Trace) -> None:
+    """Say what of the forward the recording did not see."""
+    if trace.stopped:
+        warnings.warn(
+            f"{trace.stopped}: blocks that would run after that are not planned.",
+            stacklevel=_CALLER,
+        )
+    if trace.guessed:
+        warnings.warn(
+            f"{block_label(trace.guessed[0])} asks tensors for their values, and meta tensors have"
+            " none: planned as if they were false or 0; what else it may call is not planned.",
+            stacklevel=_CALLER,
+        )
+
+
+def warn_of_floor(sites: Sequence[Site], divisor: int) -> None:
+    """Say that ``r`` has no effect, where every bottleneck has the least width."""
+    if all(site.bottleneck and site.r > site.channels for site in sites):
+        site = max(sites, key=lambda site: site.channels)
+        warnings.warn(
+            f"r={site.r} is more than the channels of any block (at most {site.channels}):"
+            f" every bottleneck is kept at width {site.bottleneck}, never under divisor={divisor}.",
+            stacklevel=_CALLER,
+        )
