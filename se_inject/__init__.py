@@ -1,39 +1,27 @@
 """Squeeze-and-Excitation for a network you already have.
 
-    model ──trace──▶ block graphs ──sites──▶ residual sites ──plan──▶ Plan ──inject──▶ model
+    model ──graph──▶ block graphs ──sites──▶ residual sites ──plan──▶ Plan ──edit──▶ model
                                                                 │
-                                                                └─cost──▶ report (table, JSON)
+                                                                └─report──▶ table, JSON
 
 ``inject_se(model)`` puts an SE block on every residual branch of a timm, torchvision or
 hand-written CNN, and leaves everything else alone: the same object, the same checkpoint keys,
 the same outputs to the last bit, until training moves the new weights.
 
-    errors.py           the one family of errors
-    variants.py         the paper's gates, squeezes and placements: one table
-    scale_add.py        the sum that an SE block ends in, in one pass
-    squeeze_excite.py   the SE block: the only new nn.Module, and what one costs
-    attention.py        other attention of timm by its name, in place of SE
-    ops.py              what torch functions do to feature maps
-    meta.py             a model on meta tensors, and its forward there
-    record.py           model + example input -> how its modules are called
-    trace.py            recorded calls -> one torch.fx graph per block, shapes on its nodes
-    sites.py            block graph -> residual sites; reads only
-    checks.py           arguments and models that are refused
-    plan.py             which sites get what: r, include/exclude; what is skipped and why
-    inject.py           Plan -> edited model; remove_se. The only file that changes a graph
-    generated.py        forwards made from graphs, and the block classes that carry them
-    files.py            files that are whole or not there
-    checkpoint.py       save_se, load_se: the added weights in one small file
-    export.py           to_stock, torch.export, ONNX: networks that need no se_inject
-    cost.py             parameters and MACs of the whole network
-    benchmark.py        the latency of a forward, before and after
-    report.py           Plan + cost -> rich table, JSON
-    models.py           "resnet50", "torchvision/resnet50", "my_pkg.nets:build" -> nn.Module
-    restore.py          MODEL and a file of save_se -> the network that was saved
-    finetune/           data, recipe, runs; imported by its commands only
-    zoo.py              every model of timm and torchvision -> what can be injected
-    options.py          the options that several commands have
-    cli.py              Typer: parse, call, print
+    reasons, errors, names   why an addition is skipped; the one family of errors; block names
+    layers/      what is inserted: the SE block, its variants, what one costs
+    graph/       model + example input -> one torch.fx graph per block, facts on its nodes
+    sites/       block graph -> where a block can go; reads only
+    edit/        site -> edited block; the only room that changes a graph or a class
+    plan/        which sites get what: r, include/exclude; what is skipped and why
+    api          inject_se, remove_se, se_parameters
+    models/      "resnet50", "torchvision/resnet50", "my_pkg.nets:build" -> nn.Module
+    keep/        save_se, load_se; export to stock timm networks, torch.export, ONNX
+    report/      parameters, MACs and latency; tables, JSON; the zoo's coverage
+    finetune/    settings, data, recipe, trainer, results; imported by its commands only
+    cli/         Typer: parse, call, print
+
+Each room imports only rooms that stand above it in this list.
 """
 
 from importlib import metadata

@@ -39,7 +39,10 @@ def inject_se(
     Each edited block is an instance of a subclass of its class (``SEBottleneck`` of
     ``Bottleneck``). If anything fails, the model is as it was.
 
-    >>> model = inject_se(timm.create_model("resnet50", pretrained=True))
+    >>> import timm
+    >>> model = inject_se(timm.create_model("resnet18"))  # pretrained=True for real weights
+    >>> type(model.layer1[0]).__name__, type(model.layer1[0].se).__name__
+    ('SEBasicBlock', 'SqueezeExcite')
 
     The arguments (placement, squeeze, gate and bias make the paper's variants) and errors are
     those of :func:`plan_se`, which only says what would be done.

@@ -58,14 +58,14 @@ class Attention:
         return layer
 
     def text(self, channels: int) -> str:
-        """How a message names the layer."""
+        """The name of the layer in a message."""
         return f"create_attn({self.name!r}, {channels})"
 
 
 def _gather_excite(channels: int) -> nn.Module:
     """GatherExcite with timm's defaults, which timm 1.0.31 itself cannot build.
 
-    It passes the device of the perceptron in the place of another argument.
+    timm passes the device of the perceptron in the place of another argument.
     """
     from timm.layers import ConvMlp, create_attn, make_divisible
 

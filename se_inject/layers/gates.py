@@ -18,8 +18,8 @@ Init = Literal["identity", "paper"]
 class GateFunctions:
     """A gate as the paper writes it, and the form of it that is exactly 1 at 0.
 
-    The second is ``identity``, or ``factor`` times the first: a power of two, which loses no bit
-    wherever it is multiplied.
+    The second form is the function ``identity``, or else ``factor`` times the first form. A factor
+    is a power of two, so that multiplying by it loses no bit.
     """
 
     paper: Callable[[Tensor], Tensor]
@@ -28,7 +28,7 @@ class GateFunctions:
     factor: float | None = None
 
     def of(self, init: Init) -> Callable[[Tensor], Tensor]:
-        """The function, but for its factor."""
+        """The function for a start, without its factor."""
         return self.identity if init == "identity" and self.identity else self.paper
 
 
@@ -49,7 +49,7 @@ def _relu(z: Tensor) -> Tensor:
 
 
 def _relu_of_one_plus(z: Tensor) -> Tensor:
-    # Not 1 + relu(z): that has no gradient at 0, where the training starts.
+    # The form 1 + relu(z) would have no gradient at 0, where the training starts.
     return torch.relu(z + 1)
 
 

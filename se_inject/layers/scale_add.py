@@ -20,7 +20,7 @@ def scale_add(
     Args:
         residual, x: maps, such as [N, C, H, W].
         gate: such as [N, C, 1, 1], broadcast to ``x``.
-        factor: a power of two, so that it rounds nothing, wherever it is multiplied in.
+        factor: a power of two, so that no rounding depends on where it is multiplied in.
         residual_first: the sum replaces ``residual + x``; otherwise ``x + residual``. Where the two
             differ in memory format, the sum has that of its first operand (and the product is
             written after all).
@@ -32,7 +32,7 @@ def scale_add(
         if in_place:
             return product.add_(residual)
         return residual + product if residual_first else product + residual
-    # Public, though not in torch's __all__. TorchScript takes no autograd.Function.
+    # TorchScript takes no autograd.Function. The question is public, though not in torch's __all__.
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return torch.addcmul(residual, x, gate, value=factor)
     return _scale_add(residual, x, gate, factor, in_place)
@@ -40,11 +40,11 @@ def scale_add(
 
 def _scale_add(residual: Tensor, x: Tensor, gate: Tensor, factor: float, in_place: bool) -> Tensor:
     """The same for maps of one memory format and dtype."""
-    # What a subclass of Tensor makes of a Function's output is a view, which nothing may change.
+    # A subclass of Tensor turns the output of a Function into a view, which nothing may change.
     subclassed = any(type(t) is not Tensor for t in (residual, x, gate))
     if subclassed or torch.compiler.is_compiling() or torch._C._is_tracing() or _transformed():
         return torch.addcmul(residual, x, gate, value=factor)
-    # A gate for each element is no smaller than the map: nothing is summed up for its gradient.
+    # A gate that differs at every position is as large as the map, and its gradient needs no sum.
     if torch.is_grad_enabled() and gate.requires_grad and gate.shape != x.shape:
         total: Tensor = _ScaleAdd.apply(residual, x, gate, factor)
         return total

@@ -10,8 +10,8 @@ from se_inject.layers.layout import IMAGES, Layout, pointwise
 from se_inject.layers.scale_add import scale_add, times
 from se_inject.layers.squeezes import SQUEEZES, Squeeze
 
-# A leaf of symbolic_trace (torchvision's create_feature_extractor, quantization): a traced network
-# runs the same code, which asks for strides and dtypes that the tracer does not know.
+# symbolic_trace (of torchvision's create_feature_extractor, of quantization) takes scale_add for a
+# leaf: it asks for strides and dtypes, which the tracer does not know.
 fx.wrap("scale_add")
 
 
@@ -92,7 +92,7 @@ class SqueezeExcite(nn.Module):
         self._choose()
 
     def _choose(self) -> None:
-        """The functions of the forward, as attributes: TorchScript reads no table."""
+        """Keep the functions of the forward as attributes, because TorchScript reads no table."""
         self._squeeze = SQUEEZES[self.squeeze].of
         self._gate = GATES[self.gate].of(self.init)
         self._factor = self.gate_scale or 1.0
@@ -102,23 +102,23 @@ class SqueezeExcite(nn.Module):
         return {k: v for k, v in state.items() if k not in ("_squeeze", "_gate", "_factor")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A block that was pickled before there were variants does not name its own.
+        # A block that was pickled before there were variants does not say which one it is.
         state = {"squeeze": "avg", "gate": "sigmoid"} | state
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
         self._choose()
 
     def to_literal_gate(self) -> None:
-        """Take the gate that the paper writes, whatever the parameters are."""
+        """Change to the gate as the paper writes it; the parameters stay as they are."""
         self.init = "paper"
         self._choose()
 
     @property
     def gate_scale(self) -> float | None:
-        """What the gate is times the paper's; None: no multiple of it."""
+        """The factor between this gate and the paper's; None where it is no multiple of that."""
         return 1.0 if self.init == "paper" else GATES[self.gate].factor
 
     def reset_parameters(self) -> None:
-        """Initialise anew, as after ``to_empty()`` of a model that was built on meta."""
+        """Initialise the layers anew, as after ``to_empty()`` of a model that was built on meta."""
         self.fc1.reset_parameters()
         self.fc2.reset_parameters()
         if self.init == "identity":

@@ -12,35 +12,37 @@ Squeeze = Literal["avg", "max", "none"]
 
 @dataclass(frozen=True)
 class SqueezeFunction:
-    """What the two layers see of a map, and what that costs."""
+    """What the two layers see of a map, and how often they run."""
 
-    of: Callable[[Tensor, list[int]], Tensor]  # the map, and the dims of its space
-    pools: bool  # to one position; otherwise the layers run at every position
+    of: Callable[[Tensor, list[int]], Tensor]  # takes the map and the dims of its space
+    pools: bool  # whether it leaves one position; otherwise the layers run at every position
 
 
 @fx.wrap
 def _sum_over_n(x: Tensor, space: list[int]) -> Tensor:
     """The mean as sum / n: the gradient of a sum is a view, that of a mean fills a map.
 
-    The dtype is named because CUDA's autocast makes a sum float32 otherwise, and the gradient,
-    cast back, would fill a map after all. A leaf of ``fx.symbolic_trace``, which knows no dtype.
+    The dtype is named because CUDA's autocast would otherwise make the sum float32, and its
+    gradient, cast back, would fill a map after all. The function is a leaf of
+    ``fx.symbolic_trace``, because a tracer knows no dtype.
     """
-    if x.dtype == torch.float16:  # whose sum could overflow
+    if x.dtype == torch.float16:  # a sum of float16 values could overflow
         return x.mean(space, keepdim=True)
     n = 1
     for dim in space:
         n *= x.shape[dim]
     total = x.sum(space, keepdim=True, dtype=x.dtype)
-    # jit.trace has n as a tensor, jit.script knows no overload by name.
+    # Under jit.trace n is a tensor, and jit.script cannot name an overload.
     if torch.jit.is_scripting() or torch.jit.is_tracing():  # type: ignore
         return total / n
-    # Not /, for which autograd keeps n as a tensor.
+    # For the operator / autograd would keep n as a tensor.
     mean: Tensor = torch.ops.aten.div.Scalar(total, n)
     return mean
 
 
 def _mean(x: Tensor, space: list[int]) -> Tensor:
-    return _sum_over_n(x, space)  # by its name: fx takes no other reference for a leaf
+    # fx takes a function for a leaf only where it is called by its global name.
+    return _sum_over_n(x, space)
 
 
 def _max(x: Tensor, space: list[int]) -> Tensor:

@@ -1,8 +1,4 @@
-"""The paper's variants of an SE block: one table, which the code and its tests read.
-
-A new gate or squeeze is a new row (and its name in the ``Literal``). The functions are plain ones
-with the types that TorchScript knows.
-"""
+"""The paper's variants: which SE block is inserted, and where at an addition."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +19,7 @@ class Variant:
     placement: str = "standard"  # a key of sites.placements.PLACEMENTS (Tables 14, 15)
     squeeze: Squeeze = "avg"  # Table 11, Table 16
     gate: Gate = "sigmoid"  # Table 12
-    bias: bool = True  # of the two layers; the paper's ablations have none
+    bias: bool = True  # whether the two layers have biases; in the paper's ablations they do not
     init: Init = "identity"
     divisor: int = 8
 

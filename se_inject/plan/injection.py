@@ -10,7 +10,7 @@ from se_inject.layers.gates import Gate, Init
 from se_inject.layers.squeezes import Squeeze
 from se_inject.layers.variant import Variant
 from se_inject.names import Patterns
-from se_inject.sites.placements import Placement
+from se_inject.sites.placements import PLACEMENTS, Placement
 
 Ratio = int | Mapping[str, int]
 
@@ -60,9 +60,7 @@ class Injection:
     )
     placement: Placement = option(
         "standard",
-        "standard: on the branch before the addition; pre: on what the branch reads; post:"
-        " behind the addition and its ReLU; identity: on the shortcut; 3x3: behind the branch's"
-        " last spatial convolution and its norm.",
+        "; ".join(f"{name}: {rule.text}" for name, rule in PLACEMENTS.items()) + ".",
         panel=_PANEL,
     )
     squeeze: Squeeze = option(

@@ -104,7 +104,7 @@ def _site(
         return Reason.FUSION
     if any(op.gates for op in flow.ops(path)):
         return Reason.GATED
-    point = PLACEMENTS[placement](flow, node, residual)
+    point = PLACEMENTS[placement].point(flow, node, residual)
     if isinstance(point, Reason):
         return point
     facts = flow.facts[point.source]

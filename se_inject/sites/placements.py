@@ -105,12 +105,22 @@ def _after_spatial_convolution(flow: Flow, node: fx.Node, residual: Residual) ->
     return _separate(flow, Point(source, tuple(source.users)))
 
 
-PLACEMENTS: dict[Placement, Callable[[Flow, fx.Node, Residual], Point | Reason]] = {
-    "standard": _before_addition,
-    "pre": _on_branch_input,
-    "post": _after_addition,
-    "identity": _on_shortcut,
-    "3x3": _after_spatial_convolution,
+@dataclass(frozen=True)
+class PlacementRule:
+    """A placement in words, and the function that finds its point at a residual addition."""
+
+    text: str
+    point: Callable[[Flow, fx.Node, Residual], Point | Reason]
+
+
+PLACEMENTS: dict[Placement, PlacementRule] = {
+    "standard": PlacementRule("on the branch before the addition", _before_addition),
+    "pre": PlacementRule("on what the branch reads", _on_branch_input),
+    "post": PlacementRule("behind the addition and its ReLU", _after_addition),
+    "identity": PlacementRule("on the shortcut", _on_shortcut),
+    "3x3": PlacementRule(
+        "behind the branch's last spatial convolution and its norm", _after_spatial_convolution
+    ),
 }
 
 
