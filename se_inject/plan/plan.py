@@ -74,9 +74,9 @@ class Plan:
         }
 
     def __rich__(self) -> "RenderableType":
-        from se_inject.plan.table import plan_table  # rich is imported where something is printed
+        from se_inject.plan.table import plan_table  # rich is imported only to print
 
-        return plan_table(self)
+        return plan_table(self.sites, self.skipped)
 
 
 def layer_name(se_layer: SELayer) -> str:

@@ -14,7 +14,6 @@ from se_inject.edit.site import Site
 from se_inject.layers.cost import sum_costs
 from se_inject.layers.layout import KINDS
 from se_inject.names import plural
-from se_inject.plan.plan import Plan
 from se_inject.reasons import Reason, Skipped
 
 # How the block that is the model itself, whose name is empty, is shown.
@@ -25,23 +24,23 @@ MODEL_ITSELF = "(model)"
 _MANY = 24
 
 
-def plan_table(plan: Plan) -> RenderableType:
-    """What a :class:`Plan` looks like when printed with rich."""
-    parts = [site_table(plan)]
-    if plan.skipped:
-        parts.append(skipped_table(plan.skipped))
+def plan_table(sites: Sequence[Site], skipped: Sequence[Skipped]) -> RenderableType:
+    """What a :class:`se_inject.Plan` looks like when it is printed with rich."""
+    parts = [site_table(sites)]
+    if skipped:
+        parts.append(skipped_table(skipped))
     return Group(*parts)
 
 
-def site_table(plan: Plan, *, by_stage: bool = True) -> Table:
+def site_table(sites: Sequence[Site], *, by_stage: bool = True) -> Table:
     """One row a site, or one a stage where there are many; the footer sums the columns."""
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, show_edge=False, padding=0)
-    total = plan.added
-    grouped = by_stage and len(plan.sites) > _MANY
-    rows = _stages(plan.sites) if grouped else [[site] for site in plan.sites]
+    total = sum_costs(site.cost for site in sites)
+    grouped = by_stage and len(sites) > _MANY
+    rows = _stages(sites) if grouped else [[site] for site in sites]
     # Where 80 columns are too few, long block names are folded, never the figures.
-    table.add_column("block", plural(len(plan.sites), "site"), overflow="fold", min_width=8)
-    axes = dict.fromkeys(KINDS[site.layout.ndim].axes for site in plan.sites)
+    table.add_column("block", plural(len(sites), "site"), overflow="fold", min_width=8)
+    axes = dict.fromkeys(KINDS[site.layout.ndim].axes for site in sites)
     table.add_column(f"map\n{', '.join(axes)}", no_wrap=True)
     table.add_column("bottleneck\nC→rd", no_wrap=True)
     table.add_column("added\nparams", f"{total.params:,}", justify="right", no_wrap=True)
@@ -51,12 +50,12 @@ def site_table(plan: Plan, *, by_stage: bool = True) -> Table:
         ("MACs in\nscale", total.scale),
     ):
         table.add_column(header, f"{value:,}", justify="right", no_wrap=True)
-    for sites in rows:
-        cost = sum_costs(site.cost for site in sites)
+    for row in rows:
+        cost = sum_costs(site.cost for site in row)
         table.add_row(
-            Text(_label(sites)),
-            "×".join(map(str, sites[0].shape)),
-            f"{sites[0].channels}→{sites[0].bottleneck or 'own'}",
+            Text(_label(row)),
+            "×".join(map(str, row[0].shape)),
+            f"{row[0].channels}→{row[0].bottleneck or 'own'}",
             *(f"{v:,}" for v in (cost.params, cost.layers, cost.squeeze, cost.scale)),
         )
     return table

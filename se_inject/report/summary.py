@@ -31,7 +31,7 @@ def print_report(
         latency: what ``--benchmark`` measured.
         verbose: one row a site however many there are, and every skipped addition.
     """
-    _print_table(console, site_table(plan, by_stage=not verbose))
+    _print_table(console, site_table(plan.sites, by_stage=not verbose))
     if plan.skipped:
         _print_table(console, skipped_table(plan.skipped, verbose=verbose))
         console.print()
