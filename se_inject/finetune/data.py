@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
@@ -69,20 +70,20 @@ class Images(Dataset[Sample]):
         return str(names[self.indices[index]]) if names else f"image {self.indices[index]}"
 
 
+def seed_of(*numbers: int) -> int:
+    """One seed that follows from all the numbers, the same in every process."""
+    return zlib.crc32(repr(numbers).encode())
+
+
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Random numbers of Python, NumPy and torch that follow from ``numbers``; then as before."""
-    seed = zlib.crc32(repr(numbers).encode())
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    with isolate_rng(include_cuda=False):
+        seed = seed_of(*numbers)
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+        yield
 
 
 class Order(DistributedSampler[Any]):

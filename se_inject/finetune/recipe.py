@@ -17,7 +17,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from se_inject.api import se_parameters
 from se_inject.errors import TrainingError
-from se_inject.finetune.data import NO_IMAGE, Batch, seeded
+from se_inject.finetune.data import NO_IMAGE, Batch, seed_of, seeded
+from se_inject.finetune.network import head_of
 from se_inject.finetune.settings import Settings
 
 
@@ -113,7 +114,7 @@ class Recipe(pl.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         images, labels = self._images_of(batch)
         # Dropout and stochastic depth follow from the step: a resumed run draws the same numbers.
-        torch.manual_seed(hash((self.seed, self.global_step, self.global_rank)) % 2**63)
+        torch.manual_seed(seed_of(self.seed, self.global_step, self.global_rank))
         count = int((labels != NO_IMAGE).sum())
         if self._mixup is not None and count > 1:
             even = count // 2 * 2  # it mixes pairs
@@ -237,16 +238,3 @@ def _mixup(settings: Settings, classes: int) -> Mixup | None:
         label_smoothing=settings.label_smoothing,
         num_classes=classes,
     )
-
-
-def head_of(network: nn.Module) -> nn.Module:
-    """The classifier: what timm says it is, else the last Linear."""
-    of_timm: Any = getattr(network, "get_classifier", None)
-    if of_timm is not None:
-        head = of_timm()
-        if isinstance(head, nn.Module) and any(True for _ in head.parameters()):
-            return head
-    linears = [m for m in network.modules() if isinstance(m, nn.Linear)]
-    if not linears:
-        raise TrainingError(f"{type(network).__name__} has no Linear that could be its classifier.")
-    return linears[-1]
