@@ -18,7 +18,8 @@ from typer.testing import CliRunner, Result
 import se_inject
 from se_inject.cli import app as cli
 from se_inject.cli.options import Given, Only, expand
-from se_inject.plan.injection import Injection, option
+from se_inject.plan.injection import Injection
+from se_inject.plan.injection import option as knob
 
 ROOT = Path(__file__).parents[1]
 
@@ -281,9 +282,9 @@ def test_wrong_usage_has_exit_status_2(call, args: list[str]) -> None:
 @dataclass(frozen=True, kw_only=True)
 class Knobs:
     name: str = dataclasses.field(metadata={"argument": True, "help": "A name."})
-    big_size: int = option(3, "A number.", min=1)
-    on: bool = option(True, "A switch that is on.")
-    off: bool = option(False, "A switch that is off.")
+    big_size: int = knob(3, "A number.", min=1)
+    on: bool = knob(True, "A switch that is on.")
+    off: bool = knob(False, "A switch that is off.")
     hidden: int = 5  # no help: no option
 
 

@@ -95,7 +95,7 @@ class RunFolder(Callback):
 
 
 def save_network(network: nn.Module, path: Path, *, base_is_known: bool) -> None:
-    """The SE blocks and what was trained; all where the base began at random, or in the control."""
+    """Write the SE blocks and what was trained; all, where the base is random or has no SE."""
     if blocks_of(network):
         save_se(network, path, extra="trained" if base_is_known else "*")
         return
@@ -106,7 +106,7 @@ def save_network(network: nn.Module, path: Path, *, base_is_known: bool) -> None
 
 
 class PlainLines(Callback):
-    """A line an epoch, where the output is no terminal."""
+    """Prints a line after each epoch, where the output is no terminal."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -124,8 +124,10 @@ class PlainLines(Callback):
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Lightning's own goes through the system's folder for temporary files, which may be on
-    another disk: a kill in the middle would then leave half a checkpoint, and no other.
+    """Writes a checkpoint beside the old one and then replaces it.
+
+    Lightning's own goes through the system's folder for temporary files, which may be on another
+    disk: a kill in the middle would then leave half a checkpoint, and no other.
     """
 
     def save_checkpoint(

@@ -110,7 +110,7 @@ class Order(DistributedSampler[Any]):
 def loader(
     images: Images, settings: Settings, *, training: bool, epoch: int, rank: int, world: int
 ) -> DataLoader[Any]:
-    """Batches of one process; all processes together see batches of ``settings.batch_size``."""
+    """The batches of one process; all processes together see batches of ``settings.batch_size``."""
     order = Order(images, world, rank, shuffle=training, seed=images.seed, drop_last=False)
     order.set_epoch(epoch)
     size = settings.batch_size // world
@@ -146,8 +146,9 @@ def open_data(
     """The sets of a run.
 
     Args:
-        config: what ``timm.data.resolve_model_data_config`` says of the network.
-        seed: of the order and the augmentation.
+        config: how images are prepared for the network, as ``timm.data.resolve_model_data_config``
+            says.
+        seed: the order and the augmentation follow from it.
         whole: validate on all images where there is no validation part, instead of a share.
 
     Raises:
@@ -193,7 +194,7 @@ def open_data(
 
 
 def transforms(settings: Settings, config: dict[str, Any]) -> tuple[Any, Any]:
-    """timm's own for the network; digits are not mirrored."""
+    """timm's transforms for the network, to train and to validate; digits are not mirrored."""
     size = settings.img_size
     config = {**config, **({"input_size": (3, size, size)} if size else {})}
     training = create_transform(

@@ -34,16 +34,18 @@ class Trained:
     data_config: dict[str, Any]  # how timm prepares images for it
 
     def scores(self, images: Tensor) -> Tensor:
-        """Of images [N, C, H, W], as [N, classes] in float32 on the CPU."""
+        """The scores of images [N, C, H, W], as [N, classes] in float32 on the CPU."""
         device = next(self.network.parameters()).device
         scores: Tensor = self.network(images.to(device))
         return scores.float().cpu()
 
 
 def load_run(folder: Path) -> Trained:
-    """Raises:
-    ArgumentError: the folder has no finished run.
-    CheckpointError: its files are damaged.
+    """The best network of a finished run.
+
+    Raises:
+        ArgumentError: the folder has no finished run.
+        CheckpointError: its files are damaged.
     """
     settings = read_config(folder)
     summary = folder / "summary.json"
@@ -66,9 +68,9 @@ def load_run(folder: Path) -> Trained:
 
 @torch.no_grad()
 def evaluate(run: Trained, folder: Path, data: str | None = None) -> dict[str, Any]:
-    """Accuracy in all and by class, and the confusion matrix as CSV and PNG in the run folder.
+    """The accuracy in all and by class; the confusion matrix goes into the run folder.
 
-    Of ``data``, where given, all images count unless it has a validation part of its own.
+    Where ``data`` is given, all its images count unless it has a validation part of its own.
     """
     settings = run.settings if data is None else replace(run.settings, data=data)
     opened = open_data(settings, run.data_config, settings.seed, whole=data is not None)
@@ -121,7 +123,7 @@ def predict(run: Trained, path: Path, count: int = 3) -> list[tuple[str, float]]
 
 
 def _write_matrix(matrix: Tensor, classes: tuple[str, ...], folder: Path) -> None:
-    """Rows are the true classes."""
+    """The rows of the table and of the picture are the true classes."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -113,9 +113,9 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """As Lightning's, which wants a state of the optimizer for all that has gradients.
+        """Load as Lightning does, which wants an optimizer state for all that has gradients.
 
-        What had not learnt when the checkpoint was made has none.
+        What had not learnt when the checkpoint was made has no such state.
         """
         recipe = self.lightning_module
         assert isinstance(recipe, Recipe)
@@ -126,7 +126,7 @@ class Sharded(ModelParallelStrategy):
 
 
 def epochs_done(last: Path) -> int:
-    """Whole epochs in a checkpoint: on a restart, Lightning starts workers before it says so."""
+    """The whole epochs in a checkpoint. Lightning starts its workers before it says so."""
     if not last.exists():
         return 0
     checkpoint = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
@@ -138,7 +138,7 @@ def ranks_of(trainer: pl.Trainer) -> dict[str, int]:
 
 
 def check_space(folder: Path, params: int) -> None:
-    """Weights, two moments and the best weights, and as much again while a file is replaced."""
+    """The run keeps weights, two moments and the best weights, twice while files are replaced."""
     wanted, free = 32 * params, shutil.disk_usage(folder).free
     if free < wanted:
         raise ArgumentError(

@@ -17,7 +17,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation of each arm, and whether the arms differ by more than noise."""
+    """The mean and standard deviation of each arm, and whether they differ by more than noise."""
     arms: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         arms.setdefault(result["arm"], []).append(result)
@@ -42,7 +42,7 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def verdict(arms: dict[str, list[dict[str, Any]]]) -> str:
-    """In words, from a paired t-test: both arms of a seed saw the same batches."""
+    """What the arms say, in words, from a paired t-test: both arms of a seed saw the same batches."""
     if "control" not in arms:
         return "No control arm: --control says whether the SE blocks helped."
     se, control = ([100 * r["val_acc"] for r in arms[arm]] for arm in ("se", "control"))
@@ -62,7 +62,7 @@ def verdict(arms: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss and accuracy over the epochs, one line an arm and seed."""
+    """Draw loss and accuracy over the epochs, with one line for each arm and seed."""
     import matplotlib
 
     matplotlib.use("Agg")
