@@ -42,7 +42,7 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def verdict(arms: dict[str, list[dict[str, Any]]]) -> str:
-    """What the arms say, in words, from a paired t-test: both arms of a seed saw the same batches."""
+    """What the arms say, from a paired t-test: both arms of a seed saw the same batches."""
     if "control" not in arms:
         return "No control arm: --control says whether the SE blocks helped."
     se, control = ([100 * r["val_acc"] for r in arms[arm]] for arm in ("se", "control"))

@@ -251,7 +251,7 @@ def _shards(settings: Settings, name: str) -> tuple[Source, Source | None]:
 
 
 def _key(name: str) -> tuple[str, str]:
-    """Key and extension as WebDataset has them: the extension begins at the first dot of the file name."""
+    """Key and extension as WebDataset has them, divided at the first dot of the file name."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return folder + slash + stem, extension
