@@ -36,6 +36,10 @@ class CheckpointError(SEInjectError, ValueError):
     """A file that cannot be loaded: damaged, foreign, of another version or for another base."""
 
 
+class ForeignFileError(CheckpointError):
+    """A whole ``.safetensors`` file that save_se did not write, such as a plain state dict."""
+
+
 class DataError(SEInjectError, ValueError):
     """A data set that cannot be trained on: empty, one class, parts that do not fit together."""
 

@@ -1,17 +1,25 @@
 """The command line, mostly in this process; once each as a real process."""
 
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 import se_inject
 from se_inject.cli import app as cli
+from se_inject.cli.options import Given, Only, expand
+from se_inject.plan.injection import Injection
+from se_inject.plan.injection import option as knob
 
 ROOT = Path(__file__).parents[1]
 
@@ -268,6 +276,64 @@ def test_wrong_usage_has_exit_status_2(call, args: list[str]) -> None:
     status, out, err = call(*args)
     assert (status, out) == (2, "")
     assert "Usage" in err
+
+
+# --- options from the fields of a dataclass -----------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs:
+    name: str = dataclasses.field(metadata={"argument": True, "help": "A name."})
+    big_size: int = knob(3, "A number.", min=1)
+    on: bool = knob(True, "A switch that is on.")
+    off: bool = knob(False, "A switch that is off.")
+    hidden: int = 5  # no help: no option
+
+
+def invoke(command: Callable[..., None], *args: str) -> Result:
+    own = typer.Typer()
+    own.command()(expand(command))
+    return CliRunner().invoke(own, args)
+
+
+def test_a_command_takes_the_fields_of_a_dataclass() -> None:
+    seen: list[Any] = []
+
+    def whole(knobs: Knobs) -> None:
+        seen.append(knobs)
+
+    def one(knobs: Annotated[Knobs, Only("name", "big_size")], other: int = 0) -> None:
+        seen.append((knobs.big_size, other))
+
+    def some(given: Annotated[Given, Knobs]) -> None:
+        seen.append(dict(given))
+
+    assert invoke(whole, "x", "--big-size", "4", "--no-on", "--off").exit_code == 0
+    assert invoke(one, "x", "--other", "2").exit_code == 0
+    assert invoke(one, "x", "--off").exit_code == 2
+    assert invoke(some, "--big-size", "3").exit_code == 0
+    assert invoke(whole, "x", "--big-size", "0").exit_code == 2
+    assert invoke(whole, "x", "--no-off").exit_code == 2
+    assert invoke(whole, "x", "--hidden", "1").exit_code == 2
+    assert seen == [Knobs(name="x", big_size=4, on=False, off=True), (3, 2), {"big_size": 3}]
+
+
+def test_the_options_of_an_injection_become_one_object() -> None:
+    seen: list[Any] = []
+
+    def command(injection: Injection) -> None:
+        seen.append(injection)
+
+    assert invoke(command).exit_code == 0
+    assert (
+        invoke(command, "--r", "layer4.*=8,16", "--include", "a", "--include", "b").exit_code == 0
+    )
+    assert invoke(command, "--attention", "eca", "--gate", "tanh").exit_code == 0
+    assert seen == [
+        Injection(),
+        Injection(r={"layer4.*": 8, "*": 16}, include=("a", "b")),
+        Injection(attention="eca", gate="tanh"),
+    ]
 
 
 # --- help, version, real processes -------------------------------------------------------------

@@ -4,6 +4,7 @@ import csv
 import functools
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from test_cli import run as command
 from torch import Tensor, nn
 
 from se_inject import ArgumentError, DataError, TrainingError, UnknownModelError, inject_se, save_se
+from se_inject.finetune import config, network, results
 from se_inject.finetune import evaluate as use
 from se_inject.finetune import trainer as running
 from se_inject.finetune.data import NO_IMAGE, Images, loader, open_data, split
@@ -39,6 +41,7 @@ pytestmark = pytest.mark.filterwarnings(
 SETTINGS = Settings(
     "test_resnet", pretrained=False, epochs=2, warmup_epochs=1, img_size=32, workers=0, lr=3e-3
 )
+DATA = Path(__file__).parent / "data"
 QUIET = Console(quiet=True)
 CONFIG = timm.data.resolve_data_config({"input_size": (3, 32, 32)})
 
@@ -220,7 +223,7 @@ def test_a_verdict_says_what_the_seeds_say() -> None:
         return [{"val_acc": a} for a in accuracies]
 
     def verdict(**arms: list[dict[str, Any]]) -> str:
-        return running._verdict(arms)
+        return results.verdict(arms)
 
     clear = verdict(se=arm(0.90, 0.91, 0.93), control=arm(0.80, 0.82, 0.82))
     assert clear == "With SE +10.00 points, 95 % interval ±2.48 over 3 seeds: more than the noise."
@@ -287,6 +290,35 @@ def test_kill_minus_nine_and_sigterm_go_on_to_the_same_weights(tmp_path: Path) -
         again = weights(folder)
         assert [key for key in expected if not torch.equal(expected[key], again[key])] == []
         assert rows_of(folder) == metrics
+
+
+def test_a_run_folder_of_before_the_rooms_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after epoch 1 of 3, by the version in which one file did it all."""
+    monkeypatch.syspath_prepend(DATA)
+    folder = tmp_path / "run"
+    shutil.copytree(DATA / "stopped_run", folder)
+    before = rows_of(folder)
+    running.resume(folder, QUIET)
+    rows = rows_of(folder)
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert rows[:1] == before
+    assert use.load_run(folder).classes == tuple("0123456789")
+
+
+def test_settings_are_in_the_file_as_before(tmp_path: Path) -> None:
+    shutil.copy(DATA / "stopped_run" / "config.json", tmp_path)
+    old = json.loads((tmp_path / "config.json").read_text())
+    settings = config.read_config(tmp_path)
+    assert settings.include is None
+    config.write_config(settings, tmp_path)
+    new = json.loads((tmp_path / "config.json").read_text())
+    assert new | old == new
+    assert list(new)[:2] == ["model", "data"]
+    config.write_config(replace(settings, include="a.*", exclude=("b", "c")), tmp_path)
+    again = config.read_config(tmp_path)
+    assert (again.include, again.exclude) == (("a.*",), ("b", "c"))
 
 
 def test_the_best_network_evaluates_as_in_training_and_predicts(tmp_path: Path) -> None:
@@ -612,7 +644,7 @@ class Free:
 
 def test_weights_that_cannot_be_fetched_name_both_ways_out(tmp_path: Path) -> None:
     with pytest.raises(UnknownModelError, match="--checkpoint FILE, or begin with --no-pretrained"):
-        running.base_of(replace(SETTINGS, pretrained=True))
+        network.base_of(replace(SETTINGS, pretrained=True))
 
 
 def test_the_command_trains_and_says_so(tmp_path: Path) -> None:

@@ -1,73 +1,157 @@
-"""Options of the command line that say which blocks are put where: one text for all commands."""
+"""Options of commands, made from the fields of a dataclass: each knob is written once.
 
-from collections.abc import Sequence
+A field that was made by :func:`se_inject.plan.injection.option` has its default, its help and what
+else Typer should know. A command takes the options of a whole dataclass in one parameter:
+
+    @expand
+    def report(model: str, injection: Injection) -> None: ...             # all fields, as an object
+    @expand
+    def export(injection: Annotated[Injection, Only("attention")]): ...   # one of them
+    @expand
+    def finetune(given: Annotated[Given, Settings]) -> None: ...          # what the user gave
+"""
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass
 from typing import Annotated, Any
 
 import typer
 
-from se_inject.layers.attention import ATTENTIONS
-from se_inject.layers.gates import Gate, Init
-from se_inject.layers.squeezes import Squeeze
-from se_inject.sites.placements import Placement
+from se_inject.layers.attention import SELayer
+from se_inject.names import Patterns
+from se_inject.plan.injection import Ratio
 
-_PANEL = "The SE blocks"
-
-
-def _option(*names: str, **kwargs: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=_PANEL, **kwargs)
+_CONTEXT = "context_of_the_options"
 
 
-RatioOption = Annotated[
-    list[str],
-    _option(
-        "--r",
-        metavar="N | GLOB=N,...",
-        help="Reduction ratio C / rd of the SE bottleneck; by block name, first match wins:"
-        " 'layer4.*=32,16'. Repeatable.",
-    ),
-]
-DivisorOption = Annotated[
-    int, _option(help="Bottleneck widths are multiples of this, and at least this.")
-]
-IncludeOption = Annotated[
-    list[str] | None,
-    _option(
-        help="Only blocks that match this glob, such as 'layer4.*'. Repeatable.",
-        show_default="all",
-    ),
-]
-ExcludeOption = Annotated[
-    list[str] | None,
-    _option(
-        help="No blocks that match this glob; wins over --include. Repeatable.",
-        show_default="none",
-    ),
-]
-PlacementOption = Annotated[
-    Placement,
-    _option(
-        help="standard: on the branch before the addition; pre: on what the branch reads; post:"
-        " behind the addition and its ReLU; identity: on the shortcut; 3x3: behind the branch's"
-        " last spatial convolution and its norm."
-    ),
-]
-SqueezeOption = Annotated[
-    Squeeze,
-    _option(help="Mean or maximum over the map, or none: the layers at every position."),
-]
-GateOption = Annotated[Gate, _option(help="What the excitation ends with.")]
-BiasOption = Annotated[bool, _option("--bias/--no-bias", help="Biases of the two SE layers.")]
-InitOption = Annotated[
-    Init, _option(help="Start as the base network, or with the paper's random gates.")
-]
-AttentionOption = Annotated[
-    str | None,
-    _option(
-        metavar="NAME",
-        help=f"Another layer of timm in place of SE: {', '.join(ATTENTIONS)}.",
-        show_default="none",
-    ),
-]
+@dataclass(frozen=True)
+class Only:
+    """The command takes these fields; the others keep their defaults."""
+
+    fields: tuple[str, ...]
+
+    def __init__(self, *fields: str) -> None:
+        object.__setattr__(self, "fields", fields)
+
+
+class Given(dict[str, Any]):
+    """The values that stand on the command line, by the name of their field."""
+
+
+def flag(name: str) -> str:
+    """The option of a field, as the user writes it: ``--batch-size`` of ``batch_size``."""
+    return "--" + name.replace("_", "-")
+
+
+def expand(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as Typer takes it: each parameter of a dataclass becomes that class's options."""
+    own = inspect.signature(command, eval_str=True).parameters
+    groups = {name: group for name, p in own.items() if (group := _group_of(p.annotation))}
+    parameters = []
+    for name, parameter in own.items():
+        if name in groups:
+            parameters += [_parameter(field, hint) for field, hint in groups[name].options()]
+        else:
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
+    parameters.append(
+        inspect.Parameter(
+            _CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context, default=None
+        )
+    )
+
+    @functools.wraps(command)
+    def call(**values: Any) -> None:
+        context: typer.Context = values.pop(_CONTEXT)
+        for name, group in groups.items():
+            values[name] = group.build(values, context)
+        command(**values)
+
+    signature = inspect.Signature(parameters)
+    call.__signature__ = signature  # type: ignore[attr-defined]  # what Typer reads
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    return call
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A parameter of a command that stands for the options of a dataclass."""
+
+    kind: type[Any]
+    only: tuple[str, ...] | None
+    given: bool  # the command wants what the user gave, and no object
+
+    def options(self) -> Iterator[tuple["Field[Any]", Any]]:
+        hints = typing.get_type_hints(self.kind)
+        for field in dataclasses.fields(self.kind):
+            if "help" in field.metadata and (self.only is None or field.name in self.only):
+                yield field, hints[field.name]
+
+    def build(self, values: dict[str, Any], context: typer.Context) -> Any:
+        """The object, or what was given; its values are taken out of ``values``."""
+        own: dict[str, Any] = {}
+        for field, hint in self.options():
+            value = values.pop(field.name)
+            if not self.given or _is_given(context, field.name):
+                own[field.name] = _in_python(hint, value)
+        return Given(own) if self.given else self.kind(**own)
+
+
+def _group_of(annotation: Any) -> _Group | None:
+    only: tuple[str, ...] | None = None
+    if typing.get_origin(annotation) is Annotated:
+        annotation, *extras = typing.get_args(annotation)
+        if annotation is Given:
+            return _Group(extras[0], None, given=True)
+        only = next((extra.fields for extra in extras if isinstance(extra, Only)), None)
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return _Group(annotation, only, given=False)
+    return None
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+# --- one field -----------------------------------------------------------------------------------
+
+
+def _parameter(field: "Field[Any]", hint: Any) -> inspect.Parameter:
+    extra = dict(field.metadata)
+    extra["rich_help_panel"] = extra.pop("panel", None)
+    default: Any = None if field.default is MISSING else field.default
+    if extra.pop("argument", False):
+        info: Any = typer.Argument(**extra)
+        hint = hint | None if field.default is MISSING else hint
+    else:
+        name = flag(field.name)
+        two_sided = hint is bool and default
+        info = typer.Option(f"{name}/--no-{name[2:]}" if two_sided else name, **extra)
+    if hint == Ratio:
+        hint, default = list[str], [str(default)]
+    elif hint == Patterns:
+        hint = list[str] | None
+    elif hint == str | SELayer | None:
+        hint = str | None
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[hint, info],
+        default=default,
+    )
+
+
+def _in_python(hint: Any, value: Any) -> Any:
+    """A value of the command line as the field has it."""
+    if hint == Ratio:
+        return parse_ratio(value)
+    if hint == Patterns:
+        return tuple(value) if value else None
+    return value
 
 
 def parse_ratio(values: Sequence[str]) -> int | dict[str, int]:

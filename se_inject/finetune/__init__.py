@@ -2,10 +2,19 @@
 
     Settings ──▶ data ──▶ arms (with SE, control) × seeds ──▶ Lightning ──▶ run folder ──▶ summary
 
-    settings.py   all options of a run, as ``config.json`` keeps them
-    data.py       folders, ``torch/``, ``hfds/``, the embedded digits -> training and validation set
+    settings.py   all options of a run; config.py keeps them in ``config.json``
+    sources.py    folders, ``torch/``, ``hfds/``, shards, the embedded digits -> labelled images
+    data.py       a source -> training and validation set, the same in every run
+    network.py    MODEL -> the base with its weights, a head for the classes
     recipe.py     the LightningModule: what is frozen when, rates, loss, metrics
-    run.py        one command: its arms and seeds, the run folder, resuming
+    results.py    the summary, its verdict, the curves
+    callbacks.py  what a run keeps after each epoch, and what it says
+    machine.py    processes, the Lightning Trainer, stops
+    arm.py        one arm with one seed
+    trainer.py    one command: ``start`` and ``resume``
+    evaluate.py   the best network of a run, measured and asked about images
 
-Imported by its commands only: Lightning is an extra (``pip install 'se-inject[finetune]'``).
+The command line uses ``Settings``, ``start``, ``resume``, ``load_run``, ``evaluate`` and
+``predict``; nothing else of this room is for others. All but ``settings.py`` and ``config.py``
+import Lightning, which is an extra (``pip install 'se-inject[finetune]'``).
 """

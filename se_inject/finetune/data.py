@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
@@ -69,20 +70,20 @@ class Images(Dataset[Sample]):
         return str(names[self.indices[index]]) if names else f"image {self.indices[index]}"
 
 
+def seed_of(*numbers: int) -> int:
+    """One seed that follows from all the numbers, the same in every process."""
+    return zlib.crc32(repr(numbers).encode())
+
+
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Random numbers of Python, NumPy and torch that follow from ``numbers``; then as before."""
-    seed = zlib.crc32(repr(numbers).encode())
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    with isolate_rng(include_cuda=False):
+        seed = seed_of(*numbers)
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+        yield
 
 
 class Order(DistributedSampler[Any]):
@@ -109,7 +110,7 @@ class Order(DistributedSampler[Any]):
 def loader(
     images: Images, settings: Settings, *, training: bool, epoch: int, rank: int, world: int
 ) -> DataLoader[Any]:
-    """Batches of one process; all processes together see batches of ``settings.batch_size``."""
+    """The batches of one process; all processes together see batches of ``settings.batch_size``."""
     order = Order(images, world, rank, shuffle=training, seed=images.seed, drop_last=False)
     order.set_epoch(epoch)
     size = settings.batch_size // world
@@ -145,8 +146,9 @@ def open_data(
     """The sets of a run.
 
     Args:
-        config: what ``timm.data.resolve_model_data_config`` says of the network.
-        seed: of the order and the augmentation.
+        config: how images are prepared for the network, as ``timm.data.resolve_model_data_config``
+            says.
+        seed: the order and the augmentation follow from it.
         whole: validate on all images where there is no validation part, instead of a share.
 
     Raises:
@@ -192,7 +194,7 @@ def open_data(
 
 
 def transforms(settings: Settings, config: dict[str, Any]) -> tuple[Any, Any]:
-    """timm's own for the network; digits are not mirrored."""
+    """timm's transforms for the network, to train and to validate; digits are not mirrored."""
     size = settings.img_size
     config = {**config, **({"input_size": (3, size, size)} if size else {})}
     training = create_transform(

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_confusion_matrix
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from se_inject.api import remove_se
-from se_inject.edit.block_class import edit_of
 from se_inject.errors import ArgumentError, DataError
+from se_inject.finetune.config import read_config
 from se_inject.finetune.data import NO_IMAGE, loader, open_data, transforms
+from se_inject.finetune.network import base_of, blocks_of, with_head
 from se_inject.finetune.settings import Settings
 from se_inject.finetune.sources import to_rgb
-from se_inject.finetune.trainer import CONFIG, base_of, with_head
 from se_inject.keep.atomic import replacing
 from se_inject.keep.header import read_header
 from se_inject.keep.load import load_se
@@ -34,18 +34,20 @@ class Trained:
     data_config: dict[str, Any]  # how timm prepares images for it
 
     def scores(self, images: Tensor) -> Tensor:
-        """Of images [N, C, H, W], as [N, classes] in float32 on the CPU."""
+        """The scores of images [N, C, H, W], as [N, classes] in float32 on the CPU."""
         device = next(self.network.parameters()).device
         scores: Tensor = self.network(images.to(device))
         return scores.float().cpu()
 
 
 def load_run(folder: Path) -> Trained:
-    """Raises:
-    ArgumentError: the folder has no finished run.
-    CheckpointError: its files are damaged.
+    """The best network of a finished run.
+
+    Raises:
+        ArgumentError: the folder has no finished run.
+        CheckpointError: its files are damaged.
     """
-    settings = Settings.read(folder / CONFIG)
+    settings = read_config(folder)
     summary = folder / "summary.json"
     if not summary.exists():
         raise ArgumentError(f"{folder} is not finished: se-inject finetune --resume {folder}")
@@ -56,7 +58,7 @@ def load_run(folder: Path) -> Trained:
     network = with_head(network, len(classes))
     if read_header(best).differing(network):
         network, config = base_of(settings)
-        if any(edit_of(module) for module in network.modules()):  # --checkpoint was of save_se
+        if blocks_of(network):  # --checkpoint was of save_se
             remove_se(network)
         network = with_head(network, len(classes))
     load_se(network, best, se_layer=settings.se_layer)
@@ -66,36 +68,39 @@ def load_run(folder: Path) -> Trained:
 
 @torch.no_grad()
 def evaluate(run: Trained, folder: Path, data: str | None = None) -> dict[str, Any]:
-    """Accuracy in all and by class, and the confusion matrix as CSV and PNG in the run folder.
+    """The accuracy in all and by class; the confusion matrix goes into the run folder.
 
-    Of ``data``, where given, all images count unless it has a validation part of its own.
+    Where ``data`` is given, all its images count unless it has a validation part of its own.
     """
     settings = run.settings if data is None else replace(run.settings, data=data)
-    images = open_data(settings, run.data_config, settings.seed, whole=data is not None)
-    if images.classes != run.classes:
+    opened = open_data(settings, run.data_config, settings.seed, whole=data is not None)
+    if opened.classes != run.classes:
         raise DataError(
             f"the classes of {settings.data} are not those of the run:"
-            f" {', '.join(images.classes[:3])}, ... and {', '.join(run.classes[:3])}, ..."
+            f" {', '.join(opened.classes[:3])}, ... and {', '.join(run.classes[:3])}, ..."
         )
-    scores, labels, unreadable = [], [], []
-    for x, y, bad in loader(images.val, settings, training=False, epoch=0, rank=0, world=1):
+    count = len(run.classes)
+    top1 = MulticlassAccuracy(count, average="micro")
+    top5 = MulticlassAccuracy(count, average="micro", top_k=min(5, count))
+    confusion = MulticlassConfusionMatrix(count)
+    images_read, unreadable = 0, []
+    for x, y, bad in loader(opened.val, settings, training=False, epoch=0, rank=0, world=1):
         unreadable += bad
         if y[0] != NO_IMAGE:
-            scores.append(run.scores(x))
-            labels.append(y)
-    if not labels:
+            scores = run.scores(x)
+            for metric in (top1, top5, confusion):
+                metric.update(scores, y)
+            images_read += len(y)
+    if not images_read:
         raise DataError(f"--data {settings.data}: no image can be read, such as {unreadable[0]}.")
-    result = torch.cat(scores), torch.cat(labels)
-    matrix = multiclass_confusion_matrix(*result, num_classes=len(run.classes))
+    matrix: Tensor = confusion.compute()
     _write_matrix(matrix, run.classes, folder)
-    top = result[0].topk(min(5, len(run.classes)), dim=1).indices
-    hits = top == result[1][:, None]
     by_class = (matrix.diag() / matrix.sum(1)).tolist()  # nan: no image of that class
     return {
-        "images": len(result[1]),
+        "images": images_read,
         "unreadable": unreadable,
-        "top1": hits[:, 0].float().mean().item(),
-        "top5": hits.any(1).float().mean().item(),
+        "top1": top1.compute().item(),
+        "top5": top5.compute().item(),
         "classes": {
             name: None if math.isnan(accuracy) else accuracy
             for name, accuracy in zip(run.classes, by_class, strict=True)
@@ -118,7 +123,7 @@ def predict(run: Trained, path: Path, count: int = 3) -> list[tuple[str, float]]
 
 
 def _write_matrix(matrix: Tensor, classes: tuple[str, ...], folder: Path) -> None:
-    """Rows are the true classes."""
+    """The rows of the table and of the picture are the true classes."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -17,7 +17,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from se_inject.api import se_parameters
 from se_inject.errors import TrainingError
-from se_inject.finetune.data import NO_IMAGE, Batch, seeded
+from se_inject.finetune.data import NO_IMAGE, Batch, seed_of, seeded
+from se_inject.finetune.network import head_of
 from se_inject.finetune.settings import Settings
 
 
@@ -30,9 +31,9 @@ class Recipe(pl.LightningModule):
     it would compute something else from one step to the next, and unlearn what it knew.
 
     Args:
-        network: with its SE blocks and the head that is to be trained, on the CPU.
-        classes: of the data.
-        seed: of dropout, stochastic depth and mixup.
+        network: the network on the CPU, with its SE blocks and the head that is to be trained.
+        classes: how many classes the data have.
+        seed: dropout, stochastic depth and mixup follow from it.
         blocks: names of the blocks that ``--strategy fsdp`` shards one by one.
 
     Raises:
@@ -51,7 +52,7 @@ class Recipe(pl.LightningModule):
         self.network = network
         if torch.cuda.is_available():
             network.to(memory_format=torch.channels_last)
-        # In a list, or Lightning would take the compiled network for a second one.
+        # It is in a list, because Lightning would take the compiled network for a second one.
         self._forward = [torch.compile(network) if settings.compile else network]
         self.settings = settings
         self.seed = seed
@@ -68,7 +69,7 @@ class Recipe(pl.LightningModule):
         self._statistics_frozen = settings.statistics_frozen
         if not self._statistics_frozen:
             _follow_closely(network)
-        # As in the last phase, because DDP wires what requires a gradient when it wraps the model.
+        # DDP wires what requires a gradient when it wraps the model, so the last phase comes first.
         self.set_phase(settings.epochs)
         if not any(p.requires_grad for p in network.parameters()):
             raise TrainingError("there is nothing to train: no SE block and no head.")
@@ -76,7 +77,7 @@ class Recipe(pl.LightningModule):
     # --- phases ----------------------------------------------------------------------------------
 
     def set_phase(self, epoch: int) -> None:
-        """Let require gradients what learns in this epoch, counted from 0."""
+        """What learns in this epoch (counted from 0) requires gradients, and nothing else does."""
         all_learn = self.settings.train == "all" and epoch >= self.settings.warmup_epochs
         for name, p in self.network.named_parameters():
             p.requires_grad_(all_learn or name in self.new)
@@ -113,7 +114,7 @@ class Recipe(pl.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         images, labels = self._images_of(batch)
         # Dropout and stochastic depth follow from the step: a resumed run draws the same numbers.
-        torch.manual_seed(hash((self.seed, self.global_step, self.global_rank)) % 2**63)
+        torch.manual_seed(seed_of(self.seed, self.global_step, self.global_rank))
         count = int((labels != NO_IMAGE).sum())
         if self._mixup is not None and count > 1:
             even = count // 2 * 2  # it mixes pairs
@@ -126,7 +127,7 @@ class Recipe(pl.LightningModule):
             scores = self._forward[0](images)
             loss = self._smoothing(scores, labels)
         else:
-            # Nothing to learn from, but the other processes wait for these gradients.
+            # There is nothing to learn from, but the other processes wait for these gradients.
             scores = self._forward[0](images)
             loss = scores.sum() * 0
         if not torch.isfinite(loss):
@@ -237,16 +238,3 @@ def _mixup(settings: Settings, classes: int) -> Mixup | None:
         label_smoothing=settings.label_smoothing,
         num_classes=classes,
     )
-
-
-def head_of(network: nn.Module) -> nn.Module:
-    """The classifier: what timm says it is, else the last Linear."""
-    of_timm: Any = getattr(network, "get_classifier", None)
-    if of_timm is not None:
-        head = of_timm()
-        if isinstance(head, nn.Module) and any(True for _ in head.parameters()):
-            return head
-    linears = [m for m in network.modules() if isinstance(m, nn.Linear)]
-    if not linears:
-        raise TrainingError(f"{type(network).__name__} has no Linear that could be its classifier.")
-    return linears[-1]

@@ -1,72 +1,161 @@
-"""All options of a fine-tuning run."""
+"""All options of a fine-tuning run, each of them once: type, default, help and limits.
 
-import dataclasses
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+The command line makes its options from these fields, ``config.json`` keeps them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
 
 from se_inject.errors import ArgumentError
-from se_inject.keep.atomic import replacing
-from se_inject.layers.attention import Attention
-from se_inject.layers.gates import Gate, Init
-from se_inject.layers.squeezes import Squeeze
-from se_inject.sites.placements import Placement
+from se_inject.plan.injection import Injection, option
 
 Train = Literal["se", "se+head", "all"]
 BNStats = Literal["auto", "frozen", "moving"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 
+_NETWORK, _TRAINING, _MACHINE = ({"panel": name} for name in ("Network", "Training", "Machine"))
+
+# What may be another than before when a run goes on: the machine, and nothing that is learnt.
+ON_RESUME = ("devices", "nodes", "strategy", "workers")
+
 
 @dataclass(frozen=True)
-class Settings:
-    """What ``config.json`` keeps, so that a run can be repeated or gone on with."""
+class Settings(Injection):
+    """What ``config.json`` keeps, so that a run can be repeated or gone on with.
 
-    model: str
-    data: str = "digits"
-    data_dir: str | None = None
-    r: int | dict[str, int] = 16
-    divisor: int = 8
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    placement: Placement = "standard"
-    squeeze: Squeeze = "avg"
-    gate: Gate = "sigmoid"
-    bias: bool = True
-    init: Init = "identity"
-    attention: str | None = None  # of timm, in place of SE
-    pretrained: bool = True
-    checkpoint: str | None = None
-    epochs: int = 10
-    warmup_epochs: int = 2
-    batch_size: int = 64  # of all processes together
-    lr: float = 1e-3
-    base_lr_scale: float = 0.1
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.1
-    clip: float = 1.0
-    img_size: int | None = None
-    val_split: float = 0.2
-    train: Train = "all"
-    bn_stats: BNStats = "auto"
-    aa: str | None = None
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    precision: str | None = None
-    devices: str = "auto"
-    nodes: int = 1
-    strategy: Strategy = "auto"
-    workers: int = 2
-    seed: int = 0
-    seeds: int = 1
-    control: bool = False
-    ema: float | None = None
-    compile: bool = False
+    The options of the SE blocks are those of every injection.
+    """
 
-    @property
-    def se_layer(self) -> Attention | None:
-        """What goes in in place of SE blocks."""
-        return None if self.attention is None else Attention(self.attention)
+    model: str = field(
+        metadata={
+            "argument": True,
+            "metavar": "MODEL",
+            "help": "A timm name, torchvision/NAME, or module:callable.",
+            "show_default": False,
+        }
+    )
+    data: str = option(
+        "digits",
+        "A folder of class folders (or of train/ and val/), torch/NAME of torchvision, hfds/NAME of"
+        " Hugging Face, wds/FOLDER of WebDataset shards, or digits: scikit-learn's 1,797"
+        " handwritten digits.",
+    )
+    data_dir: str | None = option(
+        None, "The folder where torch/, hfds/ or wds/ data lie or go.", show_default="here"
+    )
+
+    pretrained: bool = option(True, "Begin from the library's weights.", **_NETWORK)
+    checkpoint: str | None = option(
+        None,
+        "Begin from the weights in this file: a state dict, or a file of save_se.",
+        metavar="FILE",
+        show_default=False,
+        **_NETWORK,
+    )
+
+    epochs: int = option(10, "The number of epochs of the whole run.", min=1, **_TRAINING)
+    warmup_epochs: int = option(
+        2,
+        "The number of first epochs in which only the SE blocks and the head learn.",
+        min=0,
+        **_TRAINING,
+    )
+    batch_size: int = option(
+        64, "The number of images in a step, of all processes together.", min=1, **_TRAINING
+    )
+    lr: float = option(
+        1e-3, "The peak learning rate of the SE blocks and the head (AdamW).", **_TRAINING
+    )
+    base_lr_scale: float = option(
+        0.1, "The base learns at this share of that rate.", min=0, **_TRAINING
+    )
+    weight_decay: float = option(
+        0.05, "The weight decay of AdamW; biases and norms have none.", min=0, **_TRAINING
+    )
+    label_smoothing: float = option(
+        0.1,
+        "The share of each label that is spread over all classes.",
+        min=0,
+        max=0.9,
+        **_TRAINING,
+    )
+    clip: float = option(
+        1.0,
+        "The largest norm that the gradient of a step may have; 0 lets it have any.",
+        min=0,
+        **_TRAINING,
+    )
+    train: Train = option("all", "What learns after the epochs of the frozen base.", **_TRAINING)
+    bn_stats: BNStats = option(
+        "auto",
+        "BatchNorm statistics after the epochs of the frozen base: auto keeps those of a pretrained"
+        " base frozen and lets those of a random one move.",
+        **_TRAINING,
+    )
+    img_size: int | None = option(
+        None,
+        "The side of the images in pixels.",
+        min=1,
+        show_default="the model's own",
+        **_TRAINING,
+    )
+    val_split: float = option(
+        0.2,
+        "The share of each class to validate on, where the data have no val/.",
+        **_TRAINING,
+    )
+    aa: str | None = option(
+        None,
+        "The automatic augmentation in timm's words, such as rand-m9-mstd0.5.",
+        show_default="none",
+        **_TRAINING,
+    )
+    mixup: float = option(
+        0.0, "The alpha of mixup's Beta distribution; 0 mixes no images.", min=0, **_TRAINING
+    )
+    cutmix: float = option(
+        0.0, "The alpha of CutMix's Beta distribution; 0 mixes no images.", min=0, **_TRAINING
+    )
+    ema: float | None = option(
+        None,
+        "The decay of a moving average of the weights, such as 0.999; the average is validated and"
+        " kept.",
+        min=0,
+        max=1,
+        show_default="off",
+        **_TRAINING,
+    )
+    seed: int = option(0, "The seed of the first run.", **_TRAINING)
+    seeds: int = option(1, "The number of runs, each with the next seed.", min=1, **_TRAINING)
+    control: bool = option(
+        False,
+        "Also train the same network without SE blocks, with the same batches and head.",
+        **_TRAINING,
+    )
+
+    precision: str | None = option(
+        None,
+        "The precision of the arithmetic in Lightning's words: 32-true, 16-mixed, ...",
+        show_default="bf16-mixed on a GPU, else 32-true",
+        **_MACHINE,
+    )
+    devices: str = option("auto", "The number of GPUs or processes of each machine.", **_MACHINE)
+    nodes: int = option(
+        1,
+        "The number of machines. The run folder has to be on a disk that all of them share.",
+        min=1,
+        **_MACHINE,
+    )
+    strategy: Strategy = option(
+        "auto",
+        "How several processes share the work: ddp copies the network to each (as auto does), fsdp"
+        " shards it.",
+        **_MACHINE,
+    )
+    workers: int = option(
+        2, "The number of processes that load images, for each GPU.", min=0, **_MACHINE
+    )
+    compile: bool = option(False, "Compile the network with torch.compile.", **_MACHINE)
 
     @property
     def base_is_pretrained(self) -> bool:
@@ -97,24 +186,3 @@ class Settings:
                 "--control with --train se has nothing to train: the control has no SE blocks."
                 " Use --train se+head or all."
             )
-
-    def write(self, path: Path) -> None:
-        with replacing(path) as part:
-            part.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def read(cls, path: Path) -> "Settings":
-        """Raises an :class:`ArgumentError` where there is no readable configuration."""
-        try:
-            data: dict[str, Any] = json.loads(path.read_text())
-            return cls(
-                **{
-                    **data,
-                    "include": tuple(data["include"]),
-                    "exclude": tuple(data["exclude"]),
-                }
-            )
-        except FileNotFoundError:
-            raise ArgumentError(f"{path.parent} is no run folder: it has no {path.name}.") from None
-        except (ValueError, TypeError, KeyError) as error:
-            raise ArgumentError(f"{path} is damaged ({error}).") from error

@@ -173,7 +173,7 @@ class Shards:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits a channel, RGB: PIL alone would clip 16-bit grey to white."""
+    """The image with eight bits a channel, RGB. PIL alone would clip 16-bit grey to white."""
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image, dtype=np.float64)
         scale = 255 / 65535 if pixels.max() > 255 else 1.0
@@ -251,7 +251,7 @@ def _shards(settings: Settings, name: str) -> tuple[Source, Source | None]:
 
 
 def _key(name: str) -> tuple[str, str]:
-    """WebDataset's: the extension begins at the first dot of the file name."""
+    """Key and extension as WebDataset has them, divided at the first dot of the file name."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return folder + slash + stem, extension

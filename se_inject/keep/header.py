@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from se_inject.edit.block_class import Edit, edit_of
-from se_inject.errors import CheckpointError
+from se_inject.errors import CheckpointError, ForeignFileError
 from se_inject.graph.record import Arguments
 from se_inject.keep.fingerprint import dtype_name, hash_of, tensors_of
 from se_inject.layers.squeeze_excite import SqueezeExcite
@@ -159,7 +159,8 @@ def read_header(path: Path) -> Header:
     """Read what a file says, without its tensors.
 
     Raises:
-        CheckpointError: the file is damaged, foreign or of another version.
+        CheckpointError: the file is damaged or of another version.
+        ForeignFileError: the file is whole, and not one of save_se.
     """
     return read_file(path, tensors=False)[0]
 
@@ -180,7 +181,7 @@ def read_file(path: Path, *, tensors: bool = True) -> tuple[Header, dict[str, Te
             " checkpoint at all."
         ) from error
     if header is None:
-        raise CheckpointError(
+        raise ForeignFileError(
             f"{path}: a .safetensors file, but not one of save_se. load_se reads SE blocks; whole"
             " networks load with safetensors.torch.load_model."
         )

@@ -9,6 +9,7 @@ from se_inject.keep.header import Header, read_header
 from se_inject.keep.load import load_se
 from se_inject.layers.attention import SELayer
 from se_inject.models.files import load_weights
+from se_inject.models.head import head_name
 from se_inject.models.names import load_model
 
 
@@ -57,7 +58,6 @@ def _pretrained(name: str, in_chans: int | None, num_classes: int | None) -> nn.
 
 def _num_classes(name: str, header: Header, in_chans: int | None) -> int | None:
     """The outputs of a timm model's classifier, as the file has it."""
-    config = getattr(load_model(name, in_chans=in_chans, meta=True), "pretrained_cfg", None) or {}
-    classifier = config.get("classifier")
-    entry = header.base.get(f"{classifier}.weight") if isinstance(classifier, str) else None
+    classifier = head_name(load_model(name, in_chans=in_chans, meta=True))
+    entry = header.base.get(f"{classifier}.weight")
     return int(entry[1][0]) if entry else None

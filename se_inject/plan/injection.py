@@ -21,7 +21,8 @@ def option(default: Any, text: str, **command_line: Any) -> Any:
     Args:
         default: its value where nobody gives one.
         text: the help of the command line: a full sentence with the unit.
-        command_line: what else ``typer.Option`` takes (metavar, min, max, show_default, panel).
+        command_line: what else ``typer.Option`` takes (metavar, min, max, show_default), ``panel``
+            for the part of the help, and ``argument=True`` for what has no name before it.
     """
     return dataclasses.field(default=default, metadata={"help": text, **command_line})
 
@@ -29,11 +30,12 @@ def option(default: Any, text: str, **command_line: Any) -> Any:
 _PANEL = "The SE blocks"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Injection:
     """What goes where. Commands, plans, exports and fine-tuning runs hand this one object on.
 
-    The fields are explained in :func:`se_inject.plan_se`.
+    The fields are explained in :func:`se_inject.plan_se`. They are given by name, so that a class
+    that inherits them (the settings of a fine-tuning run) has its own ones first.
     """
 
     r: Ratio = option(

@@ -9,7 +9,6 @@ and halving are exact in floating point, so the outputs stay equal to the last b
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from se_inject.keep.atomic import replacing
 from se_inject.keep.formats.compare import check_equal, example_tensors
 from se_inject.keep.formats.fold import fold_gates
 from se_inject.layers.squeeze_excite import SqueezeExcite
+from se_inject.models.head import num_classes_of
 from se_inject.names import block_label
 from se_inject.plan.checks import check_model
 
@@ -120,17 +120,14 @@ def _build_stock(name: str, model: nn.Module) -> nn.Module:
     import timm
 
     stock: nn.Module = timm.create_model(
-        name, num_classes=_num_classes(model), in_chans=_in_chans(model)
+        name, num_classes=_classes(model), in_chans=_in_chans(model)
     )
     return stock.to(next(model.parameters()).dtype)
 
 
-def _num_classes(model: nn.Module) -> int:
-    """Of the classifier that is there: users put another one in its place."""
-    find: Any = getattr(model, "get_classifier", None)
-    head = None if find is None else find()
-    width = getattr(head, "out_features", None)
-    return int(width if width is not None else getattr(model, "num_classes", 1000))
+def _classes(model: nn.Module) -> int:
+    classes = num_classes_of(model)
+    return 1000 if classes is None else classes  # timm's own default
 
 
 def _in_chans(model: nn.Module) -> int:
@@ -160,6 +157,6 @@ def write_stock(model: nn.Module, path: Path) -> str:
     with replacing(path, ".safetensors") as part:
         save_file({k: v.contiguous() for k, v in stock.state_dict().items()}, part)
     name = _architecture(stock)
-    options = {"num_classes": (_num_classes(model), 1000), "in_chans": (_in_chans(model), 3)}
+    options = {"num_classes": (_classes(model), 1000), "in_chans": (_in_chans(model), 3)}
     given = "".join(f", {k}={v}" for k, (v, default) in options.items() if v != default)
     return f"timm.create_model({name!r}, checkpoint_path={str(path)!r}{given})"

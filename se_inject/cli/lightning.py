@@ -1,0 +1,19 @@
+"""What the commands of fine-tuning need before anything of Lightning is imported."""
+
+import importlib.util
+import logging
+import warnings
+
+from se_inject.errors import ArgumentError
+
+
+def need_lightning() -> None:
+    """Raise an :class:`ArgumentError` where the extra is not installed; else make it quiet."""
+    if importlib.util.find_spec("lightning") is None:
+        raise ArgumentError("there is no lightning: pip install 'se-inject[finetune]'.")
+    import lightning.pytorch  # noqa: F401  # sets the levels of its loggers
+
+    # Tips, devices and its own deprecations; errors still come through.
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\.")

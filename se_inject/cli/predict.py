@@ -1,0 +1,34 @@
+"""``se-inject predict``: what the best network of a run says of images."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from se_inject.cli.lightning import need_lightning
+from se_inject.errors import SEInjectError
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)
+    ],
+) -> None:
+    """Ask the best network of RUN about images: the likeliest classes with their probabilities."""
+    need_lightning()
+    from se_inject.finetune import evaluate as use
+
+    trained = use.load_run(run)
+    failed = 0
+    for path in images:
+        try:
+            likely = use.predict(trained, path)
+        except SEInjectError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in likely))
+    if failed:
+        raise typer.Exit(1)

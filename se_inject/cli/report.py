@@ -1,0 +1,116 @@
+"""``se-inject report MODEL``: what SE blocks would add to a network."""
+
+import contextlib
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from se_inject.cli.options import expand
+from se_inject.plan.injection import Injection
+
+
+@expand
+def report(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A timm name (with tag; hf-hub: too), torchvision/NAME, or module:callable.",
+            show_default=False,
+        ),
+    ],
+    injection: Injection,
+    img_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Side of the input image in pixels.", show_default="the model's own"
+        ),
+    ] = None,
+    in_chans: Annotated[
+        int | None,
+        typer.Option(min=1, help="Input channels.", show_default="the model's own"),
+    ] = None,
+    show: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BLOCK",
+            help="Show the forward of this block as Python, before and after.",
+            show_default=False,
+        ),
+    ] = None,
+    benchmark: Annotated[
+        bool,
+        typer.Option("--benchmark", help="Also run it before and after, and report the latency."),
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where --benchmark runs: cpu, cuda, cuda:1, mps.", show_default="cpu"),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images in a batch of --benchmark.", show_default="1"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Every site and every skipped addition.")
+    ] = False,
+) -> None:
+    """Report what SE blocks would add to MODEL: parameters and MACs, block by block.
+
+    The model is built without weights and is not run (hf-hub: fetches the model's config), except
+    by --benchmark, which runs it with random weights.
+
+    Examples:
+
+    - `se-inject resnet50 --r 16`
+
+    - `se-inject resnet50 --benchmark --batch-size 8`
+
+    - `se-inject torchvision/mobilenet_v2 --img-size 192 --json`
+
+    - `se-inject resnet50 --placement identity --squeeze max --gate tanh --no-bias`
+
+    - `se-inject resnet50 --r 'layer4.*=32,16' --attention eca`
+
+    - `se-inject my_pkg.nets:build --include 'stage3.*' --show stage3.0`
+    """
+    if as_json and show is not None:
+        raise typer.BadParameter("--json and --show exclude each other")
+    if benchmark and show is not None:
+        raise typer.BadParameter("--benchmark and --show exclude each other")
+    if not benchmark and (device, batch_size) != (None, None):
+        raise typer.BadParameter("--device and --batch-size are of --benchmark: add it")
+    import torch
+
+    from se_inject.graph.example import floating_dtype
+    from se_inject.models.names import load_model
+    from se_inject.models.sizes import input_size
+    from se_inject.plan.planner import make_plan
+    from se_inject.report.code import block_code
+    from se_inject.report.count import count_costs
+    from se_inject.report.latency import check_device, measure_latency
+    from se_inject.report.summary import print_report, report_dict
+
+    with contextlib.redirect_stdout(sys.stderr):  # what a user's builder prints is no report
+        place = check_device(device or "cpu") if benchmark else None
+        network = load_model(model, in_chans=in_chans, meta=place is None)
+        size = input_size(model, network, img_size, in_chans)
+        example = None
+        if size is not None:
+            example = torch.empty(2, *size, dtype=floating_dtype(network), device="meta")
+        plan = make_plan(network, injection, example)
+        costs = None if show is not None else count_costs(plan)
+        latency = None
+        if place is not None:
+            with Console(stderr=True).status("Running it without and with SE blocks"):
+                latency = measure_latency(plan, batch_size=batch_size or 1, device=place)
+    console = Console()
+    if costs is None:
+        console.print(block_code(plan, show or ""))
+    elif as_json:
+        print(json.dumps(report_dict(model, plan, costs, latency), indent=2))
+    else:
+        print_report(console, model, plan, costs, latency, verbose=verbose)

@@ -1,0 +1,126 @@
+"""One arm of a run with one seed: its network, its data, its training, its figures."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+
+from se_inject.api import remove_se, se_parameters
+from se_inject.errors import ArgumentError
+from se_inject.finetune.callbacks import RunFolder
+from se_inject.finetune.data import Data, loader, open_data
+from se_inject.finetune.machine import check_space, epochs_done, ranks_of, stoppable, trainer_of
+from se_inject.finetune.network import base_of, blocks_of, head_of, size_of, with_head
+from se_inject.finetune.recipe import Recipe
+from se_inject.finetune.settings import Settings
+from se_inject.plan.planner import make_plan
+
+
+class Arm:
+    def __init__(
+        self, settings: Settings, arm: str, seed: int, folder: Path, console: Console
+    ) -> None:
+        self.settings, self.arm, self.seed = settings, arm, seed
+        self.folder, self.console = folder, console
+
+    def train(self, run: Path) -> dict[str, Any]:
+        settings = self.settings
+        pl.seed_everything(self.seed, workers=True, verbose=False)
+        network, config = base_of(settings)
+        data = open_data(settings, config, self.seed)
+        old = head_of(network)
+        network = with_head(network, len(data.classes))
+        if settings.train == "se" and head_of(network) is not old:
+            raise ArgumentError(
+                f"--train se keeps the head of {settings.model}, which is for other classes than"
+                f" the {len(data.classes)} of the data. Use --train se+head."
+            )
+        size = settings.img_size or config["input_size"][-1]
+        example = torch.empty(2, 3, size, size)
+        if not blocks_of(network):
+            make_plan(network, settings, example).apply()
+        blocks = blocks_of(network)
+        if self.arm == "control":
+            remove_se(network)
+        params, macs = size_of(network, example)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        recipe = Recipe(network, settings, len(data.classes), self.seed, blocks)
+        sharded = settings.strategy == "fsdp"
+        plain = copy.deepcopy(network) if sharded else None
+        history = RunFolder(self.folder, self.arm, self.seed, settings, plain)
+        trainer = trainer_of(settings, self.folder, history, self.console)
+        if trainer.is_global_zero:
+            check_space(self.folder, params)
+            self._say(data, recipe, trainer)
+        last = self.folder / "last.ckpt"
+        done = epochs_done(last)
+        with stoppable(run, settings):
+            trainer.fit(
+                recipe,
+                loader(data.train, settings, training=True, epoch=done, **ranks_of(trainer)),
+                loader(data.val, settings, training=False, epoch=done, **ranks_of(trainer)),
+                ckpt_path=str(last) if last.exists() else None,
+                weights_only=True,
+            )
+        if history.unreadable and trainer.is_global_zero:
+            first = next(iter(history.unreadable))
+            warnings.warn(
+                f"{len(history.unreadable)} images could not be read and were left out, such as"
+                f" {first}.",
+                stacklevel=2,
+            )
+        rows = history.rows
+        return {
+            "arm": self.arm,
+            "seed": self.seed,
+            "val_acc": max(row["val_acc"] for row in rows),
+            "last_val_acc": rows[-1]["val_acc"],
+            "params": params,
+            "macs": macs,
+            "seconds": history.seconds,
+            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "unreadable": list(history.unreadable),
+            "classes": list(data.classes),
+            "input_size": [3, size, size],
+            "history": rows,
+        }
+
+    def _say(self, data: Data, recipe: Recipe, trainer: pl.Trainer) -> None:
+        settings, say = self.settings, self.console.print
+        sizes = {name: p.numel() for name, p in recipe.network.named_parameters()}
+        total, new = sum(sizes.values()), sum(sizes[name] for name in recipe.new)
+        added = sum(p.numel() for p in se_parameters(recipe.network))
+        say(f"{settings.model}, {self.arm} arm, seed {self.seed}", highlight=False)
+        say(
+            f"  {len(data.train)} images to train, {len(data.val)} to validate,"
+            f" {len(data.classes)} classes"
+        )
+        parts = [
+            *(["SE blocks"] if added else []),
+            *(["head"] if settings.train != "se" else []),
+        ]
+        phases = [(settings.epochs, " and ".join(parts), new)]
+        if settings.train == "all":
+            first = settings.warmup_epochs
+            phases = [(first, " and ".join(parts), new), (settings.epochs - first, "all", total)]
+        begin = 1
+        for epochs, what, count in phases:
+            if epochs:
+                say(
+                    f"  epochs {begin} to {begin + epochs - 1}: {what}; trainable {count:,} of"
+                    f" {total:,} parameters ({100 * count / total:.2f} %)",
+                    soft_wrap=True,
+                )
+            begin += epochs
+        say(f"  {added:,} parameters are in SE blocks")
+        say(
+            f"  {trainer.accelerator.__class__.__name__} x {trainer.world_size}, precision"
+            f" {trainer.precision}, effective batch {settings.batch_size}, rate {settings.lr:g}"
+            f" (base {settings.lr * settings.base_lr_scale:g})",
+            soft_wrap=True,
+        )

@@ -1,0 +1,154 @@
+"""Callbacks of the Lightning Trainer: what a run keeps, and what it says after each epoch."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from rich.console import Console
+from torch import nn
+
+from se_inject.finetune.network import blocks_of
+from se_inject.finetune.recipe import Recipe
+from se_inject.finetune.results import write_rows
+from se_inject.finetune.settings import Settings
+from se_inject.keep.atomic import replacing
+from se_inject.keep.save import save_se
+
+
+class RunFolder(Callback):
+    """Keeps the metrics of each epoch and the best weights; goes on where a checkpoint was."""
+
+    def __init__(
+        self,
+        folder: Path,
+        arm: str,
+        seed: int,
+        settings: Settings,
+        plain: nn.Module | None = None,
+    ) -> None:
+        self.folder, self.arm, self.seed = folder, arm, seed
+        self.settings = settings
+        self.plain = plain  # a copy of the network, where the one that learns is sharded
+        self.rows: list[dict[str, Any]] = []
+        self.best = -1.0
+        self.seconds = 0.0
+        self.unreadable: dict[str, None] = {}  # in the order in which they were met
+        self._since = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "best": self.best,
+            "seconds": self.seconds,
+            "unreadable": list(self.unreadable),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows, self.best = list(state_dict["rows"]), state_dict["best"]
+        self.seconds = state_dict["seconds"]
+        self.unreadable = dict.fromkeys(state_dict["unreadable"])
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since = time.perf_counter()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Recipe)
+        accuracy = float(pl_module.top1.compute())
+        if accuracy <= self.best:
+            return
+        self.best = accuracy
+        network = pl_module.network
+        if self.plain is not None:  # all processes take part in gathering what is sharded
+            state = trainer.strategy.lightning_module_state_dict()
+            network = self.plain
+            if trainer.is_global_zero:
+                network.load_state_dict(
+                    {k.removeprefix("network."): v for k, v in state.items()}, strict=True
+                )
+        if trainer.is_global_zero:
+            path = self.folder / "best.safetensors"
+            save_network(network, path, base_is_known=self.settings.base_is_pretrained)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Recipe)
+        met: list[str] = list(pl_module.unreadable)
+        if trainer.world_size > 1:
+            everyones: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(everyones, met)
+            met = [name for names in everyones for name in names]
+        self.unreadable.update(dict.fromkeys(met))
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        names = ("train_loss_epoch", "train_acc", "val_loss", "val_acc", "val_top5", "images_per_s")
+        row = {"arm": self.arm, "seed": self.seed, "epoch": trainer.current_epoch + 1}
+        self.rows.append(
+            row | {n.removesuffix("_epoch"): metrics[n] for n in names if n in metrics}
+        )
+        if trainer.is_global_zero:
+            write_rows(self.folder / "metrics.csv", self.rows)
+
+
+def save_network(network: nn.Module, path: Path, *, base_is_known: bool) -> None:
+    """Write the SE blocks and what was trained; all, where the base is random or has no SE."""
+    if blocks_of(network):
+        save_se(network, path, extra="trained" if base_is_known else "*")
+        return
+    from safetensors.torch import save_file
+
+    with replacing(path) as part:
+        save_file({k: v.detach().clone() for k, v in network.state_dict().items()}, part)
+
+
+class PlainLines(Callback):
+    """Prints a line after each epoch, where the output is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            m = trainer.callback_metrics
+            self.console.print(
+                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}:"
+                f" loss {float(m['train_loss_epoch']):.4f}, val loss {float(m['val_loss']):.4f},"
+                f" val acc {100 * float(m['val_acc']):.2f} %,"
+                f" {float(m['images_per_s']):.0f} images/s",
+                highlight=False,
+            )
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside the old one and then replaces it.
+
+    Lightning's own goes through the system's folder for temporary files, which may be on another
+    disk: a kill in the middle would then leave half a checkpoint, and no other.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(Path(path)) as part:
+            torch.save(checkpoint, part)
+
+
+def average_of(decay: float) -> WeightAveraging:
+    """An exponential moving average of the weights, which is what is validated and kept."""
+    device = "cuda" if torch.cuda.is_available() else None
+    return WeightAveraging(device=device, avg_fn=_average(decay))
+
+
+def _average(decay: float) -> Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]:
+    """An exponential moving average that leaves what does not move as it is, to the bit."""
+
+    def average(mean: torch.Tensor, current: torch.Tensor, _: Any) -> torch.Tensor:
+        current = current.to(mean.device)
+        return mean.lerp(current, 1 - decay) if mean.is_floating_point() else current
+
+    return average
