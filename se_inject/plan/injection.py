@@ -40,42 +40,52 @@ class Injection:
 
     r: Ratio = option(
         16,
-        "Reduction ratio C / rd of the SE bottleneck; by block name, first match wins:"
-        " 'layer4.*=32,16'. Repeatable.",
+        "The reduction ratio C / rd of the SE bottlenecks; by block name, where the first match"
+        " wins: 'layer4.*=32,16'. May be given several times.",
         metavar="N | GLOB=N,...",
         panel=_PANEL,
     )
     divisor: int = option(
-        8, "Bottleneck widths are multiples of this, and at least this.", panel=_PANEL
+        8,
+        "Every bottleneck width is a multiple of this, and at least this (timm's rd_divisor).",
+        panel=_PANEL,
     )
     include: Patterns = option(
         None,
-        "Only blocks that match this glob, such as 'layer4.*'. Repeatable.",
+        "Only blocks that match this glob get SE blocks, such as 'layer4.*'. May be given several"
+        " times.",
         show_default="all",
         panel=_PANEL,
     )
     exclude: Patterns = option(
         None,
-        "No blocks that match this glob; wins over --include. Repeatable.",
+        "No block that matches this glob gets one; this wins over --include. May be given several"
+        " times.",
         show_default="none",
         panel=_PANEL,
     )
     placement: Placement = option(
         "standard",
-        "; ".join(f"{name}: {rule.text}" for name, rule in PLACEMENTS.items()) + ".",
+        "Where the SE blocks go: "
+        + "; ".join(f"{name}: {rule.text}" for name, rule in PLACEMENTS.items())
+        + ".",
         panel=_PANEL,
     )
     squeeze: Squeeze = option(
-        "avg", "Mean or maximum over the map, or none: the layers at every position.", panel=_PANEL
+        "avg",
+        "What the two layers see: the mean or the maximum of the map, or none: every position.",
+        panel=_PANEL,
     )
-    gate: Gate = option("sigmoid", "What the excitation ends with.", panel=_PANEL)
-    bias: bool = option(True, "Biases of the two SE layers.", panel=_PANEL)
+    gate: Gate = option("sigmoid", "The function that the excitation ends with.", panel=_PANEL)
+    bias: bool = option(True, "Whether the two SE layers have biases.", panel=_PANEL)
     init: Init = option(
-        "identity", "Start as the base network, or with the paper's random gates.", panel=_PANEL
+        "identity",
+        "The SE blocks start as the identity, or as in the paper with random gates.",
+        panel=_PANEL,
     )
     attention: str | SELayer | None = option(
         None,
-        f"Another layer of timm in place of SE: {', '.join(ATTENTIONS)}.",
+        f"Another attention layer of timm goes in in place of SE: {', '.join(ATTENTIONS)}.",
         metavar="NAME",
         show_default="none",
         panel=_PANEL,
