@@ -76,7 +76,8 @@ def plan_se(
         init: ``"identity"`` keeps the function of the model to the last bit at the start, with
             every squeeze and gate; ``"paper"`` is the literal gate over random layers, to train
             from scratch.
-        divisor: the bottleneck width is a multiple of this, and at least this (timm's ``rd_divisor``, there 8).
+        divisor: the bottleneck width is a multiple of this, and at least this (timm's
+            ``rd_divisor``; 8 there too).
         se_layer: ``channels -> nn.Module`` in place of SE: a layer from [N, C, H, W] to the same
             shape. Whether the function is preserved is then up to that layer; r, squeeze, gate,
             bias and init are not for it.
