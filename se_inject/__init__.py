@@ -24,7 +24,9 @@ the same outputs to the last bit, until training moves the new weights.
 Each room imports only rooms that stand above it in this list.
 """
 
+import importlib
 from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
 from se_inject.api import inject_se, remove_se, se_parameters
 from se_inject.edit.site import Site
@@ -41,16 +43,32 @@ from se_inject.errors import (
     UnknownModelError,
     UnsupportedModelError,
 )
-from se_inject.keep.formats.stock import to_stock
-from se_inject.keep.load import load_se
-from se_inject.keep.save import save_se
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.layers.variant import Variant
 from se_inject.plan.plan import Plan
 from se_inject.plan.planner import plan_se
 from se_inject.reasons import Skipped
 
+if TYPE_CHECKING:
+    from se_inject.keep.formats.stock import to_stock
+    from se_inject.keep.load import load_se
+    from se_inject.keep.save import save_se
+
 __version__ = metadata.version("se-inject")
+
+# Files are read and written by few programs, so these names are imported when they are first used.
+_LATER = {
+    "load_se": "se_inject.keep.load",
+    "save_se": "se_inject.keep.save",
+    "to_stock": "se_inject.keep.formats.stock",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "ArgumentError",

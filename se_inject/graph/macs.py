@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from se_inject.graph.meta import on_meta
 
@@ -21,6 +20,8 @@ def run_and_count(
         twin: a :func:`se_inject.graph.meta.meta_copy` of the module.
         args, kwargs: of its forward, on meta.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # which plans do not need
+
     with on_meta(), FlopCounterMode(display=False) as counter:
         output = twin(*args, **kwargs)
     return output, counter.get_total_flops() // 2
