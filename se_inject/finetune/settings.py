@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from se_inject.errors import ArgumentError
-from se_inject.keep.atomic import replacing
+from se_inject.keep.atomic import atomic_write
 from se_inject.layers.attention import Attention
 from se_inject.layers.gates import Gate, Init
 from se_inject.layers.squeezes import Squeeze
@@ -99,7 +99,7 @@ class Settings:
             )
 
     def write(self, path: Path) -> None:
-        with replacing(path) as part:
+        with atomic_write(path) as part:
             part.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod

@@ -41,8 +41,8 @@ from se_inject.errors import (
 from se_inject.finetune.data import Data, loader, open_data
 from se_inject.finetune.recipe import Recipe, head_of
 from se_inject.finetune.settings import Settings
-from se_inject.keep.atomic import replacing
-from se_inject.keep.header import read_header
+from se_inject.keep.atomic import atomic_write
+from se_inject.keep.read import read_header
 from se_inject.keep.restore import restore_model
 from se_inject.keep.save import save_se
 from se_inject.models.files import load_weights
@@ -106,12 +106,12 @@ def _run(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
         own.mkdir(parents=True, exist_ok=True)
         results.append(_Arm(settings, arm, seed, own, console).train(folder))
         if first:
-            with replacing(done) as part:
+            with atomic_write(done) as part:
                 part.write_text(json.dumps(results[-1], indent=2) + "\n")
     summary = summarize(results)
     if not first:
         return summary
-    with replacing(folder / "summary.json") as part:
+    with atomic_write(folder / "summary.json") as part:
         part.write_text(json.dumps(summary, indent=2) + "\n")
     if len(arms) > 1:
         best = max((r for r in results if r["arm"] == "se"), key=lambda r: r["val_acc"])
@@ -444,7 +444,7 @@ class WholeFiles(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(Path(path)) as part:
+        with atomic_write(Path(path)) as part:
             torch.save(checkpoint, part)
 
 
@@ -578,12 +578,12 @@ def _save_best(network: nn.Module, path: Path, *, base_is_known: bool) -> None:
         return
     from safetensors.torch import save_file
 
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         save_file({k: v.detach().clone() for k, v in network.state_dict().items()}, part)
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    with replacing(path) as part, part.open("w", newline="") as file:
+    with atomic_write(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -654,6 +654,6 @@ def curves(rows: list[dict[str, Any]], path: Path) -> None:
     left.set(xlabel="epoch", ylabel="loss (dotted: training)")
     right.set(xlabel="epoch", ylabel="validation accuracy in %")
     right.legend(title="arm, seed")
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, dpi=120)
     plt.close(figure)
