@@ -45,6 +45,7 @@ from se_inject.errors import (
 )
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.layers.variant import Variant
+from se_inject.old_paths import register
 from se_inject.plan.plan import Plan
 from se_inject.plan.planner import plan_se
 from se_inject.reasons import Skipped
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from se_inject.keep.formats.stock import to_stock
     from se_inject.keep.load import load_se
     from se_inject.keep.save import save_se
+
+register()  # pickles from before the rooms name modules that are not there any more
 
 __version__ = metadata.version("se-inject")
 

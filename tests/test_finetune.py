@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings(
 SETTINGS = Settings(
     "test_resnet", pretrained=False, epochs=2, warmup_epochs=1, img_size=32, workers=0, lr=3e-3
 )
-DATA = Path(__file__).parent / "data"
+BEFORE_ROOMS = Path(__file__).parent / "data" / "before_rooms"
 QUIET = Console(quiet=True)
 CONFIG = timm.data.resolve_data_config({"input_size": (3, 32, 32)})
 
@@ -296,9 +296,9 @@ def test_a_run_folder_of_before_the_rooms_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after epoch 1 of 3, by the version in which one file did it all."""
-    monkeypatch.syspath_prepend(DATA)
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # for small_net
     folder = tmp_path / "run"
-    shutil.copytree(DATA / "stopped_run", folder)
+    shutil.copytree(BEFORE_ROOMS / "stopped", folder)
     before = rows_of(folder)
     running.resume(folder, QUIET)
     rows = rows_of(folder)
@@ -308,7 +308,7 @@ def test_a_run_folder_of_before_the_rooms_goes_on(
 
 
 def test_settings_are_in_the_file_as_before(tmp_path: Path) -> None:
-    shutil.copy(DATA / "stopped_run" / "config.json", tmp_path)
+    shutil.copy(BEFORE_ROOMS / "stopped" / "config.json", tmp_path)
     old = json.loads((tmp_path / "config.json").read_text())
     settings = config.read_config(tmp_path)
     assert settings.include is None

@@ -1,8 +1,8 @@
-"""Forwards made from graphs, and the block classes that carry them.
+"""The generated classes of edited blocks, and how they pickle.
 
 An edited block is an instance of a generated subclass of its class. That subclass is in no module,
-so it travels through ``pickle`` (``torch.save(model)``) as the source text of its forwards, and
-is built anew where it arrives; copies made by ``copy.deepcopy`` share it.
+so ``pickle`` (``torch.save(model)``) carries the source text of its forwards, and the class is
+built anew where the pickle is loaded. Copies made by ``copy.deepcopy`` share the class.
 """
 
 import dataclasses
@@ -20,29 +20,31 @@ from se_inject.layers.variant import Variant
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``inject_se`` was told, as a checkpoint of the SE blocks has to say it again."""
+    """The options of the ``inject_se`` call, which a checkpoint of the SE blocks has to repeat."""
 
-    r: tuple[int, ...]  # of each child
+    r: tuple[int, ...]  # the reduction ratio of each child
     variant: Variant
-    custom: bool  # made by a user's se_layer
-    example: Arguments = field(compare=False)  # on meta
+    custom: bool  # whether a user's se_layer made the children
+    example: Arguments = field(compare=False)  # what the forward was recorded with, on meta
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """What was done to a block: it rides on the generated class, not on the instances, so that
-    copies and checkpoints of an instance need to know nothing of it.
+    """What was done to a block.
+
+    The generated class holds it and the instances do not, so that copies and checkpoints of an
+    instance need to know nothing of it.
     """
 
-    base: type[nn.Module]
+    base: type[nn.Module]  # the class that the block had before
     children: tuple[str, ...]  # the attributes that the SE blocks became
-    # The child whose output each SE block alone reads; None: the map comes from an operation, or
-    # others read it too.
+    # For each SE block, the child of the block whose output it alone reads. None means that the
+    # map comes from an operation or that others read it too.
     producers: tuple[str | None, ...]
     # How each attribute was before: "absent", None in "__dict__", or None in "_modules".
     before: tuple[str, ...]
     eval: ForwardSource
-    train: ForwardSource | None  # None: the forward reads no mode
+    train: ForwardSource | None  # None means that the forward does not read the mode
     settings: Settings
 
     def __deepcopy__(self, memo: Any) -> "Edit":
@@ -72,12 +74,14 @@ class Edit:
 
 
 def edit_of(module: nn.Module) -> Edit | None:
-    """What was done to a block, if it is one that se_inject has edited."""
+    """What se_inject did to a block, or None if it did nothing."""
     edit: Edit | None = getattr(type(module), "_se_inject", None)
     return edit
 
 
 def _by_mode(in_eval: Callable[..., Any], in_train: Callable[..., Any]) -> Callable[..., Any]:
+    """One forward that calls the other two, as ``self.training`` says."""
+
     @functools.wraps(in_eval)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return (in_train if self.training else in_eval)(self, *args, **kwargs)
@@ -86,11 +90,13 @@ def _by_mode(in_eval: Callable[..., Any], in_train: Callable[..., Any]) -> Calla
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
-    """``__reduce_ex__`` of an edited block: as its base class does, and the edit beside."""
+    """The ``__reduce_ex__`` of an edited block: that of its base class, and the edit."""
     edit = edit_of(self)
     assert edit is not None
     reduced: Any = super(edit.block_class, self).__reduce_ex__(protocol)
-    if type(self) is not edit.block_class:  # sharded, say: whoever made that class sees to it
+    # A library that has made the block an instance of yet another class (sharding does) pickles
+    # that class itself.
+    if type(self) is not edit.block_class:
         return reduced
     make, args, *state = reduced
     make, *args = (edit.base if part is edit.block_class else part for part in (make, *args))
@@ -98,6 +104,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 
 
 def _remake(edit: Edit, make: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
+    """Make the block as its base class does, and give it the generated class (for ``pickle``)."""
     module = make(*args)
     module.__class__ = edit.block_class
     return module

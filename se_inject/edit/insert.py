@@ -39,9 +39,9 @@ def insert(
     Args:
         model: it is edited in place and returned.
         sites: where the SE blocks go; their graph nodes are those of ``blocks``.
-        modules, blocks: of each block that has a site, the module and its graphs.
+        modules, blocks: for each block that has a site, the module and its graphs.
         variant, se_layer: what is inserted.
-        example: what the forward was recorded with, on meta; a checkpoint says it again.
+        example: what the forward was recorded with, on meta; a checkpoint has to repeat it.
 
     Raises:
         UnsupportedModelError: a block is not the one that was planned any more, or its class
@@ -137,7 +137,7 @@ def _edit(
     before: tuple[str, ...],
     settings: Settings,
 ) -> Edit:
-    """What is to be done to a block, with its generated class."""
+    """What is to be done to a block; its generated class is made here."""
     children = tuple(site.child for site in sites)
 
     def source(forward: TracedForward, mode: int, label: str) -> ForwardSource:
@@ -164,7 +164,7 @@ def _edit(
 
 
 def _producer(site: Site) -> str | None:
-    """The child that runs once and whose output the SE block alone reads, in both modes."""
+    """The child that runs once and whose output only the SE block reads, in both modes."""
     targets = set()
     for where in site.where:
         source = where.source
@@ -177,6 +177,7 @@ def _producer(site: Site) -> str | None:
 
 
 def _state_of(module: nn.Module, child: str) -> str:
+    """Where the module keeps the attribute that is to become the child: see ``Edit.before``."""
     if child in vars(module):
         return "__dict__"
     return "_modules" if child in module._modules else "absent"

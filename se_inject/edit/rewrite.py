@@ -29,15 +29,16 @@ def edit_graph(
 ) -> fx.Graph:
     """A copy of a block graph with one ``call_module`` node for each SE block.
 
-    The other nodes stay, in their order: a graph with in-place operations has no dead code.
+    The other nodes stay in their order. Not even unused ones are taken out, since a graph with
+    in-place operations has no dead code.
     """
     edited = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     edited.output(edited.graph_copy(graph, copies))
     output = next(n for n in graph.nodes if n.op == "output")
     copies[output] = next(n for n in edited.nodes if n.op == "output")
-    # Where two sites share an edge, the second SE block reads the first: (map, reader) -> the SE
-    # block that reads the map in the place of that reader.
+    # Where two sites share an edge, the second SE block reads the first. An entry says: the reader
+    # of this map now reads this SE block in its place.
     stand_ins: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
     for site, child in zip(sites, children, strict=True):
         source = copies[site.source]

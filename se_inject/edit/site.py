@@ -19,16 +19,16 @@ class Site:
     """One SE block to be inserted. MACs are for one image."""
 
     block: str  # "layer1.0"; "" is the model itself
-    child: str  # the attribute that the SE block becomes: "se"
+    child: str  # the attribute that the SE block becomes, such as "se"
     channels: int
     r: int
-    bottleneck: int | None  # None: a user's se_layer, which has none that we know of
+    bottleneck: int | None  # None where a user's se_layer makes the block
     shape: tuple[int, ...]  # (C, H, W) or (C, T, H, W) of the scaled map in the first call
     layout: Layout
     cost: SECost
     device: torch.device
     dtype: torch.dtype
-    where: tuple[ResidualSite, ResidualSite] = field(repr=False)  # in eval and in train graph
+    where: tuple[ResidualSite, ResidualSite] = field(repr=False)  # in the eval and train graphs
 
     @property
     def params(self) -> int:

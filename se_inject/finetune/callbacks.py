@@ -16,7 +16,7 @@ from se_inject.finetune.network import blocks_of
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.results import write_rows
 from se_inject.finetune.settings import Settings
-from se_inject.keep.atomic import replacing
+from se_inject.keep.atomic import atomic_write
 from se_inject.keep.save import save_se
 
 
@@ -101,7 +101,7 @@ def save_network(network: nn.Module, path: Path, *, base_is_known: bool) -> None
         return
     from safetensors.torch import save_file
 
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         save_file({k: v.detach().clone() for k, v in network.state_dict().items()}, part)
 
 
@@ -134,7 +134,7 @@ class WholeFiles(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(Path(path)) as part:
+        with atomic_write(Path(path)) as part:
             torch.save(checkpoint, part)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from se_inject.errors import ArgumentError
 from se_inject.finetune.settings import Settings
-from se_inject.keep.atomic import replacing
+from se_inject.keep.atomic import atomic_write
 
 CONFIG = "config.json"
 
@@ -25,7 +25,7 @@ def write_config(settings: Settings, folder: Path) -> None:
     for name in _GLOBS:
         globs = data[name] or ()
         data[name] = [globs] if isinstance(globs, str) else list(globs)
-    with replacing(folder / CONFIG) as part:
+    with atomic_write(folder / CONFIG) as part:
         part.write_text(json.dumps(data, indent=2) + "\n")
 
 

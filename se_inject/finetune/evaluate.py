@@ -19,9 +19,9 @@ from se_inject.finetune.data import NO_IMAGE, loader, open_data, transforms
 from se_inject.finetune.network import base_of, blocks_of, with_head
 from se_inject.finetune.settings import Settings
 from se_inject.finetune.sources import to_rgb
-from se_inject.keep.atomic import replacing
-from se_inject.keep.header import read_header
+from se_inject.keep.atomic import atomic_write
 from se_inject.keep.load import load_se
+from se_inject.keep.read import read_header
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _write_matrix(matrix: Tensor, classes: tuple[str, ...], folder: Path) -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    with replacing(folder / "confusion.csv") as part, part.open("w", newline="") as file:
+    with atomic_write(folder / "confusion.csv") as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["true \\ predicted", *classes])
         writer.writerows([name, *row] for name, row in zip(classes, matrix.tolist(), strict=True))
@@ -145,6 +145,6 @@ def _write_matrix(matrix: Tensor, classes: tuple[str, ...], folder: Path) -> Non
             for j, value in enumerate(row):
                 color = "white" if value > matrix.max() / 2 else "black"
                 axes.text(j, i, value, ha="center", va="center", fontsize=8, color=color)
-    with replacing(folder / "confusion.png") as part:
+    with atomic_write(folder / "confusion.png") as part:
         figure.savefig(part, dpi=120)
     plt.close(figure)

@@ -10,7 +10,7 @@ from torch import nn
 from se_inject.edit.block_class import edit_of
 from se_inject.errors import ForeignFileError, TrainingError, UnknownModelError
 from se_inject.finetune.settings import Settings
-from se_inject.keep.header import read_header
+from se_inject.keep.read import read_header
 from se_inject.keep.restore import restore_model
 from se_inject.models import head
 from se_inject.models.files import load_weights

@@ -6,11 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from se_inject.keep.atomic import replacing
+from se_inject.keep.atomic import atomic_write
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    with replacing(path) as part, part.open("w", newline="") as file:
+    with atomic_write(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -81,6 +81,6 @@ def curves(rows: list[dict[str, Any]], path: Path) -> None:
     left.set(xlabel="epoch", ylabel="loss (dotted: training)")
     right.set(xlabel="epoch", ylabel="validation accuracy in %")
     right.legend(title="arm, seed")
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, dpi=120)
     plt.close(figure)

@@ -14,7 +14,7 @@ from se_inject.finetune.config import read_config, write_config
 from se_inject.finetune.machine import rank
 from se_inject.finetune.results import curves, summarize, write_rows
 from se_inject.finetune.settings import Settings
-from se_inject.keep.atomic import replacing
+from se_inject.keep.atomic import atomic_write
 
 
 def start(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
@@ -71,12 +71,12 @@ def _run(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
         own.mkdir(parents=True, exist_ok=True)
         results.append(Arm(settings, arm, seed, own, console).train(folder))
         if first:
-            with replacing(done) as part:
+            with atomic_write(done) as part:
                 part.write_text(json.dumps(results[-1], indent=2) + "\n")
     summary = summarize(results)
     if not first:
         return summary
-    with replacing(folder / "summary.json") as part:
+    with atomic_write(folder / "summary.json") as part:
         part.write_text(json.dumps(summary, indent=2) + "\n")
     if len(arms) > 1:
         best = max((r for r in results if r["arm"] == "se"), key=lambda r: r["val_acc"])

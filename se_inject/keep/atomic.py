@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Writing files that are whole or not there."""
 
 import contextlib
 import os
@@ -10,13 +10,14 @@ from se_inject.errors import ArgumentError
 
 
 @contextlib.contextmanager
-def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
-    """A file beside ``path`` to write to; it becomes ``path`` at the end, flushed to the disk.
+def atomic_write(path: Path, suffix: str = "") -> Iterator[Path]:
+    """Yield a temporary file to write to, which becomes ``path`` at the end, flushed to the disk.
 
-    ``path`` is the old file or the new one, never half of one, whatever happens on the way.
+    Whatever happens on the way, ``path`` is the old file or the new one and never half of one.
 
     Raises:
-        ArgumentError: ``path`` is a folder, is in none, or has another than the wanted suffix.
+        ArgumentError: ``path`` is a folder, its folder does not exist, or its name does not end in
+            ``suffix``.
     """
     if suffix and path.suffix != suffix:
         raise ArgumentError(f"{path}: its name must end in {suffix}, or it will not be read.")

@@ -1,4 +1,4 @@
-"""What tells one base network from another, tensor by tensor and module by module."""
+"""Fingerprints that tell one base network from another, by its tensors and its modules."""
 
 import hashlib
 from collections.abc import Iterable
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from se_inject.edit.block_class import edit_of
 
-# Count training steps and nothing else: a base that has seen more batches is the same base.
+# The buffers of this name count training steps and nothing else: a base that has seen more batches
+# is the same base.
 COUNTERS = "num_batches_tracked"
 
 
@@ -23,7 +24,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def se_keys(model: nn.Module, state: Iterable[str]) -> list[str]:
-    """The keys of the SE blocks, under all names that a block has."""
+    """The keys of the state_dict that belong to SE blocks, under every name that a block has."""
     prefixes = tuple(
         f"{name}.{child}.".lstrip(".")
         for name, module in model.named_modules(remove_duplicate=False)
@@ -34,7 +35,7 @@ def se_keys(model: nn.Module, state: Iterable[str]) -> list[str]:
 
 
 def module_hashes(model: nn.Module) -> dict[str, str]:
-    """A hash of what each module of the base says of itself: its class, eps, stride, ..."""
+    """For each module of the base, a hash of its class and its repr (eps, stride, ...)."""
     ours = [
         id(module.get_submodule(child))
         for module in model.modules()
@@ -53,15 +54,17 @@ def module_hashes(model: nn.Module) -> dict[str, str]:
 
 
 def fingerprint(key: str, tensor: Tensor, *, hashed: bool) -> list[Any]:
+    """The dtype and shape of a tensor, and a hash of its values if that is wanted."""
     same = hashed and not key.endswith(COUNTERS)
     return [dtype_name(tensor), list(tensor.shape), hash_of(tensor) if same else None]
 
 
 def dtype_name(tensor: Tensor) -> str:
+    """The dtype without ``torch.``, as in ``float32``."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def hash_of(tensor: Tensor) -> str:
-    """Of the bytes; 64 bits, against mistakes and not against forgers."""
+    """A hash of the bytes: its 64 bits guard against mistakes and not against forgers."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(data.tobytes()).hexdigest()[:16]

@@ -1,9 +1,7 @@
-"""Small checkpoints: the SE tensors and the whole plan, in one ``.safetensors`` file.
+"""``load_se``: what a file of ``save_se`` says is put into a base network.
 
-The tensors are named as in the model's ``state_dict``. The header's ``se_inject`` entry is JSON:
-the sites with their settings, what the recorded forward was given, and a fingerprint of the base
-network, tensor by tensor, so that a file never goes silently onto another base. Reading executes
-nothing: safetensors holds bytes and JSON.
+The file has a fingerprint of its base, tensor by tensor, so that it never goes silently onto
+another base. The sites are planned anew on the base and must be those of the file.
 """
 
 import os
@@ -19,7 +17,8 @@ from torch.utils import _pytree as pytree
 from se_inject.edit.insert import is_injected, restore
 from se_inject.errors import CheckpointError, SEInjectError
 from se_inject.keep.fingerprint import dtype_name, module_hashes, se_keys, tensors_of
-from se_inject.keep.header import Header, SavedSite, SharedSettings, read_file
+from se_inject.keep.header import Header, SavedSite, SharedSettings
+from se_inject.keep.read import read_file
 from se_inject.layers.attention import SELayer
 from se_inject.names import block_label, few
 from se_inject.plan.checks import check_model
@@ -75,15 +74,6 @@ def load_se(
                 own[key].copy_(tensor)
         raise
     return base
-
-
-# --- what is in a file ---------------------------------------------------------------------------
-
-
-# --- reading -------------------------------------------------------------------------
-
-
-# --- onto a base ---------------------------------------------------------------------------------
 
 
 def _check_base(base: nn.Module, header: Header, path: Any) -> None:
@@ -151,6 +141,7 @@ def _plan(
     se_layer: SELayer | None,
     path: Any,
 ) -> Plan:
+    """The plan of one ``inject_se`` call of the file, or an error if the base has other sites."""
     if settings.custom and se_layer is None:
         raise CheckpointError(
             f"{path} was saved from a model with another se_layer. Pass that to load_se too:"
@@ -159,8 +150,8 @@ def _plan(
     blocks = {site.block: site for site in sites}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said when the model was injected
-            plan = make_plan(  # which checks the options of the variant too
+            warnings.simplefilter("ignore")  # They were shown when the model was injected.
+            plan = make_plan(  # This checks the options of the variant too.
                 base,
                 Injection(
                     r={_literal(block): site.r for block, site in blocks.items()},
@@ -195,6 +186,7 @@ def _literal(name: str) -> str:
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Any) -> None:
+    """Copy the tensors of the file into the injected model, if all of them fit."""
     state = tensors_of(model)
     missing = [key for key in se_keys(model, state) if key not in tensors]
     foreign = [key for key in tensors if key not in state]
@@ -222,4 +214,5 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Any) -> None:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have equal values, NaN being equal to NaN."""
     return torch.equal(a.detach().cpu().nan_to_num(), b.nan_to_num())

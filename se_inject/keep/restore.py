@@ -5,8 +5,9 @@ from pathlib import Path
 from torch import nn
 
 from se_inject.errors import UnknownModelError
-from se_inject.keep.header import Header, read_header
+from se_inject.keep.header import Header
 from se_inject.keep.load import load_se
+from se_inject.keep.read import read_header
 from se_inject.layers.attention import SELayer
 from se_inject.models.files import load_weights
 from se_inject.models.head import head_name
@@ -27,9 +28,10 @@ def restore_model(
     Args:
         name: of the base, as :func:`load_model` takes it.
         weights: a file of :func:`save_se`.
-        checkpoint: the base's own weights. Without it, and where the file does not hold them all,
-            the pretrained ones of the library.
-        in_chans, num_classes: of the base; of timm's models, the number of classes is in the file.
+        checkpoint: the base's own weights. Without it, the pretrained weights of the library are
+            taken where the file does not hold all weights.
+        in_chans, num_classes: those of the base; for timm's models, the file knows the number of
+            classes.
         se_layer: as in :func:`load_se`.
 
     Raises:
@@ -40,11 +42,14 @@ def restore_model(
     if num_classes is None:
         num_classes = _num_classes(name, header, in_chans)
     base = load_model(name, in_chans=in_chans, num_classes=num_classes)
-    if checkpoint is None and header.differing(base):  # more than tables that are always the same
+    # What a fresh base has already, such as a table of positions, needs no weights.
+    if checkpoint is None and header.differing(base):
         base = _pretrained(name, in_chans, num_classes)
     if checkpoint is not None:
         load_weights(base, checkpoint)
-    return load_se(base, weights, se_layer=se_layer).eval()
+    load_se(base, weights, se_layer=se_layer)
+    base.eval()
+    return base
 
 
 def _pretrained(name: str, in_chans: int | None, num_classes: int | None) -> nn.Module:
@@ -57,7 +62,7 @@ def _pretrained(name: str, in_chans: int | None, num_classes: int | None) -> nn.
 
 
 def _num_classes(name: str, header: Header, in_chans: int | None) -> int | None:
-    """The outputs of a timm model's classifier, as the file has it."""
+    """The number of outputs that the classifier of a timm model has in the file."""
     classifier = head_name(load_model(name, in_chans=in_chans, meta=True))
     entry = header.base.get(f"{classifier}.weight")
     return int(entry[1][0]) if entry else None

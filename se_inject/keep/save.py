@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import nn
 
 from se_inject.errors import NoSiteError
-from se_inject.keep.atomic import replacing
+from se_inject.keep.atomic import atomic_write
 from se_inject.keep.fingerprint import COUNTERS, fingerprint, module_hashes, se_keys, tensors_of
 from se_inject.keep.header import FORMAT, HEADER_KEY, saved_sites
 from se_inject.names import Patterns, few, matching
@@ -62,22 +62,24 @@ def save_se(model: nn.Module, path: str | os.PathLike[str], *, extra: Patterns =
         "modules": module_hashes(model),
         "base": {key: fingerprint(key, state[key], hashed=key not in kept) for key in base},
     }
-    # Cloned: tensors that share memory are refused, and each key is to be whole by itself.
+    # The tensors are cloned because safetensors refuses those that share memory.
     tensors = {
         key: state[key].detach().clone(memory_format=torch.contiguous_format)
         for key in (*ours, *kept)
     }
-    with replacing(Path(path)) as part:
+    with atomic_write(Path(path)) as part:
         part.write_bytes(save(tensors, metadata={HEADER_KEY: json.dumps(header)}))
 
 
 def _extra(model: nn.Module, base: Sequence[str], extra: Patterns) -> set[str]:
+    """The keys of the base that go into the file too."""
     if extra is None:
         return set()
     if extra != "trained":
         return matching(base, extra, "extra", "tensor of the base")
     names = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    # All statistics, spectral norm's vectors too; whole numbers are tables or counters.
+    # Buffers of floating point are statistics (spectral norm's vectors too); those of whole numbers
+    # are tables, which never change, or counters.
     names |= {
         name
         for name, b in model.named_buffers(remove_duplicate=False)

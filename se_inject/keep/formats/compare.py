@@ -1,4 +1,4 @@
-"""Example inputs for an export, and the comparison before a file is kept."""
+"""Example inputs for an export, and the comparison of what was written with the model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,8 @@ from se_inject.errors import ExportError, first_line
 def example_tensors(model: nn.Module) -> tuple[Any, ...]:
     """Random positional arguments like those that the model was recorded with, on the CPU.
 
-    A batch of one becomes two: of one, a program would conclude that there is never another.
+    A batch of one image becomes a batch of two: torch.export would take a batch of one for a
+    constant.
 
     Raises:
         ExportError: it was recorded with keyword arguments.
@@ -40,7 +41,7 @@ def example_tensors(model: nn.Module) -> tuple[Any, ...]:
     return tuple(pytree.tree_map(random, args))
 
 
-# Of the largest output: several roundings of each dtype.
+# The allowed difference as a fraction of the largest output: several roundings of each dtype.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 

@@ -1,4 +1,10 @@
-"""Folds the factor of a gate into the layer before it, to the last bit."""
+"""Folds the factor of a gate into the layer before the SE block, to the last bit.
+
+The factor 2 of a gate ``2 * sigmoid`` is only a parametrisation. When the layer that feeds the SE
+block is doubled, the SE block sees doubled means; when ``fc1`` is halved at the same time,
+``x * 2 sigmoid(f(x))`` is ``2x * sigmoid(f(2x / 2))``. Doubling and halving are exact in floating
+point, so the outputs stay equal to the last bit.
+"""
 
 from collections import Counter
 
@@ -17,14 +23,14 @@ from se_inject.names import block_label
 def fold_gates(model: nn.Module) -> None:
     """Turn every gate ``2 * sigmoid`` into a plain sigmoid, in place; outputs stay as they are.
 
-    ``2 * hard_sigmoid`` into ``hard_sigmoid`` too, with every squeeze: doubled maps have doubled
-    means, maxima and values.
+    A gate ``2 * hard_sigmoid`` becomes ``hard_sigmoid`` in the same way. Every squeeze allows it:
+    a doubled map has doubled means, doubled maxima and doubled values.
 
     Raises:
         NoSiteError: the model has no SE block.
-        ExportError: a gate is no multiple of the paper's (``1 + tanh``), or what feeds an SE block
-            is no norm, convolution or Linear of its own, or does not feed it alone. Nothing is
-            changed then.
+        ExportError: a gate is no multiple of the paper's gate (``1 + tanh`` is none), or the SE
+            block reads something other than a norm, convolution or Linear that feeds it alone.
+            Nothing is changed then.
     """
     uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     shared = Counter(
@@ -69,7 +75,7 @@ def fold_gates(model: nn.Module) -> None:
 
 
 def _affine(layer: nn.Module) -> list[Tensor]:
-    """Weight and bias: the output is linear in both together."""
+    """The weight and the bias of a layer, whose output is linear in both together."""
     tensors = (getattr(layer, "weight", None), getattr(layer, "bias", None))
     return [t for t in tensors if isinstance(t, Tensor)]
 
@@ -87,7 +93,9 @@ def _last_affine(module: nn.Module) -> nn.Module | None:
 
 
 def _affine_layers() -> set[type[nn.Module]]:
-    """Exact classes: timm's ScaledStdConv2d is a Conv2d that takes any scale out of its weight."""
+    """The classes that count, without subclasses: timm's ScaledStdConv2d is a Conv2d that takes
+    any scale out of its weight again.
+    """
     from timm.layers import BatchNormAct2d, LayerNorm, LayerNorm2d
     from torchvision.ops import FrozenBatchNorm2d
 

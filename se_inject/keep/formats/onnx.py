@@ -1,7 +1,6 @@
 """ONNX files."""
 
 import copy
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +9,22 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from se_inject.errors import ExportError, first_line
-from se_inject.keep.atomic import replacing
+from se_inject.keep.atomic import atomic_write
 from se_inject.keep.formats.compare import check_equal, example_tensors
+from se_inject.keep.formats.format import Format, need_packages
 from se_inject.keep.formats.program import export_program
 
 
-def write_onnx(model: nn.Module, path: Path) -> None:
-    """Write an ONNX file, compared with the model in onnxruntime."""
-    for name in ("onnxruntime", "onnxscript"):  # torch writes ONNX through the second
-        if importlib.util.find_spec(name) is None:
-            raise ExportError(f"there is no {name}: pip install 'se-inject[onnx]'.")
+def write_onnx(model: nn.Module, path: Path) -> str:
+    """Write an ONNX file, compare it with the model in onnxruntime, and say what loads it."""
+    need_packages("onnxruntime", "onnxscript", extra="onnx")  # torch writes ONNX with the second
     import onnxruntime
 
-    model = copy.deepcopy(model).cpu().eval()
+    model = copy.deepcopy(model).cpu()
+    model.eval()
     args = example_tensors(model)
     program = export_program(model, args)
-    with replacing(path, ".onnx") as part:
+    with atomic_write(path, ONNX.suffix) as part:
         try:
             torch.onnx.export(program, (), part, dynamo=True, external_data=False, verbose=False)
             session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
@@ -41,3 +40,7 @@ def write_onnx(model: nn.Module, path: Path) -> None:
             return [torch.from_numpy(output) for output in session.run(None, inputs)]
 
         check_equal(model, run, args, "the ONNX file")
+    return f"onnxruntime.InferenceSession({str(path)!r})"
+
+
+ONNX = Format("an ONNX file", ".onnx", write_onnx, extra="onnx")

@@ -9,17 +9,20 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from se_inject.errors import ExportError, first_line
-from se_inject.keep.atomic import replacing
+from se_inject.keep.atomic import atomic_write
 from se_inject.keep.formats.compare import check_equal, example_tensors
+from se_inject.keep.formats.format import Format
 
 
-def write_torch_export(model: nn.Module, path: Path) -> None:
-    """Write a ``torch.export`` program (``.pt2``); what is read back is compared with the model."""
-    model = copy.deepcopy(model).cpu().eval()
+def write_torch_export(model: nn.Module, path: Path) -> str:
+    """Write a ``torch.export`` program, compare what is read back, and say what loads it."""
+    model = copy.deepcopy(model).cpu()
+    model.eval()
     args = example_tensors(model)
-    with replacing(path, ".pt2") as part:
+    with atomic_write(path, TORCH_EXPORT.suffix) as part:
         torch.export.save(export_program(model, args), part)
         check_equal(model, torch.export.load(part).module(), args, "the exported program")
+    return f"torch.export.load({str(path)!r}).module()"
 
 
 def export_program(model: nn.Module, args: tuple[Any, ...]) -> torch.export.ExportedProgram:
@@ -32,3 +35,6 @@ def export_program(model: nn.Module, args: tuple[Any, ...]) -> torch.export.Expo
         raise ExportError(
             f"torch.export cannot follow {type(model).__name__} ({first_line(error)[:200]})."
         ) from error
+
+
+TORCH_EXPORT = Format("a torch.export program", ".pt2", write_torch_export)

@@ -1,10 +1,8 @@
-"""Injected model -> networks that need no se_inject: stock timm, ``torch.export``, ONNX.
+"""Injected model -> timm's own SE network, which needs no se_inject.
 
-The gate of an identity start is ``2 * sigmoid``; stock SE blocks have a plain sigmoid (of the
-paper's variants, timm has those without biases: theirs are then 0). The factor
-is only a parametrisation: with the layer that feeds the SE block doubled, and ``fc1`` halved
-because it then sees doubled means, ``x * 2 sigmoid(f(x))`` is ``2x * sigmoid(f(2x / 2))``. Doubling
-and halving are exact in floating point, so the outputs stay equal to the last bit.
+The gate of an identity start is ``2 * sigmoid``, and that of a stock SE block is a plain sigmoid.
+:func:`fold_gates` moves the factor 2 into the layer before the SE block and loses no bit. Of the
+paper's variants timm has one: SE blocks without biases become stock blocks whose biases are 0.
 """
 
 import copy
@@ -15,9 +13,10 @@ from torch import Tensor, nn
 
 from se_inject.edit.block_class import edit_of
 from se_inject.errors import ExportError
-from se_inject.keep.atomic import replacing
+from se_inject.keep.atomic import atomic_write
 from se_inject.keep.formats.compare import check_equal, example_tensors
 from se_inject.keep.formats.fold import fold_gates
+from se_inject.keep.formats.format import Format
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.models.head import num_classes_of
 from se_inject.names import block_label
@@ -44,7 +43,8 @@ def to_stock(model: nn.Module) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         architecture = _architecture(model)
         names = _stock_names(architecture)
-        twin = copy.deepcopy(model).cpu().eval()
+        twin = copy.deepcopy(model).cpu()
+        twin.eval()
         if names:
             fold_gates(twin)
             _add_biases(twin)
@@ -57,7 +57,8 @@ def to_stock(model: nn.Module) -> nn.Module:
                 reasons.append(f"{name} differs: {keys}")
                 continue
             stock.load_state_dict(state)
-            check_equal(twin, stock.eval(), example_tensors(model), name)
+            stock.eval()
+            check_equal(twin, stock, example_tensors(model), name)
             return stock
     tried = "; ".join(reasons) or "no name in timm is that of the base with 'se' in it"
     raise ExportError(
@@ -87,9 +88,6 @@ def _add_biases(model: nn.Module) -> None:
             for layer in (module.fc1, module.fc2):
                 if layer.bias is None:
                     layer.bias = nn.Parameter(torch.zeros_like(layer.weight[:, 0].flatten()))
-
-
-# --- the stock network ---------------------------------------------------------------------------
 
 
 def _architecture(model: nn.Module) -> str:
@@ -143,20 +141,23 @@ def _difference(ours: dict[str, Tensor], stock: dict[str, Tensor]) -> str:
     return next((f"{key} is only in it" for key in stock if key not in ours), "")
 
 
-# --- checks before anything is written -----------------------------------------------------------
-
-
-# --- files ---------------------------------------------------------------------------------------
-
-
 def write_stock(model: nn.Module, path: Path) -> str:
-    """Write the weights of :func:`to_stock` as ``.safetensors``; returns what loads them."""
-    from safetensors.torch import save_file
+    """Write the weights of :func:`to_stock`, compare what is read back, and say what loads it."""
+    from safetensors.torch import load_file, save_file
 
     stock = to_stock(model)
-    with replacing(path, ".safetensors") as part:
+    with atomic_write(path, STOCK.suffix) as part:
         save_file({k: v.contiguous() for k, v in stock.state_dict().items()}, part)
-    name = _architecture(stock)
+        with torch.random.fork_rng(devices=[]):
+            again = _build_stock(_architecture(stock), model)
+        again.load_state_dict(load_file(part))
+        again.eval()
+        twin = copy.deepcopy(model).cpu()
+        twin.eval()
+        check_equal(twin, again, example_tensors(model), "the stock file")
     options = {"num_classes": (_classes(model), 1000), "in_chans": (_in_chans(model), 3)}
     given = "".join(f", {k}={v}" for k, (v, default) in options.items() if v != default)
-    return f"timm.create_model({name!r}, checkpoint_path={str(path)!r}{given})"
+    return f"timm.create_model({_architecture(stock)!r}, checkpoint_path={str(path)!r}{given})"
+
+
+STOCK = Format("the state dict of timm's own SE network", ".safetensors", write_stock)

@@ -1,4 +1,4 @@
-"""A small residual network: the base of the files here, which older versions wrote."""
+"""A small residual network: the base of the files of older versions in tests/data."""
 
 import torch
 from torch import nn
