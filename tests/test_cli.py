@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 import se_inject
 from se_inject.cli import app as cli
 from se_inject.cli.options import Given, Only, expand
+from se_inject.finetune.settings import Settings
 from se_inject.plan.injection import Injection
 from se_inject.plan.injection import option as knob
 
@@ -398,3 +399,18 @@ def test_a_full_disk_is_one_line() -> None:
     assert result.returncode == 1
     assert result.stderr.startswith("error: cannot write: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"), [("report", Injection), ("finetune", Settings)], ids=["report", "finetune"]
+)
+def test_every_field_is_an_option_with_its_help(command: str, kind: type, call) -> None:
+    """A new option is a new field: the commands are made from the fields."""
+    group = typer.main.get_command(cli.app)
+    parameters = {p.name: p for p in group.commands[command].params}
+    for field in dataclasses.fields(kind):
+        parameter = parameters[field.name]
+        if not field.metadata.get("argument"):
+            assert "--" + field.name.replace("_", "-") in parameter.opts
+        assert parameter.help == field.metadata["help"]
+        assert field.metadata["help"].endswith((".", ")"))

@@ -3,20 +3,20 @@
 import contextlib
 import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from se_inject.cli.options import Only, expand
+from se_inject.keep.formats import FORMATS
 from se_inject.plan.injection import Injection
 
 
-class Format(StrEnum):
-    stock = "stock"
-    torch_export = "torch-export"
-    onnx = "onnx"
+def _known_format(name: str) -> str:
+    if name not in FORMATS:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(map(repr, FORMATS))}.")
+    return name
 
 
 @expand
@@ -38,13 +38,16 @@ def export(
     ],
     injection: Annotated[Injection, Only("attention")],
     target: Annotated[
-        Format,
+        str,
         typer.Option(
             "--format",
-            help="stock: the state dict of timm's own SE network, as .safetensors;"
-            " torch-export: a .pt2 program; onnx.",
+            metavar="|".join(FORMATS),
+            callback=_known_format,
+            help="What to write. "
+            + "; ".join(f"{name}: {f.about} ({f.suffix})" for name, f in FORMATS.items())
+            + ".",
         ),
-    ] = Format.stock,
+    ] = "stock",
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -73,13 +76,10 @@ def export(
 
     - `se-inject export resnet50 --weights best.safetensors --format onnx --output net.onnx`
     """
-    from se_inject.keep.formats.onnx import write_onnx
-    from se_inject.keep.formats.program import write_torch_export
-    from se_inject.keep.formats.stock import write_stock
     from se_inject.keep.restore import restore_model
 
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        # Their own deprecations, some of which name another module.
+        # torch and onnxscript warn of their own deprecations, some of which name another module.
         warnings.filterwarnings("ignore", module="torch|onnxscript")
         warnings.filterwarnings("ignore", category=FutureWarning)
         network = restore_model(
@@ -90,12 +90,5 @@ def export(
             num_classes=num_classes,
             se_layer=injection.se_layer,
         )
-        if target is Format.stock:
-            hint = write_stock(network, output)
-        elif target is Format.torch_export:
-            write_torch_export(network, output)
-            hint = f"torch.export.load({str(output)!r}).module()"
-        else:
-            write_onnx(network, output)
-            hint = f"onnxruntime.InferenceSession({str(output)!r})"
+        hint = FORMATS[target].write(network, output)
     print(f"{output}: same outputs as the model. Load it with {hint}")
