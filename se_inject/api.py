@@ -1,5 +1,6 @@
 """``inject_se``, ``remove_se`` and ``se_parameters``: what most users call."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,7 @@ def inject_se(
     init: Init = "identity",
     divisor: int = 8,
     se_layer: SELayer | None = None,
+    strict: bool = False,
 ) -> nn.Module:
     """Put an SE block on every residual branch of ``model``, in place, and return the model.
 
@@ -47,7 +49,7 @@ def inject_se(
     The arguments (placement, squeeze, gate and bias make the paper's variants) and errors are
     those of :func:`plan_se`, which only says what would be done.
     """
-    return plan_se(
+    plan = plan_se(
         model,
         r,
         example_input=example_input,
@@ -60,7 +62,11 @@ def inject_se(
         init=init,
         divisor=divisor,
         se_layer=se_layer,
-    ).apply()
+        strict=strict,
+    )
+    if plan.gaps:
+        warnings.warn(plan.gaps, stacklevel=2)
+    return plan.apply()
 
 
 def remove_se(model: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """Why an addition of two maps gets no SE block, and the record of one that gets none."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -30,6 +30,21 @@ class Reason(StrEnum):
     EXCLUDED = "excluded by the user"
     NOT_REACHED = "not reached by the recorded forward"
 
+    @property
+    def is_gap(self) -> bool:
+        """Whether the block may be residual, and only the way it is written keeps it from SE."""
+        return self in _GAPS
+
+
+_GAPS = {
+    Reason.WIDTHS,
+    Reason.CHANNELS_UNKNOWN,
+    Reason.SHARED_IN_PLACE,
+    Reason.HIDDEN,
+    Reason.UNTRACED,
+    Reason.MODES_DIFFER,
+}
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -42,6 +57,7 @@ class Skipped:
     block: str
     reason: str
     detail: str = ""
+    looks_residual: bool = field(default=True, repr=False)  # as far as one can tell without a graph
 
     def to_dict(self) -> dict[str, str]:
         return {"block": self.block, "reason": self.reason, "detail": self.detail}

@@ -397,8 +397,8 @@ def test_library_networks_without_additions_say_so(name: str) -> None:
 
 
 def test_a_detectors_pyramid_is_fusion_and_its_backbone_is_served() -> None:
-    with pytest.warns(UserWarning, match="blocks that would run after that are not planned"):
-        plan = plan_se(load_model("torchvision/fasterrcnn_resnet50_fpn", meta=True))
+    # Nothing is said of its head: it stops while it picks boxes, when all maps are made.
+    plan = plan_se(load_model("torchvision/fasterrcnn_resnet50_fpn", meta=True))
     assert len(plan.sites) == 16
     assert Counter((s.block, s.reason) for s in plan.skipped) == {
         ("backbone.fpn", Reason.FUSION): 3,

@@ -4,9 +4,12 @@ One forward of a copy of the model on meta tensors: no arithmetic, no memory, an
 is neither run nor changed.
 """
 
+import ast
 import functools
+import inspect
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from se_inject.errors import ForwardError, first_line
 from se_inject.graph.log import GUESSES, OpLog, adds_equal_shapes, run_on_meta, tensors_in
 from se_inject.graph.meta import needs_values, on_meta
+from se_inject.layers.layout import KINDS, first_convolution
 from se_inject.names import block_label
 
 Shape = tuple[int, ...]
@@ -59,6 +63,7 @@ class Recording:
 
     calls: Mapping[str, Sequence[Call]]
     stopped: str | None
+    missed: tuple[str, ...]  # modules that could hold a block and did not run to their end then
     guessed: tuple[str, ...]  # modules whose way depends on values: taken as false or 0
     example: Arguments
 
@@ -183,6 +188,7 @@ def _record(
     twin: nn.Module, recorder: _Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Recording:
     stopped = None
+    missed: tuple[str, ...] = ()
     try:
         with on_meta(), recorder:
             twin(*args, **kwargs)
@@ -196,6 +202,7 @@ def _record(
                 "Pass example_input= (on the command line --img-size, --in-chans) as the model"
                 " expects it."
             ) from error
+        missed = tuple(_missed(twin, recorder))
         stopped = f"{block_label(where)} needs values, which meta tensors have not ({reason[:100]})"
     finally:
         for hook in recorder.hooks:
@@ -205,7 +212,41 @@ def _record(
         for name, calls in recorder.calls.items()
         if any(call.additions for call in calls)
     }
-    return Recording(calls, stopped, tuple(recorder.guessed), (args, kwargs))
+    return Recording(calls, stopped, missed, tuple(recorder.guessed), (args, kwargs))
+
+
+def _missed(twin: nn.Module, recorder: _Recorder) -> Iterator[str]:
+    """What a forward that stopped early may not have shown: modules that convolve maps.
+
+    A detector stops while it picks boxes. Its heads take lists of maps, where a block takes one
+    map, and what would run after them convolves and adds nothing.
+    """
+    for name, module in twin.named_modules():
+        own_forward = not type(module).forward.__module__.startswith("torch.nn.")
+        if not own_forward or first_convolution(module) is None:
+            continue
+        calls = recorder.calls.get(name)
+        if calls is None:
+            if _may_add(type(module)):
+                yield name
+        elif name and name == recorder.failed:
+            arguments = (*calls[-1].args, *calls[-1].kwargs.values())
+            if len([a for a in arguments if isinstance(a, Tensor) and a.dim() in KINDS]) == 1:
+                yield name
+
+
+def _may_add(kind: type[nn.Module]) -> bool:
+    """Whether the source of a forward has an addition; True where there is no source to read."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Add):
+            return True
+        if isinstance(node, ast.Attribute) and node.attr.startswith("add"):
+            return True
+    return False
 
 
 def _describe_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from torch import fx, nn
 from se_inject.errors import first_line
 from se_inject.graph.example import example_inputs
 from se_inject.graph.facts import TracedForward, run_graph
+from se_inject.graph.log import tensors_in
 from se_inject.graph.meta import LOCK, meta_copy
 from se_inject.graph.record import Arguments, Call, Shape, changed, record, state_of
 from se_inject.graph.same import configuration
@@ -35,6 +36,7 @@ from se_inject.graph.tracer import (
     _is_symbolic,
     bind,
 )
+from se_inject.layers.layout import first_convolution
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class UntracedBlock:
     name: str
     why: str
     additions: tuple[Shape, ...]
+    looks_residual: bool  # it convolves, and adds maps of the shape that it takes or returns
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Trace:
 
     blocks: tuple[TracedBlock | UntracedBlock, ...]
     stopped: str | None  # why the forward did not come to its end, where it did not
+    missed: tuple[str, ...]  # modules that could hold a block and did not run to their end then
     guessed: tuple[str, ...]  # modules whose way depends on values, which meta tensors have not
     example: Arguments  # what the forward was given, on meta
 
@@ -102,10 +106,23 @@ def _trace_blocks(model: nn.Module, example_input: Any, follow: bool) -> Trace:
         result = traced[key]
         if isinstance(result, str):
             additions = max((call.additions for call in calls), key=len)
-            blocks.append(UntracedBlock(name, result, tuple(additions)))
+            shapes = {
+                tuple(tensor.shape)
+                for call in calls
+                for tensor in tensors_in((call.args, call.kwargs, call.output))
+            }
+            convolves = first_convolution(module) is not None
+            looks_residual = convolves and not shapes.isdisjoint(additions)
+            blocks.append(UntracedBlock(name, result, tuple(additions), looks_residual))
         else:
             blocks.append(TracedBlock(name, *result))
-    return Trace(tuple(blocks), recording.stopped, recording.guessed, recording.example)
+    return Trace(
+        tuple(blocks),
+        recording.stopped,
+        recording.missed,
+        recording.guessed,
+        recording.example,
+    )
 
 
 def _trace_block(

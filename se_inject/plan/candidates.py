@@ -130,5 +130,5 @@ def _untraced(block: UntracedBlock, module: nn.Module) -> list[Skipped]:
             and not any(isinstance(m, kind.convolution) for m in module.modules())
         )
         reason = Reason.TOKENS if tokens else Reason.UNTRACED
-        skipped.append(Skipped(block.name, reason, block.why))
+        skipped.append(Skipped(block.name, reason, block.why, block.looks_residual))
     return skipped

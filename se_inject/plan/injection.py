@@ -91,6 +91,12 @@ class Injection:
         panel=_PANEL,
     )
 
+    strict: bool = option(
+        False,
+        "A residual block that cannot be served is an error, not a warning.",
+        panel=_PANEL,
+    )
+
     @property
     def variant(self) -> Variant:
         """The SE block, and where at an addition it goes."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from se_inject.edit.site import Site
 from se_inject.graph.trace import Trace
-from se_inject.names import block_label
+from se_inject.names import block_label, plural
 from se_inject.reasons import Reason, Skipped
 
 # Warnings point at the line that called plan_se or inject_se: past this file and make_plan.
@@ -38,7 +38,7 @@ def no_site_message(model: nn.Module, skipped: Sequence[Skipped]) -> str:
 
 def warn_of_gaps(trace: Trace) -> None:
     """Say what of the forward the recording did not see."""
-    if trace.stopped:
+    if trace.stopped and trace.missed:
         warnings.warn(
             f"{trace.stopped}: blocks that would run after that are not planned.",
             stacklevel=_CALLER,
@@ -49,6 +49,24 @@ def warn_of_gaps(trace: Trace) -> None:
             " none: planned as if they were false or 0; what else it may call is not planned.",
             stacklevel=_CALLER,
         )
+
+
+def gaps_message(blocks: int, skipped: Sequence[Skipped]) -> str | None:
+    """How many blocks that look residual cannot be served, and why; None where there are none.
+
+    Args:
+        blocks: how many are served.
+    """
+    gaps = {
+        s.block: s.reason for s in reversed(skipped) if Reason(s.reason).is_gap and s.looks_residual
+    }
+    if not gaps:
+        return None
+    reasons = ", ".join(dict.fromkeys(reversed(gaps.values())))
+    return (
+        f"{len(gaps)} of {plural(blocks + len(gaps), 'block')} that look residual have no SE block:"
+        f" {reasons}; see plan_se(model).skipped."
+    )
 
 
 def warn_of_floor(sites: Sequence[Site], divisor: int) -> None:

@@ -31,6 +31,7 @@ class Plan:
     se_layer: SELayer | None  # in place of the SE block: of the variant only the placement counts
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
+    gaps: str | None  # in one line, which blocks that look residual could not be served
     example: Arguments = field(repr=False, compare=False)  # what the recorded forward was given
     blocks: Mapping[str, TracedBlock] = field(repr=False, compare=False)
     modules: Mapping[str, nn.Module] = field(repr=False, compare=False)  # that have a site

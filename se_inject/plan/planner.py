@@ -24,7 +24,7 @@ from se_inject.plan.candidates import Candidate, find_candidates
 from se_inject.plan.checks import check_injection, check_model
 from se_inject.plan.injection import Injection, Ratio
 from se_inject.plan.layer_cost import layer_cost
-from se_inject.plan.messages import no_site_message, warn_of_floor, warn_of_gaps
+from se_inject.plan.messages import gaps_message, no_site_message, warn_of_floor, warn_of_gaps
 from se_inject.plan.plan import Plan
 from se_inject.plan.select import ratios_of, selected
 from se_inject.reasons import Reason, Skipped
@@ -45,6 +45,7 @@ def plan_se(
     init: Init = "identity",
     divisor: int = 8,
     se_layer: SELayer | None = None,
+    strict: bool = False,
 ) -> Plan:
     """Find the residual sites of ``model`` and say what SE blocks they would get.
 
@@ -81,12 +82,15 @@ def plan_se(
         se_layer: ``channels -> nn.Module`` in place of SE: a layer from [N, C, H, W] to the same
             shape. Whether the function is preserved is then up to that layer; r, squeeze, gate,
             bias and init are not for it.
+        strict: a block that looks residual and cannot be served is an error; otherwise
+            ``Plan.skipped`` has the reason, and :func:`inject_se` warns.
 
     Raises:
         ArgumentError: an argument cannot work, or a glob matches no block.
         UnsupportedModelError: the model is compiled, scripted or wrapped for distributed runs.
         ForwardError: the forward fails on the example input.
-        NoSiteError: there is no residual addition that can take an SE block.
+        NoSiteError: there is no residual addition that can take an SE block, or with ``strict`` one
+            that cannot.
     """
     injection = Injection(
         r=r,
@@ -99,6 +103,7 @@ def plan_se(
         bias=bias,
         init=init,
         attention=se_layer,
+        strict=strict,
     )
     return make_plan(model, injection, example_input)
 
@@ -122,6 +127,12 @@ def make_plan(model: nn.Module, injection: Injection, example_input: Any = None)
     if not found:
         raise NoSiteError(no_site_message(model, skipped), skipped)
 
+    gaps = gaps_message(
+        len({candidate.block for candidate in found}), [s for s in skipped if s.block in wanted]
+    )
+    if injection.strict and gaps:
+        raise NoSiteError(gaps, skipped)
+
     r = injection.r
     r = {k: int(v) for k, v in r.items()} if isinstance(r, Mapping) else int(r)
     ratios = ratios_of([candidate.block for candidate in found], names, r)
@@ -142,6 +153,7 @@ def make_plan(model: nn.Module, injection: Injection, example_input: Any = None)
         se_layer=injection.se_layer,
         sites=tuple(sites),
         skipped=tuple(skipped),
+        gaps=gaps,
         example=trace.example,
         blocks={block.name: block for block in trace.blocks if isinstance(block, TracedBlock)},
         modules={site.block: modules[site.block] for site in sites},
