@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from se_inject.errors import ForwardError, first_line
 from se_inject.graph.log import GUESSES, OpLog, adds_equal_shapes, run_on_meta, tensors_in
 from se_inject.graph.meta import needs_values, on_meta
 from se_inject.names import block_label
+from se_inject.torch_private import pytree
 
 Shape = tuple[int, ...]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
