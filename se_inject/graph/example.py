@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from se_inject.graph.log import tensors_in
 from se_inject.graph.record import Arguments
 from se_inject.layers.layout import first_convolution, kind_of
+from se_inject.torch_private import pytree
 
 
 def example_inputs(model: nn.Module, example_input: Any = None) -> list[Arguments]:

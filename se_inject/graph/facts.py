@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from se_inject.graph.log import OpLog, leaves
 from se_inject.graph.meta import on_meta
@@ -15,6 +14,7 @@ from se_inject.graph.ops import Op
 from se_inject.graph.record import Call, Shape, rebuilt
 from se_inject.graph.source import ForwardSource
 from se_inject.graph.tracer import OtherNetworkError, bind
+from se_inject.torch_private import pytree, storage_id, version_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class _FactFinder(fx.Interpreter):
         start = len(self.log.ops)
         inputs = [self.env[i] for i in n.all_input_nodes if i in self.env]
         tensors = [t for t in leaves(inputs) if isinstance(t, Tensor) and not t.is_inference()]
-        before = [(t, t._version) for t in tensors]
+        before = [(t, version_of(t)) for t in tensors]
         value = super().run_node(n)
         is_tensor = isinstance(value, Tensor)
         self.log.ensure_followed(value, inputs)
@@ -107,9 +107,9 @@ class _FactFinder(fx.Interpreter):
             dtype=value.dtype if is_tensor else None,
             channel_dim=self.log.channel_dim(value) if is_tensor else None,
             live=any(self.log.is_live(leaf) for leaf in pytree.tree_leaves(value)),
-            storage=_storage(value) if is_tensor else None,
+            storage=storage_id(value) if is_tensor else None,
             writes=frozenset(
-                _storage(t) for t, version in before if t._version != version or self._drops(n)
+                storage_id(t) for t, version in before if version_of(t) != version or self._drops(n)
             ),
             ops=tuple(self.log.ops[start:]),
         )
@@ -119,10 +119,6 @@ class _FactFinder(fx.Interpreter):
         """Whether it is a dropout in place, which writes in train mode only."""
         child = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
         return isinstance(child, nn.modules.dropout._DropoutNd) and child.inplace
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _mutable(value: Any) -> Any:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from se_inject.graph.ops import (
     ADD,
@@ -28,6 +27,7 @@ from se_inject.graph.ops import (
     SIGMOID,
     Op,
 )
+from se_inject.torch_private import pytree
 
 # What a tensor without values says, so that a forward goes on after ``if x.mean() > 0``.
 GUESSES: dict[Any, bool | int] = {Tensor.__bool__: False, Tensor.item: 0}

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from se_inject.errors import ForwardError, first_line
@@ -22,6 +21,7 @@ from se_inject.graph.log import GUESSES, OpLog, adds_equal_shapes, run_on_meta, 
 from se_inject.graph.meta import needs_values, on_meta
 from se_inject.layers.layout import KINDS, first_convolution
 from se_inject.names import block_label
+from se_inject.torch_private import pytree
 
 Shape = tuple[int, ...]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

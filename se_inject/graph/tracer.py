@@ -12,10 +12,10 @@ import numpy
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from se_inject.graph.meta import replaced
 from se_inject.graph.record import Call
+from se_inject.torch_private import pytree
 
 
 class _InPlaceProxy(fx.Proxy):

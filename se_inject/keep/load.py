@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from se_inject.edit.insert import is_injected, restore
 from se_inject.errors import CheckpointError, SEInjectError
@@ -25,6 +24,7 @@ from se_inject.plan.checks import check_model
 from se_inject.plan.injection import Injection
 from se_inject.plan.plan import Plan
 from se_inject.plan.planner import make_plan
+from se_inject.torch_private import pytree
 
 
 def load_se(

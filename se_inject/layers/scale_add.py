@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from se_inject.torch_private import is_batched_by_old_vmap, transforms_active
+
 
 def scale_add(
     residual: Tensor,
@@ -42,7 +44,9 @@ def _scale_add(residual: Tensor, x: Tensor, gate: Tensor, factor: float, in_plac
     """The same for maps of one memory format and dtype."""
     # A subclass of Tensor turns the output of a Function into a view, which nothing may change.
     subclassed = any(type(t) is not Tensor for t in (residual, x, gate))
-    if subclassed or torch.compiler.is_compiling() or torch._C._is_tracing() or _transformed():
+    # This name is public too, and TorchScript's tracer has no rule for a Function either.
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if subclassed or torch.compiler.is_compiling() or traced or transforms_active():
         return torch.addcmul(residual, x, gate, value=factor)
     # A gate that differs at every position is as large as the map, and its gradient needs no sum.
     if torch.is_grad_enabled() and gate.requires_grad and gate.shape != x.shape:
@@ -89,8 +93,8 @@ class _ScaleAdd(torch.autograd.Function):
             if (
                 torch.compiler.is_compiling()
                 or torch.is_grad_enabled()
-                or _transformed()
-                or torch._C._functorch.is_legacy_batchedtensor(grad)
+                or transforms_active()
+                or is_batched_by_old_vmap(grad)
             ):
                 of_x = grad * s
             else:
@@ -102,11 +106,6 @@ class _ScaleAdd(torch.autograd.Function):
         saved_x, saved_gate = ctx.saved_tensors
         of_product: Tensor = x * saved_gate + saved_x * gate
         return residual + times(of_product, ctx.factor)
-
-
-def _transformed() -> bool:
-    """Whether vmap or another transform of torch.func runs: they have no rule for ``out=``."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def _without_autograd(*tensors: Tensor) -> bool:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from se_inject.errors import ArgumentError, BenchmarkError, first_line
 from se_inject.graph import example
 from se_inject.plan.plan import Plan
+from se_inject.torch_private import pytree
 
 # Both networks take turns until the first two are reached, or the last two: a slow network has to
 # run seven times all the same.

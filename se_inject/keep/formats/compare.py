@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from se_inject.edit.block_class import edit_of
 from se_inject.errors import ExportError, first_line
+from se_inject.torch_private import pytree
 
 
 def example_tensors(model: nn.Module) -> tuple[Any, ...]:

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from se_inject.errors import ExportError, first_line
 from se_inject.keep.atomic import atomic_write
 from se_inject.keep.formats.compare import check_equal, example_tensors
 from se_inject.keep.formats.format import Format, need_packages
 from se_inject.keep.formats.program import export_program
+from se_inject.torch_private import pytree
 
 
 def write_onnx(model: nn.Module, path: Path) -> str:

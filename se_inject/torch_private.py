@@ -1,0 +1,52 @@
+"""Everything private of torch that the package uses below its surface, each with its reason.
+
+A new version of torch that moves one of these names is the work of this one file.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# The nested containers of a call are taken apart and rebuilt in many places. The public
+# torch.utils.pytree is newer than the oldest torch that this package supports.
+from torch.utils import _pytree as pytree
+
+__all__ = ["is_batched_by_old_vmap", "pytree", "storage_id", "transforms_active", "version_of"]
+
+
+def transforms_active() -> bool:
+    """Whether vmap or another transform of torch.func runs. No public function says so."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_batched_by_old_vmap(tensor: Tensor) -> bool:
+    """Whether autograd has batched the tensor by its older vmap (``is_grads_batched``).
+
+    Only this private function knows these tensors, for which ``out=`` has no rule.
+    """
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often the tensor was changed in place. Autograd's counter has no public name."""
+    return tensor._version
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Equal for tensors that share memory. On meta all data pointers are 0, so they do not tell."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def set_training_property(read: Callable[[nn.Module], Any]) -> property:
+    """A property that stands before ``training`` of all modules, so that its reads are seen.
+
+    ``training`` is a plain attribute of each instance; a data descriptor of ``nn.Module`` comes
+    first, and what it reads and writes stays in the instance.
+    """
+
+    def write(module: nn.Module, value: bool) -> None:
+        vars(module)["training"] = value
+
+    return property(read, write)
