@@ -4,6 +4,8 @@
 
 1. ``inject_se(resnet152)`` against ``timm.create_model("resnet152")`` in one process.
 2. The whole process ``se-inject resnet50`` against ``python -c "import torch, timm"``.
+3. Seconds of ``plan_se`` for 1,000 recorded operations, of one forward with 16 to 256 residual
+   additions: where planning is linear, the figure stays the same.
 
 The two sides of a ratio take turns, so that a noisy machine is noisy for both; medians are of
 the ratios pair by pair.
@@ -23,8 +25,10 @@ from typing import Any
 
 import timm
 import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from se_inject import inject_se
+from se_inject import inject_se, plan_se
 
 PROCESS_A = [sys.executable, "-m", "se_inject", "resnet50"]
 PROCESS_B = [sys.executable, "-c", "import torch, timm"]
@@ -47,6 +51,53 @@ def compare(a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> dict[str,
         "ratio_min": ratios[0],
         "ratio_max": ratios[-1],
         "pairs": pairs,
+    }
+
+
+class AdditiveUNet(nn.Module):
+    """Residual units on the way down, concatenated skips on the way up, all in one forward."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+
+        def unit(width: int) -> nn.Module:
+            return nn.Sequential(nn.Conv2d(width, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.SiLU())
+
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.down = nn.ModuleList(unit(16) for _ in range(depth))
+        self.up = nn.ModuleList(unit(32) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        skips = []
+        for unit in self.down:
+            x = x + unit(x)
+            skips.append(x)
+        for unit in self.up:
+            x = unit(torch.cat([x, skips.pop()], 1))
+        return x
+
+
+class Count(TorchFunctionMode):
+    """Counts the torch functions that a forward calls."""
+
+    calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def planning(depth: int, repeats: int = 5) -> dict[str, float]:
+    """How long planning takes, for 1,000 operations of the forward."""
+    network, example = AdditiveUNet(depth), torch.empty(2, 3, 16, 16)
+    with torch.no_grad(), Count() as count:
+        network(example)
+    times = sorted(seconds(lambda: plan_se(network, example_input=example)) for _ in range(repeats))
+    return {
+        "operations": count.calls,
+        "seconds": times[repeats // 2],
+        "seconds_per_1000": 1000 * times[repeats // 2] / count.calls,
     }
 
 
@@ -78,6 +129,12 @@ def main() -> None:
             f"{name}: {result['ratio']:.2f} ({result['ratio_min']:.2f} to"
             f" {result['ratio_max']:.2f}; medians {result['a_s']:.2f} s / {result['b_s']:.2f} s)"
         )
+    rows = {depth: planning(depth) for depth in (16, 16, 64, 256)}  # the first warms up
+    for depth, row in rows.items():
+        print(
+            f"plan_se of {depth} additions in one forward: {row['seconds']:.2f} s for"
+            f" {row['operations']} operations, {row['seconds_per_1000']:.2f} s a 1,000"
+        )
     if options.json:
         environment = {
             "date": datetime.now(UTC).date().isoformat(),
@@ -87,7 +144,9 @@ def main() -> None:
             "torch": torch.__version__,
             "timm": timm.__version__,
         }
-        options.json.write_text(json.dumps({**environment, "results": results}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({**environment, "results": results, "planning": rows}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

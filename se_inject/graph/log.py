@@ -37,14 +37,18 @@ GUESSES: dict[Any, bool | int] = {Tensor.__bool__: False, Tensor.item: 0}
 _MOST_GUESSES = 100
 
 
+_NORMS = {F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm, F.rms_norm}
+
+
 def run_on_meta(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call ``func`` with all that it makes on meta.
 
-    The output of a batch norm is made up: on meta it is a slow decomposition, a third of the time
-    of a whole forward, and its output is like its input. A forward that asks for a device by name
-    (``torch.ones(1, device="cpu")``) gets meta, where the rest of its tensors are.
+    The output of a norm is made up, since it is like its input: on meta a norm is a slow
+    decomposition, a third of the time of a whole forward, and the first one imports the compiler.
+    A forward that asks for a device by name (``torch.ones(1, device="cpu")``) gets meta, where the
+    rest of its tensors are.
     """
-    if func is F.batch_norm:
+    if func in _NORMS:
         x: Tensor = args[0] if args else kwargs["input"]
         return torch.empty_like(x)
     if kwargs.get("device") is not None:

@@ -15,6 +15,8 @@ class Flow:
         self.facts = facts
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.inputs: dict[fx.Node, list[fx.Node]] = {}
+        # The live nodes that each node is computed from, itself among them, as bits by their order.
+        self._sources: dict[fx.Node, int] = {}
         # Immediate dominators; None is the common root of all block inputs.
         self.dominator: dict[fx.Node, fx.Node | None] = {}
         for node in graph.nodes:
@@ -23,6 +25,9 @@ class Flow:
             if not facts[node].live:
                 continue
             self.inputs[node] = [i for i in node.all_input_nodes if i in self.dominator]
+            self._sources[node] = 1 << self.order[node]
+            for source in self.inputs[node]:
+                self._sources[node] |= self._sources[source]
             if node.op == "placeholder":
                 self.dominator[node] = None
             elif self.inputs[node]:
@@ -47,6 +52,10 @@ class Flow:
         while b is not None and b is not a:
             b = self.dominator[b]
         return b is a
+
+    def reaches(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether ``b`` is computed from ``a``, or is ``a``."""
+        return bool(self._sources[b] >> self.order[a] & 1)
 
     def between(self, split_point: fx.Node | None, end: fx.Node) -> list[fx.Node]:
         """The nodes on the paths from the split_point (left out) to ``end`` (included)."""
@@ -147,11 +156,13 @@ class Flow:
     def joins_after(self, node: fx.Node) -> set[fx.Node]:
         """The concatenations that ``node`` flows into without passing another addition."""
         found: set[fx.Node] = set()
+        seen: set[fx.Node] = set()
         stack = list(node.users)
         while stack:
             user = stack.pop()
-            if user not in self.inputs or self.addition(user) is not None:
+            if user in seen or user not in self.inputs or self.addition(user) is not None:
                 continue
+            seen.add(user)
             if user.op == "call_function" and any(op.joins for op in self.facts[user].ops):
                 found.add(user)
             stack += user.users

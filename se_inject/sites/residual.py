@@ -100,8 +100,10 @@ def is_inner(
     whole branch passes each of them. Res2Net's inner additions see a part of the channels only,
     and in ``a + b + x`` the first sum has the split_point of the second and nothing follows it.
     """
-    if outer_node is node or node not in flow.between(outer.split_point, outer.branch):
+    if outer_node is node or not flow.reaches(node, outer.branch):
         return False
+    if outer.split_point is not None and flow.reaches(node, outer.split_point):
+        return False  # It comes before the outer branch begins.
     if not flow.dominates(node, outer.branch):
         return True
     after = flow.between(node, outer.branch)
@@ -115,9 +117,8 @@ def is_sibling(flow: Flow, node: fx.Node, residual: Residual, other: fx.Node) ->
 
     NASNet's cells concatenate five such sums: none of them is the trunk of the network.
     """
-    if node in flow.between(None, other) or other in flow.between(None, node):
+    if flow.reaches(node, other) or flow.reaches(other, node):
         return False
-    from_split_point = residual.split_point is None or residual.split_point in flow.between(
-        None, other
-    )
+    split_point = residual.split_point
+    from_split_point = split_point is None or flow.reaches(split_point, other)
     return from_split_point and bool(flow.joins_after(node) & flow.joins_after(other))
