@@ -122,8 +122,11 @@ class Setting:
 
     @property
     def steps(self) -> int:
-        """That are timed together in one turn: of short ones many, lest all be the first one,
-        before which other processes had the caches."""
+        """How many steps are timed together in one turn.
+
+        Short steps are timed in groups: the first step of a turn is slow, since other processes had
+        the caches before it, and a turn of one step would be nothing but such a first one.
+        """
         return 20 if self.device == "cuda" else max(1, 8 // self.batch)
 
     @property
