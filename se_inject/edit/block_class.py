@@ -26,6 +26,7 @@ class Settings:
     variant: Variant
     custom: bool  # made by a user's se_layer
     example: Arguments = field(compare=False)  # on meta
+    where: str = "residual"  # a model that was pickled before there were units does not say
 
 
 @dataclass(frozen=True, eq=False)
