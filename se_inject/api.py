@@ -12,7 +12,7 @@ from se_inject.layers.attention import SELayer
 from se_inject.layers.gates import Gate, Init
 from se_inject.layers.squeezes import Squeeze
 from se_inject.names import Patterns
-from se_inject.plan.injection import Ratio
+from se_inject.plan.injection import Ratio, Where
 from se_inject.plan.planner import plan_se
 from se_inject.sites.placements import Placement
 
@@ -21,6 +21,7 @@ def inject_se(
     model: nn.Module,
     r: Ratio = 16,
     *,
+    where: Where = "auto",
     example_input: Any = None,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -34,6 +35,9 @@ def inject_se(
     strict: bool = False,
 ) -> nn.Module:
     """Put an SE block on every residual branch of ``model``, in place, and return the model.
+
+    In a network without residual additions (VGG, Inception, DenseNet, ...) they go on the ends of
+    its units instead; ``where`` chooses.
 
     The same object comes back, with every old ``state_dict`` key and tensor, its hooks, its
     frozen parameters and its train/eval mode; only ``<block>.se.*`` keys are new. With the
@@ -52,6 +56,7 @@ def inject_se(
     plan = plan_se(
         model,
         r,
+        where=where,
         example_input=example_input,
         include=include,
         exclude=exclude,

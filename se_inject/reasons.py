@@ -1,11 +1,11 @@
-"""Why an addition of two maps gets no SE block, and the record of one that gets none."""
+"""Why an addition of two maps, or a unit, gets no SE block, and the record of one."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """Why an addition gets no SE block."""
+    """Why an addition, or a unit of a network without residual additions, gets no SE block."""
 
     GATED = "the branch already has channel attention"
     REPARAMETERISABLE = "re-parameterisable sum"
@@ -27,6 +27,12 @@ class Reason(StrEnum):
     UNTRACED = "cannot be traced"
     MODES_DIFFER = "train and eval mode add different maps"
     INJECTED = "has an SE block of se_inject already"
+    UNIT_GATED = "the unit already has channel attention"
+    ONE_POSITION = "the unit's map has one position only"
+    NOTHING_LEARNS = "nothing that learns comes after the unit"
+    SHARED_ACTIVATION = "an activation that several units share"
+    SEVERAL_ENDS = "the unit does not end in one map"
+    INSIDE_CHILD = "the unit ends inside a child"
     EXCLUDED = "excluded by the user"
     NOT_REACHED = "not reached by the recorded forward"
 
@@ -49,6 +55,8 @@ _GAPS = {
 @dataclass(frozen=True)
 class Skipped:
     """An addition of two maps that gets no SE block (once, however often its block is called).
+
+    Where units are looked for, it may be a unit: a concatenation, say, that has a gate.
 
     With ``Reason.NOT_REACHED`` it is no addition, but what comes after the point where the
     recorded forward stopped, or a way that it took for no value (``if x.mean() > 0``).

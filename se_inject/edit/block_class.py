@@ -26,6 +26,7 @@ class Settings:
     variant: Variant
     custom: bool  # whether a user's se_layer made the children
     example: Arguments = field(compare=False)  # what the forward was recorded with, on meta
+    where: str = "residual"  # a model that was pickled before there were units does not say
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,7 @@ def insert(
     modules: Mapping[str, nn.Module],
     blocks: Mapping[str, TracedBlock],
     *,
+    where: str,
     variant: Variant,
     se_layer: SELayer | None,
     example: Arguments,
@@ -40,6 +41,7 @@ def insert(
         model: it is edited in place and returned.
         sites: where the SE blocks go; their graph nodes are those of ``blocks``.
         modules, blocks: for each block that has a site, the module and its graphs.
+        where: which maps the plan was made for; a checkpoint has to repeat it.
         variant, se_layer: what is inserted.
         example: what the forward was recorded with, on meta; a checkpoint has to repeat it.
 
@@ -71,6 +73,7 @@ def insert(
                 variant=variant,
                 custom=se_layer is not None,
                 example=example,
+                where=where,
             )
             before = tuple(_state_of(module, child) for child in layers)
             key = (type(module), id(block.eval), id(block.train), tuple(layers), before, settings.r)

@@ -17,15 +17,16 @@ Where stochastic depth or a layer scale stands between, ``drop_path = self.drop_
 the readers of a map read ``self.se`` of that map.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
-from se_inject.sites.find import ResidualSite
+from se_inject.sites.scaled import ResidualSite, ScaledMap
 
 
 def edit_graph(
-    graph: fx.Graph, sites: list[ResidualSite], children: tuple[str, ...], fuse: bool = True
+    graph: fx.Graph, sites: Sequence[ScaledMap], children: tuple[str, ...], fuse: bool = True
 ) -> fx.Graph:
     """A copy of a block graph with one ``call_module`` node for each SE block.
 
@@ -42,7 +43,7 @@ def edit_graph(
     stand_ins: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
     for site, child in zip(sites, children, strict=True):
         source = copies[site.source]
-        if site.fused and fuse:
+        if isinstance(site, ResidualSite) and site.fused and fuse:
             addition = copies[site.addition]
             kind = {"residual_first": site.shortcut_first, "in_place": site.in_place}
             flags: dict[str, Any] = {name: True for name, value in kind.items() if value}

@@ -11,7 +11,7 @@ from se_inject.layers.cost import SECost
 from se_inject.layers.layout import Layout
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.layers.variant import Variant
-from se_inject.sites.find import ResidualSite
+from se_inject.sites.scaled import ScaledMap, SiteKind
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,12 @@ class Site:
     cost: SECost
     device: torch.device
     dtype: torch.dtype
-    where: tuple[ResidualSite, ResidualSite] = field(repr=False)  # in the eval and train graphs
+    where: tuple[ScaledMap, ScaledMap] = field(repr=False)  # in the eval and train graphs
+
+    @property
+    def kind(self) -> SiteKind:
+        """Whether it is on a residual branch, or at the end of another unit."""
+        return self.where[0].kind
 
     @property
     def params(self) -> int:
@@ -49,6 +54,7 @@ class Site:
         """The site as JSON-ready data."""
         return {
             "block": self.block,
+            "kind": self.kind,
             "child": self.child,
             "channels": self.channels,
             "r": self.r,

@@ -97,6 +97,11 @@ class Op:
         return self.is_convolution or (self.name == "linear" and len(self.shape) >= 3)
 
     @property
+    def is_pooling(self) -> bool:
+        """Makes another map of fewer, or of more, positions."""
+        return "pool" in self.name or self.name in ("interpolate", "boolean_dispatch")
+
+    @property
     def is_dropout(self) -> bool:
         return self.name in DROPOUT
 

@@ -1,7 +1,7 @@
 """Model -> every site that an SE block could take, and every other addition with its reason."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from se_inject.graph.trace import Trace, TracedBlock, UntracedBlock, trace_block
 from se_inject.layers.layout import IMAGES, KINDS
 from se_inject.plan.injection import Injection
 from se_inject.reasons import Reason, Skipped
-from se_inject.sites.find import ResidualSite, find_sites
+from se_inject.sites.find import find_sites
 from se_inject.sites.placements import Placement
+from se_inject.sites.scaled import ScaledMap
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Candidate:
     """A site that a block has, in its eval graph and in its train graph."""
 
     block: str
-    in_eval: ResidualSite
-    in_train: ResidualSite
+    in_eval: ScaledMap
+    in_train: ScaledMap
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,21 @@ class Candidates:
     trace: Trace
     found: tuple[Candidate, ...]
     skipped: tuple[Skipped, ...]
+    blocks: Mapping[str, TracedBlock]  # the graphs that the candidates are in, by name
+
+    def plus(
+        self,
+        found: Iterable[Candidate],
+        skipped: Iterable[Skipped],
+        blocks: Mapping[str, TracedBlock],
+    ) -> "Candidates":
+        """These and more."""
+        return Candidates(
+            self.trace,
+            (*self.found, *found),
+            (*self.skipped, *skipped),
+            {**self.blocks, **blocks},
+        )
 
 
 def find_candidates(
@@ -83,7 +99,8 @@ def _find(
     if trace.stopped:
         skipped.append(Skipped("", Reason.NOT_REACHED, trace.stopped))
     skipped += [Skipped(name, Reason.NOT_REACHED, _GUESSED) for name in trace.guessed]
-    return Candidates(trace, tuple(found), tuple(skipped))
+    blocks = {block.name: block for block in trace.blocks if isinstance(block, TracedBlock)}
+    return Candidates(trace, tuple(found), tuple(skipped), blocks)
 
 
 def _sites_of(
@@ -113,7 +130,7 @@ def _sites_of(
     return candidates, skipped
 
 
-def _position(site: ResidualSite) -> tuple[str, int]:
+def _position(site: ScaledMap) -> tuple[str, int]:
     """What tells sites of one block apart in both of its graphs."""
     return str(site.source.target), site.channels
 

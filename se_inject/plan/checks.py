@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from se_inject.errors import ArgumentError, UnsupportedModelError
 from se_inject.layers.variant import check_known
 from se_inject.names import block_label
-from se_inject.plan.injection import Injection
+from se_inject.plan.injection import Injection, Where
 from se_inject.sites.placements import PLACEMENTS
 
 
@@ -23,7 +23,13 @@ def check_injection(injection: Injection) -> None:
         _check_positive_int("r", value, "the reduction ratio C / rd, such as 16")
     divisor_means = "8 as in timm, or 1 for the paper's plain C/r"
     _check_positive_int("divisor", variant.divisor, divisor_means)
+    check_known("where", injection.where, get_args(Where))
     check_known("placement", variant.placement, tuple(PLACEMENTS))
+    if injection.where == "units" and variant.placement != "standard":
+        raise ArgumentError(
+            f"placement={variant.placement!r} is of residual additions; units have none. Leave it"
+            " out, or pass where='residual'."
+        )
     variant.check()
     if se_layer is None:
         return

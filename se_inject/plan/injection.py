@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from se_inject.layers.attention import ATTENTIONS, Attention, SELayer
 from se_inject.layers.gates import Gate, Init
@@ -13,6 +13,8 @@ from se_inject.names import Patterns
 from se_inject.sites.placements import PLACEMENTS, Placement
 
 Ratio = int | Mapping[str, int]
+# Which maps get SE blocks; plan_se explains the words.
+Where = Literal["auto", "residual", "units"]
 
 
 def option(default: Any, text: str, **command_line: Any) -> Any:
@@ -62,6 +64,12 @@ class Injection:
         "No block that matches this glob gets one; this wins over --include. May be given several"
         " times.",
         show_default="none",
+        panel=_PANEL,
+    )
+    where: Where = option(
+        "auto",
+        "On residual branches; or on units too: the ends of Inception modules, dense layers,"
+        " convolutions with their activation. auto: on units only where the network adds no maps.",
         panel=_PANEL,
     )
     placement: Placement = option(

@@ -9,13 +9,14 @@ from torch import nn
 from se_inject.edit.site import Site
 from se_inject.graph.trace import Trace
 from se_inject.names import block_label, plural
+from se_inject.plan.injection import Injection
 from se_inject.reasons import Reason, Skipped
 
 # Warnings point at the line that called plan_se or inject_se: past this file and make_plan.
 _CALLER = 4
 
 
-def no_site_message(model: nn.Module, skipped: Sequence[Skipped]) -> str:
+def no_site_message(model: nn.Module, skipped: Sequence[Skipped], injection: Injection) -> str:
     """Why a model has no site: each reason with its number of additions and an example."""
     kind = type(model).__name__
     injected = [s.block for s in skipped if s.reason == Reason.INJECTED]
@@ -25,7 +26,12 @@ def no_site_message(model: nn.Module, skipped: Sequence[Skipped]) -> str:
             " and no other site. remove_se(model) first to inject anew."
         )
     if not skipped:
-        return f"no residual site: the forward of {kind} adds no two maps of one shape."
+        text = f"no residual site: the forward of {kind} adds no two maps of one shape"
+        if injection.where == "residual":
+            return f"{text}. where='auto' takes its other units (--where auto)."
+        if injection.placement != "standard":
+            return f"{text}, which placement={injection.placement!r} needs; leave that out."
+        return f"{text}, and it has no other unit of convolutions."
     examples = {
         s.reason: (s.block or "the model itself") + (f": {s.detail}" if s.detail else "")
         for s in reversed(skipped)

@@ -14,7 +14,7 @@ from se_inject.graph.trace import TracedBlock
 from se_inject.layers.attention import SELayer
 from se_inject.layers.cost import SECost, sum_costs
 from se_inject.layers.variant import Variant
-from se_inject.plan.injection import Ratio
+from se_inject.plan.injection import Ratio, Where
 from se_inject.reasons import Skipped
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class Plan:
 
     model: nn.Module = field(repr=False, compare=False)
     r: Ratio
+    where: Where
     variant: Variant
     se_layer: SELayer | None  # in place of the SE block: of the variant only the placement counts
     sites: tuple[Site, ...]
@@ -53,6 +54,7 @@ class Plan:
             self.sites,
             self.modules,
             self.blocks,
+            where=self.where,
             variant=self.variant,
             se_layer=self.se_layer,
             example=self.example,
@@ -66,6 +68,7 @@ class Plan:
         """The plan as JSON-ready data."""
         return {
             "r": dict(self.r) if isinstance(self.r, Mapping) else self.r,
+            "where": self.where,
             "variant": asdict(self.variant)
             if self.se_layer is None
             else {"placement": self.variant.placement, "attention": layer_name(self.se_layer)},

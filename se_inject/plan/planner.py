@@ -13,7 +13,6 @@ from torch import nn
 
 from se_inject.edit.site import Site
 from se_inject.errors import NoSiteError
-from se_inject.graph.trace import TracedBlock
 from se_inject.layers.attention import SELayer
 from se_inject.layers.cost import se_cost
 from se_inject.layers.gates import Gate, Init
@@ -22,11 +21,12 @@ from se_inject.layers.squeezes import Squeeze
 from se_inject.names import Patterns
 from se_inject.plan.candidates import Candidate, find_candidates
 from se_inject.plan.checks import check_injection, check_model
-from se_inject.plan.injection import Injection, Ratio
+from se_inject.plan.injection import Injection, Ratio, Where
 from se_inject.plan.layer_cost import layer_cost
 from se_inject.plan.messages import gaps_message, no_site_message, warn_of_floor, warn_of_gaps
 from se_inject.plan.plan import Plan
 from se_inject.plan.select import ratios_of, selected
+from se_inject.plan.unit_candidates import with_units
 from se_inject.reasons import Reason, Skipped
 from se_inject.sites.placements import Placement
 
@@ -35,6 +35,7 @@ def plan_se(
     model: nn.Module,
     r: Ratio = 16,
     *,
+    where: Where = "auto",
     example_input: Any = None,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -47,7 +48,7 @@ def plan_se(
     se_layer: SELayer | None = None,
     strict: bool = False,
 ) -> Plan:
-    """Find the residual sites of ``model`` and say what SE blocks they would get.
+    """Find the sites of ``model`` and say what SE blocks they would get.
 
     A dry run: the model is neither run nor changed, whatever it is on (meta included).
 
@@ -55,6 +56,14 @@ def plan_se(
         model: any CNN, built from any library or by hand; 4-D channels-first maps.
         r: reduction ratio C / rd of the SE bottleneck, one for all blocks or a mapping of globs
             on block names, first match wins: ``{"layer4.*": 32, "*": 16}``.
+        where: which maps get an SE block:
+
+            - ``"residual"``: the residual branches, before their additions;
+            - ``"units"``: also the units that end without an addition: the concatenation of an
+              Inception module, the new maps of a dense layer, the branch of a split block; and
+              in a network that has none of these, each convolution's activation (as in SE-VGG);
+            - ``"auto"``: the residual branches; units only where the forward adds no two maps but
+              those that a block can fold into one convolution (RepVGG).
         example_input: what the forward takes: a tensor [N, C, H, W], a tuple of positional or a
             dict of keyword arguments. By default images of the size that the model's
             ``pretrained_cfg`` says, or 224 (then a few other sizes).
@@ -69,7 +78,7 @@ def plan_se(
               activation too where that convolution is depthwise, as MobileNetV3 has it.
 
             Which additions are residual is the same for all; where a placement makes no sense,
-            ``Plan.skipped`` has the reason.
+            ``Plan.skipped`` has the reason. Units take ``"standard"`` only.
         squeeze: ``"avg"``, ``"max"``, or ``"none"``: the two layers at every position (Table 16).
         gate: ``"sigmoid"``, ``"tanh"``, ``"relu"`` or ``"hard_sigmoid"`` (Table 12); formulas in
             :class:`SqueezeExcite`.
@@ -89,14 +98,15 @@ def plan_se(
         ArgumentError: an argument cannot work, or a glob matches no block.
         UnsupportedModelError: the model is compiled, scripted or wrapped for distributed runs.
         ForwardError: the forward fails on the example input.
-        NoSiteError: there is no residual addition that can take an SE block, or with ``strict`` one
-            that cannot.
+        NoSiteError: there is no residual addition, and no unit where those are wanted, that can
+            take an SE block; or with ``strict`` one that cannot.
     """
     injection = Injection(
         r=r,
         divisor=divisor,
         include=include,
         exclude=exclude,
+        where=where,
         placement=placement,
         squeeze=squeeze,
         gate=gate,
@@ -114,6 +124,7 @@ def make_plan(model: nn.Module, injection: Injection, example_input: Any = None)
     check_model(model)
     modules = dict(model.named_modules())
     candidates = find_candidates(model, modules, injection, example_input)
+    candidates = with_units(model, candidates, injection)
     warn_of_gaps(candidates.trace)
 
     blocks = [candidate.block for candidate in candidates.found]
@@ -125,7 +136,7 @@ def make_plan(model: nn.Module, injection: Injection, example_input: Any = None)
     ]
     found = [candidate for candidate in candidates.found if candidate.block in wanted]
     if not found:
-        raise NoSiteError(no_site_message(model, skipped), skipped)
+        raise NoSiteError(no_site_message(model, skipped, injection), skipped)
 
     gaps = gaps_message(
         len({candidate.block for candidate in found}), [s for s in skipped if s.block in wanted]
@@ -145,17 +156,17 @@ def make_plan(model: nn.Module, injection: Injection, example_input: Any = None)
             _make_site(model, module, candidate, number, ratios[candidate.block], injection)
         )
     warn_of_floor(sites, injection.divisor)
-    trace = candidates.trace
     return Plan(
         model=model,
         r=r,
+        where=injection.where,
         variant=injection.variant,
         se_layer=injection.se_layer,
         sites=tuple(sites),
         skipped=tuple(skipped),
         gaps=gaps,
-        example=trace.example,
-        blocks={block.name: block for block in trace.blocks if isinstance(block, TracedBlock)},
+        example=candidates.trace.example,
+        blocks=candidates.blocks,
         modules={site.block: modules[site.block] for site in sites},
     )
 

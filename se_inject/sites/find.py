@@ -3,33 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx, nn
 
 from se_inject.graph.facts import NodeFacts
-from se_inject.graph.record import Shape
 from se_inject.layers.layout import KINDS, Layout
 from se_inject.reasons import Reason
 from se_inject.sites.flow import Flow
 from se_inject.sites.placements import PLACEMENTS, Placement, Point, is_in_place
 from se_inject.sites.residual import Residual, is_inner, is_sibling, shape_verdict
-
-
-@dataclass(frozen=True)
-class ResidualSite:
-    """Where in a block graph an SE block goes."""
-
-    addition: fx.Node
-    source: fx.Node  # the map to scale: the SE block reads it
-    readers: tuple[fx.Node, ...]  # what reads the scaled map in its place
-    shortcut: fx.Node  # the operand of the addition that is not the branch
-    fused: bool  # the addition alone reads the branch: the SE block takes it over
-    shortcut_first: bool  # the sum has the memory format of its first operand
-    in_place: bool  # and keeps its dtype too
-    channels: int
-    layout: Layout
-    dtype: torch.dtype
-    shapes: tuple[Shape, ...]  # of the branch map, one a recorded call
+from se_inject.sites.scaled import ResidualSite
 
 
 @dataclass(frozen=True)
