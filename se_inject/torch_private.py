@@ -4,16 +4,18 @@ A new version of torch that moves one of these names is the work of this one fil
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 # The nested containers of a call are taken apart and rebuilt in many places. The public
 # torch.utils.pytree is newer than the oldest torch that this package supports.
 from torch.utils import _pytree as pytree
 
-__all__ = ["is_batched_by_old_vmap", "pytree", "storage_id", "transforms_active", "version_of"]
+__all__ = ["pytree"]
 
 
 def transforms_active() -> bool:
@@ -39,7 +41,7 @@ def storage_id(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def set_training_property(read: Callable[[nn.Module], Any]) -> property:
+def training_property(read: Callable[[nn.Module], Any]) -> property:
     """A property that stands before ``training`` of all modules, so that its reads are seen.
 
     ``training`` is a plain attribute of each instance; a data descriptor of ``nn.Module`` comes
@@ -50,3 +52,18 @@ def set_training_property(read: Callable[[nn.Module], Any]) -> property:
         vars(module)["training"] = value
 
     return property(read, write)
+
+
+def wrapped_functions() -> list[tuple[str, dict[str, Any]]]:
+    """The functions that ``torch.fx.wrap`` was told of: each name, and the namespace that it is in.
+
+    A library says so of functions that are to stay one step (torchvision: stochastic depth). The
+    table has no public name.
+    """
+    table = torch.fx._symbolic_trace._wrapped_fns_to_patch
+    return [(name, space) for (_, name), space in table.items() if name in space]
+
+
+def without_torch_functions() -> AbstractContextManager[None]:
+    """A context in which no mode sees the functions that run, as in TorchScript's own code."""
+    return torch._C.DisableTorchFunction()

@@ -228,10 +228,21 @@ class OnTheInstance(Unit):
         self.forward = lambda x: x + self.norm(self.conv(x))
 
 
+@pytest.mark.parametrize("block", [ShapeControlFlow, TypeControlFlow])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_the_recorded_call_answers_is_served(block: type[nn.Module], training: bool) -> None:
+    assert same_before_and_after(Root(block()), training) == ["plain", "block"]
+
+
+def test_another_answer_than_the_recorded_one_is_an_error_that_names_the_question() -> None:
+    root = inject_se(Root(ShapeControlFlow()), example_input=X)
+    root(torch.randn(3, 16, 6, 5))  # other sizes with the same answer
+    with pytest.raises(RuntimeError, match=r"`x.shape\[-1\] > 4` was True .* remove_se"):
+        root(X[..., :4])
+
+
 UNTRACEABLE = {
-    ShapeControlFlow: "control flow",
-    TypeControlFlow: "follows another path",
-    ForeignTensor: "makes a tensor that fx would freeze",
+    ForeignTensor: "uses a tensor that was not made by a function of torch",
     OnTheInstance: "replaced on the instance",
 }
 

@@ -150,7 +150,7 @@ REFUSED: dict[type[nn.Module], str] = {
     AutocastOfDevice: "enters autocast",
     Decorated: "enters autocast",
     Binary: "calls an autograd.Function",
-    Checkpointed: "fx cannot follow its forward",
+    Checkpointed: "is checkpointed",
     CheckpointedByModule: "is checkpointed",
     PythonRandom: "draws random numbers outside torch",
     NumpyRandom: "draws random numbers outside torch",

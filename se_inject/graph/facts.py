@@ -8,12 +8,13 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
+from se_inject.graph.expect import bind
 from se_inject.graph.log import OpLog, leaves
 from se_inject.graph.meta import on_meta
 from se_inject.graph.ops import Op
+from se_inject.graph.planning import OtherNetworkError
 from se_inject.graph.record import Call, Shape, rebuilt
 from se_inject.graph.source import ForwardSource
-from se_inject.graph.tracer import OtherNetworkError, bind
 from se_inject.torch_private import pytree, storage_id, version_of
 
 
@@ -39,13 +40,15 @@ class TracedForward:
     returns_same: bool  # the types of its outputs too: fx turns an OrderedDict into a dict
 
 
-def run_graph(module: nn.Module, graph: fx.Graph, calls: Sequence[Call]) -> TracedForward:
+def run_graph(
+    module: nn.Module, graph: fx.Graph, calls: Sequence[Call], device: torch.device | None = None
+) -> TracedForward:
     """Run the graph on each recorded call, and the forward itself, and compare what ran."""
     by_signature: dict[Hashable, Mapping[fx.Node, NodeFacts]] = {}
     returns_same = True
     for call in calls:
         if call.signature not in by_signature:
-            facts, same = _facts(module, graph, call)
+            facts, same = _facts(module, graph, call, device)
             by_signature[call.signature] = facts
             returns_same = returns_same and same
     facts_of_calls = tuple(by_signature[call.signature] for call in calls)
@@ -53,12 +56,12 @@ def run_graph(module: nn.Module, graph: fx.Graph, calls: Sequence[Call]) -> Trac
 
 
 def _facts(
-    module: nn.Module, graph: fx.Graph, call: Call
+    module: nn.Module, graph: fx.Graph, call: Call, device: torch.device | None
 ) -> tuple[Mapping[fx.Node, NodeFacts], bool]:
     """What the nodes compute, and whether the outputs have the types that the forward's have."""
     generated = ForwardSource.of(graph, "check").compile(show=False)
     ops, returned = [], []
-    with on_meta():
+    with on_meta(device):
         for forward in (type(module).forward, generated):
             args, kwargs = rebuilt((call.args, call.kwargs))
             with call.log() as log:
@@ -69,7 +72,7 @@ def _facts(
         with finder.log:
             finder.run()
     if ops[0] != ops[1]:
-        raise OtherNetworkError("fx follows another path through its forward than Python does")
+        raise OtherNetworkError("its graph does not run what its forward runs")
     return finder.facts, returned[0] == returned[1]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from se_inject.graph.log import tensors_in
@@ -67,12 +68,13 @@ class History:
         return found
 
 
-def record_history(twin: nn.Module, example: Arguments) -> History:
+def record_history(twin: nn.Module, example: Arguments, device: torch.device) -> History:
     """Record one forward on meta tensors.
 
     Args:
         twin: a :func:`se_inject.graph.meta.meta_copy` of the model.
         example: what :func:`se_inject.graph.record.record` found that the forward accepts.
+        device: where the model is; what the forward asks of devices is answered so.
 
     Raises:
         Exception: whatever the forward raises.
@@ -80,7 +82,7 @@ def record_history(twin: nn.Module, example: Arguments) -> History:
     recorder = _HistoryRecorder(twin, example)
     args, kwargs = example
     try:
-        with on_meta(), recorder:
+        with on_meta(device), recorder:
             twin(*args, **kwargs)
     finally:
         for hook in recorder.hooks:

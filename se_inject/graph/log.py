@@ -45,14 +45,10 @@ def run_on_meta(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
 
     The output of a norm is made up, since it is like its input: on meta a norm is a slow
     decomposition, a third of the time of a whole forward, and the first one imports the compiler.
-    A forward that asks for a device by name (``torch.ones(1, device="cpu")``) gets meta, where the
-    rest of its tensors are.
     """
     if func in _NORMS:
         x: Tensor = args[0] if args else kwargs["input"]
         return torch.empty_like(x)
-    if kwargs.get("device") is not None:
-        kwargs = {**kwargs, "device": "meta"}
     return func(*args, **kwargs)
 
 

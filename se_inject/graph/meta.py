@@ -2,64 +2,105 @@
 
 import contextlib
 import copy
-import functools
+import itertools
 import re
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from se_inject.errors import ForwardError, first_line
 from se_inject.graph.log import tensors_in
-
-# Functions of torch are replaced for a moment, which two threads must not do at once.
-LOCK = threading.RLock()
+from se_inject.graph.planning import THREAD, raise_interruption
 
 
 @contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Another attribute in the place of one that ``owner`` itself has, for a moment."""
-    original = vars(owner)[name]
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-@contextlib.contextmanager
-def on_meta() -> Iterator[None]:
+def on_meta(device: torch.device | None = None) -> Iterator[None]:
     """Run forwards on meta tensors: no gradients, and all that is made is made on meta.
 
-    ``torch.autocast(x.device.type, enabled=False)`` is an error there, since meta has no autocast;
-    it gets that of the CPU, which leaves meta tensors alone.
+    What a forward asks about the device of a tensor is answered as the model on ``device`` would.
     """
-    with LOCK, torch.no_grad(), torch.device("meta"), contextlib.ExitStack() as stack:
-        for owner, name in _AUTOCAST:
-            stack.enter_context(replaced(owner, name, _as_on_cpu(vars(owner)[name])))
+    with torch.no_grad(), torch.device("meta"), _Answers(device or torch.device("cpu")):
         yield
 
 
-# What takes the type of a device and fails for meta.
-_AUTOCAST: tuple[tuple[Any, str], ...] = (
-    (torch.autocast, "__init__"),
-    (torch, "is_autocast_enabled"),
-    (torch, "get_autocast_dtype"),
-)
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is. One on meta is on no device yet: it is planned as on the CPU."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    device = next((t.device for t in tensors), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
 
 
-def _as_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    def cpu(value: Any) -> Any:
-        return "cpu" if isinstance(value, str) and value == "meta" else value
+class _Answers(TorchFunctionMode):
+    """Answers for the real model where a copy on meta would answer for itself."""
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return function(*map(cpu, args), **{k: cpu(v) for k, v in kwargs.items()})
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.index = -1 if device.type == "cpu" else device.index or 0
 
-    return call
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            attribute = func.__self__.__name__  # type: ignore[attr-defined]
+            if attribute == "device":
+                return self.device
+            if attribute in ("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_xla"):
+                return attribute == f"is_{self.device.type}"
+        elif name == "get_device":
+            return self.index
+        elif name in ("cpu", "cuda") and func in (Tensor.cpu, Tensor.cuda):
+            return args[0]
+        elif func is Tensor.type:
+            if len(args) < 2 and not kwargs:
+                kind = _KINDS.get(args[0].dtype, "Float")
+                place = "torch" if self.device.type == "cpu" else f"torch.{self.device.type}"
+                return f"{place}.{kind}Tensor"
+            if isinstance(args[1], str):
+                names = {f"{kind}Tensor": dtype for dtype, kind in _KINDS.items()}
+                return args[0].to(names[args[1].rsplit(".", 1)[-1]])
+        elif func is Tensor.to:
+            args = tuple("meta" if _names_device(a) else a for a in args)
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": "meta"}
+        args, kwargs = _of_the_copy(args), _of_the_copy(kwargs)
+        return func(*args, **kwargs)
+
+
+_KINDS = {torch.float32: "Float", torch.float64: "Double", torch.float16: "Half"}
+_KINDS |= {torch.bfloat16: "BFloat16", torch.int64: "Long", torch.int32: "Int"}
+_KINDS |= {torch.uint8: "Byte", torch.bool: "Bool", torch.int16: "Short", torch.int8: "Char"}
+
+
+def _names_device(value: Any) -> bool:
+    return isinstance(value, str | torch.device)
+
+
+def _of_the_copy(value: Any) -> Any:
+    """The arguments of a function with every real tensor on meta.
+
+    Where a forward holds on to the user's own model, that is the tensor of the copy in its place.
+    """
+    if isinstance(value, Tensor):
+        twin = THREAD.twin_of(value)
+        if twin.is_meta or twin.dim() == 0 or twin.is_quantized:
+            return twin  # torch mixes numbers of the CPU with tensors of any device
+        return twin.to("meta")
+    if type(value) in (tuple, list):
+        return type(value)(_of_the_copy(v) for v in value)
+    if type(value) is dict:
+        return {k: _of_the_copy(v) for k, v in value.items()}
+    return value
 
 
 def needs_values(error: Exception) -> bool:
@@ -69,34 +110,64 @@ def needs_values(error: Exception) -> bool:
     )
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model in eval mode whose tensors are all on meta, without the user's hooks.
+def meta_copy(model: nn.Module, *, hooks: bool = False) -> nn.Module:
+    """A copy of the model in eval mode whose tensors are all on meta.
 
     Hooks of ``torch.nn.utils`` (weight norm, spectral norm) belong to the model and stay.
+
+    Args:
+        model: it is not changed.
+        hooks: whether the copy has the user's hooks too.
 
     Raises:
         ForwardError: the model cannot be copied.
     """
+    return copy_with_twins(model, hooks=hooks)[0]
+
+
+def copy_with_twins(
+    model: nn.Module, *, hooks: bool = False
+) -> tuple[nn.Module, dict[int, nn.Module], dict[int, Tensor]]:
+    """The copy, and for the ids of the model's modules and tensors those of the copy."""
     memo: dict[int, Any] = {}
+    tensors: dict[int, Tensor] = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                memo[id(tensor)] = _to_meta(tensor)
+                memo[id(tensor)] = tensors[id(tensor)] = _to_meta(tensor)
         for name, value in vars(module).items():
             if "_hooks" in name and isinstance(value, dict):
-                memo[id(value)] = _library_hooks(value)
+                if not hooks:
+                    memo[id(value)] = _library_hooks(value)
             elif isinstance(value, Tensor | list | tuple | dict):
                 for tensor in tensors_in(value):  # detectors keep anchors in a plain list
-                    memo.setdefault(id(tensor), _to_meta(tensor))
+                    if id(tensor) not in memo:
+                        memo[id(tensor)] = tensors[id(tensor)] = _to_meta(tensor)
+    own = dict(memo)
     try:
         twin = copy.deepcopy(model, memo)
+        kept = {id(m): m for m in model.modules()}
+        if shared := [m for m in twin.modules() if id(m) in kept]:
+            # A __deepcopy__ that returns its own module: copied as any other module is.
+            memo = own
+            for module in shared:
+                memo[id(module)] = type(module).__new__(type(module))
+            for module in shared:
+                vars(memo[id(module)]).update(
+                    {k: copy.deepcopy(v, memo) for k, v in vars(module).items()}
+                )
+            twin = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a foreign __deepcopy__ may raise
+        raise_interruption(error)
         raise ForwardError(
             f"copy.deepcopy of the model fails ({type(error).__name__}: {first_line(error)});"
             " se_inject plans on a copy. Remove what cannot be copied from the modules first."
         ) from error
+    modules = {
+        id(m): memo[id(m)] for m in model.modules() if isinstance(memo.get(id(m)), nn.Module)
+    }
     twin.eval()  # not `return twin.eval()`: a train() of the user's may return None
-    return twin
+    return twin, modules, tensors
 
 
 def _to_meta(tensor: Tensor) -> Tensor:

@@ -13,12 +13,14 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from se_inject.errors import ForwardError, first_line
 from se_inject.graph.log import GUESSES, OpLog, adds_equal_shapes, run_on_meta, tensors_in
 from se_inject.graph.meta import needs_values, on_meta
+from se_inject.graph.planning import raise_interruption
 from se_inject.layers.layout import KINDS, first_convolution
 from se_inject.names import block_label
 from se_inject.torch_private import pytree
@@ -156,12 +158,15 @@ def rebuilt(value: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf, value)
 
 
-def record(twin: nn.Module, examples: Sequence[Arguments], *, follow: bool = False) -> Recording:
+def record(
+    twin: nn.Module, examples: Sequence[Arguments], device: torch.device, *, follow: bool = False
+) -> Recording:
     """Record one forward, with the first of the examples that it accepts.
 
     Args:
         twin: a :func:`meta_copy` of the model.
         examples: (args, kwargs) on meta, as :func:`example_inputs` gives them.
+        device: where the model is; what the forward asks about devices is answered so.
         follow: find out the channel dims of what modules are called with; it takes its time.
 
     Raises:
@@ -174,7 +179,7 @@ def record(twin: nn.Module, examples: Sequence[Arguments], *, follow: bool = Fal
         for args, kwargs in examples:
             recorder = _Recorder(twin, (args, kwargs), follow, guesses)
             try:
-                return _record(twin, recorder, args, kwargs)
+                return _record(twin, recorder, args, kwargs, device)
             except ForwardError as error:
                 failures.append((len(recorder.calls), error))
                 guessed = guessed or bool(recorder.guessed)
@@ -185,14 +190,19 @@ def record(twin: nn.Module, examples: Sequence[Arguments], *, follow: bool = Fal
 
 
 def _record(
-    twin: nn.Module, recorder: _Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
+    twin: nn.Module,
+    recorder: _Recorder,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: torch.device,
 ) -> Recording:
     stopped = None
     missed: tuple[str, ...] = ()
     try:
-        with on_meta(), recorder:
+        with on_meta(device), recorder:
             twin(*args, **kwargs)
     except Exception as error:  # whatever a foreign forward may raise
+        raise_interruption(error)
         where = recorder.failed
         reason = f"{type(error).__name__}: {first_line(error)}"
         if not needs_values(error):

@@ -12,31 +12,35 @@ expects (``isinstance(x, Tensor)``), and such a graph would be another network.
 import contextlib
 import pickle
 import random
-import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
 
-from se_inject.errors import first_line
+from se_inject.errors import ForwardError, first_line
 from se_inject.graph.example import example_inputs
+from se_inject.graph.expect import bind
 from se_inject.graph.facts import TracedForward, run_graph
 from se_inject.graph.log import tensors_in
-from se_inject.graph.meta import LOCK, meta_copy
+from se_inject.graph.meta import copy_with_twins, device_of, on_meta
+from se_inject.graph.patches import run_replaced
+from se_inject.graph.planning import (
+    THREAD,
+    OtherNetworkError,
+    place_of_error,
+    raise_interruption,
+    replacements,
+)
 from se_inject.graph.record import Arguments, Call, Shape, changed, record, state_of
 from se_inject.graph.same import configuration
-from se_inject.graph.tracer import (
-    BlockTracer,
-    OtherNetworkError,
-    _holds_tensor,
-    _is_symbolic,
-    bind,
-)
+from se_inject.graph.tracer import BlockTracer, holds_tensor, is_symbolic
 from se_inject.layers.layout import first_convolution
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class TracedBlock:
 
 @dataclass(frozen=True)
 class UntracedBlock:
-    """A module that adds maps in its own forward, in a way that fx cannot follow."""
+    """A module that adds maps in its own forward, in a way that no graph can say."""
 
     name: str
     why: str
@@ -87,14 +91,58 @@ def trace_blocks(model: nn.Module, example_input: Any = None, *, follow: bool = 
         ForwardError: the forward failed before its end, for another reason than that it needs
             values where meta tensors have none.
     """
-    # Tensors of inference mode do not say when they are changed in place.
-    with LOCK, _foreign_random_numbers(), torch.inference_mode(False):
-        return _trace_blocks(model, example_input, follow)
+
+    def work(twin: nn.Module, device: torch.device) -> Trace:
+        return _trace_twin(twin, example_inputs(model, example_input), device, follow)
+
+    try:
+        return on_a_copy(model, work)
+    except ForwardError as error:
+        if not _has_hooks(model):
+            raise
+        try:  # a forward may need what a hook of its own has captured
+            return on_a_copy(model, work, hooks=True)
+        except ForwardError:
+            raise error from None
 
 
-def _trace_blocks(model: nn.Module, example_input: Any, follow: bool) -> Trace:
-    twin = meta_copy(model)
-    recording = record(twin, example_inputs(model, example_input), follow=follow)
+def on_a_copy(
+    model: nn.Module, work: Callable[[nn.Module, torch.device], _T], *, hooks: bool = False
+) -> _T:
+    """Do something with a copy of the model on meta, while this thread sees what planning replaces.
+
+    Args:
+        model: it is neither run nor changed, and no random number is drawn.
+        work: what is to be done with the copy, and with the device that the model is on.
+        hooks: whether the copy has the user's hooks too.
+    """
+
+    def plan() -> _T:
+        # Tensors of inference mode do not say when they are changed in place.
+        with _foreign_random_numbers(), torch.inference_mode(False):
+            twin, modules_of_copy, tensors_of_copy = copy_with_twins(model, hooks=hooks)
+            THREAD.modules, THREAD.tensors = modules_of_copy, tensors_of_copy
+            try:
+                return work(twin, device_of(model))
+            finally:
+                THREAD.modules, THREAD.tensors = {}, {}
+
+    return run_replaced(replacements(), plan)
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    return any(
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if "_hooks" in name and isinstance(value, dict)
+    )
+
+
+def _trace_twin(
+    twin: nn.Module, examples: Sequence[Arguments], device: torch.device, follow: bool
+) -> Trace:
+    recording = record(twin, examples, device, follow=follow)
     modules = dict(twin.named_modules())
     traced: dict[Hashable, tuple[TracedForward, TracedForward] | str] = {}
     blocks: list[TracedBlock | UntracedBlock] = []
@@ -102,7 +150,7 @@ def _trace_blocks(model: nn.Module, example_input: Any, follow: bool) -> Trace:
         module = modules[name]
         key = (configuration(module), tuple(call.signature for call in calls))
         if key not in traced:
-            traced[key] = _trace_block(name, module, calls)
+            traced[key] = trace_block(name, module, calls, device)
         result = traced[key]
         if isinstance(result, str):
             additions = max((call.additions for call in calls), key=len)
@@ -125,8 +173,8 @@ def _trace_blocks(model: nn.Module, example_input: Any, follow: bool) -> Trace:
     )
 
 
-def _trace_block(
-    name: str, module: nn.Module, calls: Sequence[Call]
+def trace_block(
+    name: str, module: nn.Module, calls: Sequence[Call], device: torch.device
 ) -> tuple[TracedForward, TracedForward] | str:
     """The eval and train graphs of a block, or in words why there are none."""
     if "forward" in vars(module):
@@ -140,59 +188,53 @@ def _trace_block(
         return "it is called with different flags in one forward"
     try:
         with _unchanged(module), _foreign_random_numbers() as drawn:
-            eval_graph, train_graph = _graphs(name, module, calls[0])
+            eval_graph, train_graph = _graphs(name, module, calls[0], device)
             if drawn():  # a graph would freeze one draw
                 raise OtherNetworkError("its forward draws random numbers outside torch")
     except OtherNetworkError as error:
         return str(error)
-    except Exception as error:  # fx runs foreign Python on proxies: anything may come
-        return f"fx cannot follow its forward ({type(error).__name__}: {first_line(error)})"
+    except Exception as error:  # foreign Python runs on recorded values: anything may come
+        raise_interruption(error)
+        what = f"{type(error).__name__}: {first_line(error)}"
+        if any(kind in what for kind in ("'Int'", "not Int", "Scalar", "Machine", "Shape")):
+            what = "it hands a size or a property of a tensor to code that takes plain numbers"
+        return f"its forward cannot be followed{place_of_error(error)}: {what}"
     try:
-        evaluated = run_graph(module, eval_graph, calls)
+        evaluated = run_graph(module, eval_graph, calls, device)
         if train_graph is eval_graph:
             return evaluated, evaluated
         module.train()
-        return evaluated, run_graph(module, train_graph, calls)
+        return evaluated, run_graph(module, train_graph, calls, device)
     except OtherNetworkError as error:
         return str(error)
     except Exception as error:
+        raise_interruption(error)
         return f"its graph does not run ({type(error).__name__}: {first_line(error)})"
     finally:
         module.eval()
 
 
-def _graphs(name: str, module: nn.Module, call: Call) -> tuple[fx.Graph, fx.Graph]:
+def _graphs(
+    name: str, module: nn.Module, call: Call, device: torch.device
+) -> tuple[fx.Graph, fx.Graph]:
     """The graphs in eval and train mode; one object if the forward reads no mode."""
-    with _mode_reads() as readers:
-        in_eval = BlockTracer(name, call).trace(module)
-        if not readers:
-            return in_eval, in_eval
-        module.train()
-        in_train = BlockTracer(name, call).trace(module)
-    if any(reader is not module for reader in readers):
+    own = {id(m) for m in module.modules()}
+
+    def trace() -> tuple[fx.Graph, list[nn.Module]]:
+        tracer = BlockTracer(name, call)
+        with on_meta(device):
+            graph = tracer.trace(module)
+        # A layer that the forward itself has made is in the mode in which it was made.
+        return graph, [m for m in tracer.mode_readers if id(m) in own]
+
+    in_eval, readers = trace()
+    if not readers:
+        return in_eval, in_eval
+    module.train()
+    in_train, more = trace()
+    if any(reader is not module for reader in (*readers, *more)):
         raise OtherNetworkError("its forward reads the mode of a child")
     return in_eval, in_train
-
-
-@contextlib.contextmanager
-def _mode_reads() -> Iterator[list[nn.Module]]:
-    """Collects the modules whose ``training`` is read, by a property that stands before it."""
-    readers: list[nn.Module] = []
-    tracing_thread = threading.get_ident()
-
-    def read(module: nn.Module) -> Any:
-        if threading.get_ident() == tracing_thread:
-            readers.append(module)
-        return vars(module)["training"]
-
-    def write(module: nn.Module, value: bool) -> None:
-        vars(module)["training"] = value
-
-    nn.Module.training = property(read, write)  # type: ignore[assignment]  # for a moment
-    try:
-        yield readers
-    finally:
-        del nn.Module.training
 
 
 @contextlib.contextmanager
@@ -204,9 +246,7 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
     try:
         yield
         module.eval()
-        # fx's own constants are found, and refused, in the graph.
-        sets = [n for n in changed(before, state_of(module)) if "_tensor_constant" not in n]
-        if sets:
+        if sets := changed(before, state_of(module)):
             raise OtherNetworkError(f"its forward sets self.{sets[0]}")
     finally:
         vars(module).clear()
@@ -236,7 +276,7 @@ def _flags(module: nn.Module, call: Call) -> Hashable:
     """The arguments of a call that decide the way through the forward."""
     arguments = bind(type(module).forward, module, call)
     return tuple(
-        (name, None if _holds_tensor(v) or _is_symbolic(v) else repr(v), _holds_tensor(v))
+        (name, None if holds_tensor(v) or is_symbolic(v) else repr(v), holds_tensor(v))
         for name, v in arguments.items()
     )
 

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from se_inject.edit.block_class import edit_of
-from se_inject.edit.insert import is_injected, restore
+from se_inject.edit.insert import restore
 from se_inject.errors import first_line
 from se_inject.graph.history import History, record_history
-from se_inject.graph.history_blocks import HistoryBlocks, undisturbed
-from se_inject.graph.meta import meta_copy
-from se_inject.graph.trace import TracedBlock
+from se_inject.graph.history_blocks import HistoryBlocks
+from se_inject.graph.planning import raise_interruption
+from se_inject.graph.trace import TracedBlock, on_a_copy
 from se_inject.layers.layout import IMAGES
 from se_inject.plan.candidates import Candidate, Candidates
 from se_inject.plan.injection import Injection
@@ -30,23 +31,33 @@ def with_units(model: nn.Module, residual: Candidates, injection: Injection) -> 
     """The residual candidates, and the units that ``injection.where`` asks for beside them."""
     if not _are_wanted(residual, injection):
         return residual
-    twin = meta_copy(model)
-    if is_injected(twin):
+
+    def work(twin: nn.Module, device: torch.device) -> Candidates:
+        return _beside(twin, device, residual, injection)
+
+    return on_a_copy(model, work)
+
+
+def _beside(
+    twin: nn.Module, device: torch.device, residual: Candidates, injection: Injection
+) -> Candidates:
+    injected = [name for name, module in twin.named_modules() if edit_of(module)]
+    if injected:
         restore(twin)  # a unit that has its SE block already would look like a gated one
-    injected = [name for name, module in model.named_modules() if edit_of(module)]
     modules = dict(twin.named_modules())
-    with undisturbed():
-        try:
-            history = record_history(twin, residual.trace.example)
-        except Exception as error:  # whatever a foreign forward may raise
-            why = f"{type(error).__name__}: {first_line(error)}"
-            return residual.plus([], [Skipped("", Reason.NOT_REACHED, why)], {})
-        adding = {name for name in injected if any(c.additions for c in history.calls_of(name))}
-        if adding and injection.where == "auto":
-            return residual
-        blocks = adding | {candidate.block for candidate in residual.found}
-        blocks |= {s.block for s in residual.skipped if s.reason not in _NOT_RESIDUAL}
-        return _find(history, modules, residual, blocks, injected, injection)
+    try:
+        history = record_history(twin, residual.trace.example, device)
+    except Exception as error:  # whatever a foreign forward may raise
+        raise_interruption(error)
+        why = f"{type(error).__name__}: {first_line(error)}"
+        return residual.plus([], [Skipped("", Reason.NOT_REACHED, why)], {})
+    adding = {name for name in injected if any(c.additions for c in history.calls_of(name))}
+    if adding and injection.where == "auto":
+        return residual
+    blocks = adding | {candidate.block for candidate in residual.found}
+    blocks |= {s.block for s in residual.skipped if s.reason not in _NOT_RESIDUAL}
+    traces = HistoryBlocks(history, modules, device)
+    return _find(history, modules, traces, residual, blocks, injected, injection)
 
 
 def _are_wanted(residual: Candidates, injection: Injection) -> bool:
@@ -61,13 +72,13 @@ def _are_wanted(residual: Candidates, injection: Injection) -> bool:
 def _find(
     history: History,
     modules: Mapping[str, nn.Module],
+    traces: HistoryBlocks,
     residual: Candidates,
     blocks: set[str],
     injected: Sequence[str],
     injection: Injection,
 ) -> Candidates:
     found = find_units(history, modules, blocks)
-    traces = HistoryBlocks(history, modules)
     candidates: list[Candidate] = []
     skipped = [Skipped(name, reason) for name, reason, _ in found.skipped]
     own: dict[str, TracedBlock] = {}

@@ -1,0 +1,78 @@
+"""Functions of torch that are replaced for a moment, and only for the thread that plans.
+
+A replaced function asks whether its thread is the one that plans; for all others it is the
+original. Everything is put back whatever happens, a Ctrl-C at any line included.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+# Two threads must not replace functions at once: each would put back what the other had put there.
+LOCK = threading.RLock()
+
+_ABSENT = object()
+
+
+class Replacement:
+    """Another value of one attribute of an object, or of one key of a module's namespace."""
+
+    def __init__(self, owner: Any, name: str, value: Any) -> None:
+        self.owner, self.name, self.value = owner, name, value
+        space = owner if isinstance(owner, dict) else vars(owner)
+        self.original = space.get(name, _ABSENT)
+
+    def put(self) -> None:
+        self._set(self.value)
+
+    def put_back(self) -> None:
+        self._set(self.original)
+
+    def _set(self, value: Any) -> None:
+        if isinstance(self.owner, dict):
+            if value is _ABSENT:
+                self.owner.pop(self.name, None)
+            else:
+                self.owner[self.name] = value
+        elif value is not _ABSENT:
+            setattr(self.owner, self.name, value)
+        elif self.name in vars(self.owner):
+            delattr(self.owner, self.name)
+
+
+def run_replaced(replacements: Sequence[Replacement], body: Callable[[], T]) -> T:
+    """Run ``body`` with the replacements in place.
+
+    This is no context manager: a Ctrl-C between its ``__enter__`` and the ``with`` block would
+    leave the replacements behind. Where the first putting back is interrupted, the second is not.
+    """
+
+    def put_back() -> None:
+        for replacement in reversed(replacements):
+            replacement.put_back()
+
+    with LOCK:
+        try:
+            try:
+                for replacement in replacements:
+                    replacement.put()
+                return body()
+            finally:
+                put_back()
+        finally:
+            put_back()
+
+
+def in_this_thread(original: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
+    """``instead`` in the thread that calls this function now, and ``original`` in all others."""
+    thread = threading.get_ident()
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        chosen = instead if threading.get_ident() == thread else original
+        return chosen(*args, **kwargs)
+
+    return call

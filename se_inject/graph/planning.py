@@ -1,0 +1,233 @@
+"""What is replaced in torch while a model is planned, and what the planning thread knows.
+
+Planning runs the forwards of a copy of the model. A forward may hold on to the user's own modules
+(a function that was put in place of ``forward`` and closes over one); a call that reaches such a
+module goes to its copy, and a write to it stops the planning there.
+"""
+
+import os
+import sys
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from se_inject.graph.patches import Replacement, in_this_thread
+from se_inject.torch_private import training_property, wrapped_functions
+
+
+class OtherNetworkError(Exception):
+    """The graph would not do what the forward does."""
+
+
+class _Thread(threading.local):
+    """What the planning thread is doing; empty in every other thread."""
+
+    tracer: Any = None  # the BlockTracer that runs
+    modules: dict[int, nn.Module] = {}  # noqa: RUF012 - replaced, never changed
+    tensors: dict[int, Tensor] = {}  # noqa: RUF012
+
+    def twin_of(self, tensor: Tensor) -> Tensor:
+        """The copy of one of the user's tensors; any other tensor itself."""
+        return self.tensors.get(id(tensor), tensor)
+
+    def running(self) -> Any:
+        """The tracer, if what runs now is the forward that it traces."""
+        return self.tracer if self.tracer is not None and not self.tracer.quiet else None
+
+
+THREAD = _Thread()
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_KERNELS = tuple(
+    _TORCH + part for part in ("_refs", "_prims", "_decomp", "_meta_registrations", "_inductor")
+)
+
+
+def is_of_torch(frame: types.FrameType, *, kernels: bool = False) -> bool:
+    """Whether a frame runs code of torch (or, with ``kernels``, one of its kernels in Python)."""
+    return frame.f_code.co_filename.startswith(_KERNELS if kernels else _TORCH)
+
+
+def place_of(frame: types.FrameType | None) -> str:
+    """Where in the user's source a frame is: `` (net.py, line 12)``; empty if nowhere."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_TORCH, _HERE)) and not name.startswith("<frozen"):
+            return f" ({os.path.basename(name)}, line {frame.f_lineno})"
+        frame = frame.f_back
+    return ""
+
+
+def in_checkpoint(frame: types.FrameType | None) -> bool:
+    """Whether ``torch.utils.checkpoint`` runs what the frame belongs to."""
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def place_of_error(error: BaseException) -> str:
+    """Where in the user's source an error was raised."""
+    place, step = "", error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_filename
+        if not name.startswith((_TORCH, _HERE, "<frozen")):
+            place = f" ({os.path.basename(name)}, line {step.tb_lineno})"
+        step = step.tb_next
+    return place
+
+
+def raise_interruption(error: BaseException | None) -> None:
+    """Raise a Ctrl-C that foreign code has turned into another error."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+
+
+def replacements() -> list[Replacement]:
+    """Everything that is replaced while this thread plans."""
+    here = [
+        _replaced(nn.Module, "__call__", _module_call),
+        _replaced(nn.Module, "__setattr__", _set_attribute),
+        Replacement(nn.Module, "training", training_property(_mode_read)),
+        _replaced(torch.autocast, "__init__", _refusal("enters autocast")),
+        _replaced(torch.autocast, "__enter__", _refusal("enters autocast")),
+        _replaced(torch.inference_mode, "__enter__", _refusal("enters inference mode")),
+        _replaced(torch.utils.checkpoint, "checkpoint", _refusal("is checkpointed")),
+        _replaced(
+            torch.autograd.graph.saved_tensors_hooks, "__enter__", _refusal("is checkpointed")
+        ),
+    ]
+    apply = vars(torch.autograd.Function)["apply"]
+
+    def unbound(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    call = in_this_thread(unbound, _refusal("calls an autograd.Function")(unbound))
+    here.append(Replacement(torch.autograd.Function, "apply", classmethod(call)))
+    here += [_replaced(torch, name, _question(mode)) for name, mode in _MODES.items()]
+    here += [_replaced(torch, name, _with_sizes) for name in _TAKE_NUMBERS]
+    here += [_replaced(space, name, _leaf_function) for name, space in wrapped_functions()]
+    return here
+
+
+_MODES = {
+    "is_autocast_enabled": "autocast",
+    "is_autocast_cpu_enabled": "autocast",
+    "get_autocast_dtype": "autocast",
+    "get_autocast_gpu_dtype": "autocast",
+    "get_autocast_cpu_dtype": "autocast",
+    "is_grad_enabled": "gradients",
+    "is_inference_mode_enabled": "inference mode",
+}
+# Functions that take a number and know none but Python's own.
+_TAKE_NUMBERS: tuple[str, ...] = (
+    "arange",
+    "full",
+    "linspace",
+    "logspace",
+    "tensor",
+    "as_tensor",
+    "randint",
+)
+_TAKE_NUMBERS += ("eye", "randperm", "mul", "add", "sub", "div", "clamp", "pow", "chunk")
+
+_Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _replaced(owner: Any, name: str, wrapper: _Wrapper) -> Replacement:
+    space = owner if isinstance(owner, dict) else vars(owner)
+    original = space[name]
+    return Replacement(owner, name, in_this_thread(original, wrapper(original)))
+
+
+def _module_call(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        module = THREAD.modules.get(id(module), module)
+        tracer = THREAD.running()
+        if tracer is None:
+            return original(module, *args, **kwargs)
+        return tracer.call_module(module, original, args, kwargs)
+
+    return call
+
+
+def _set_attribute(original: Callable[..., Any]) -> Callable[..., Any]:
+    def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+        if id(module) in THREAD.modules:
+            raise OtherNetworkError(
+                f"sets {name!r} of your own {type(module).__name__}, which its forward holds on to"
+                " (a function in the place of a forward?)"
+            )
+        original(module, name, value)
+
+    return set_attribute
+
+
+def _mode_read(module: nn.Module) -> Any:
+    tracer = THREAD.running()
+    if tracer is not None:
+        tracer.mode_readers.append(module)
+    try:
+        return vars(module)["training"]
+    except KeyError:
+        raise AttributeError("training") from None
+
+
+def _refusal(what: str) -> _Wrapper:
+    def wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            tracer = THREAD.running()
+            if tracer is not None:
+                raise tracer.refused(what)
+            return original(*args, **kwargs)
+
+        return refuse
+
+    return wrapper
+
+
+def _question(mode: str) -> _Wrapper:
+    def wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            tracer = THREAD.running()
+            # Not the in_this_thread wrapper nor torch itself, which asks for its own purposes.
+            if tracer is not None and not is_of_torch(sys._getframe(2)):
+                raise tracer.refused(f"asks whether {mode} is on, and may take another way then")
+            return original(*args, **kwargs)
+
+        return ask
+
+    return wrapper
+
+
+def _with_sizes(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tracer = THREAD.running()
+        if tracer is not None and tracer.holds_number((args, kwargs)):
+            return tracer.apply(original, args, kwargs)
+        return original(*args, **kwargs)
+
+    return call
+
+
+def _leaf_function(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is to be one node, as ``torch.fx.wrap`` was told."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tracer = THREAD.running()
+        if tracer is None or not tracer.holds_traced((args, kwargs)):
+            return original(*args, **kwargs)
+        return tracer.apply(original, args, kwargs)
+
+    return call
