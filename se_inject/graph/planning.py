@@ -6,13 +6,13 @@ module goes to its copy, and a write to it stops the planning there.
 """
 
 import os
-import sys
 import threading
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.overrides
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
@@ -96,51 +96,23 @@ def raise_interruption(error: BaseException | None) -> None:
 
 def replacements() -> list[Replacement]:
     """Everything that is replaced while this thread plans."""
+    # Torch lists its own functions once and for all when these are asked first; the lists must not
+    # have a replaced function in them.
+    torch.overrides.is_tensor_method_or_property(torch.arange)
+    with torch.device("meta"):
+        torch.empty(0)
     here = [
         _replaced(nn.Module, "__call__", _module_call),
         _replaced(nn.Module, "__setattr__", _set_attribute),
         Replacement(nn.Module, "training", training_property(_mode_read)),
-        _replaced(torch.autocast, "__init__", _refusal("enters autocast")),
-        _replaced(torch.autocast, "__enter__", _refusal("enters autocast")),
-        _replaced(torch.inference_mode, "__enter__", _refusal("enters inference mode")),
-        _replaced(torch.utils.checkpoint, "checkpoint", _refusal("is checkpointed")),
-        _replaced(
-            torch.autograd.graph.saved_tensors_hooks, "__enter__", _refusal("is checkpointed")
-        ),
     ]
-    apply = vars(torch.autograd.Function)["apply"]
-
-    def unbound(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return apply.__get__(None, cls)(*args, **kwargs)
-
-    call = in_this_thread(unbound, _refusal("calls an autograd.Function")(unbound))
-    here.append(Replacement(torch.autograd.Function, "apply", classmethod(call)))
-    here += [_replaced(torch, name, _question(mode)) for name, mode in _MODES.items()]
     here += [_replaced(torch, name, _with_sizes) for name in _TAKE_NUMBERS]
     here += [_replaced(space, name, _leaf_function) for name, space in wrapped_functions()]
     return here
 
 
-_MODES = {
-    "is_autocast_enabled": "autocast",
-    "is_autocast_cpu_enabled": "autocast",
-    "get_autocast_dtype": "autocast",
-    "get_autocast_gpu_dtype": "autocast",
-    "get_autocast_cpu_dtype": "autocast",
-    "is_grad_enabled": "gradients",
-    "is_inference_mode_enabled": "inference mode",
-}
 # Functions that take a number and know none but Python's own.
-_TAKE_NUMBERS: tuple[str, ...] = (
-    "arange",
-    "full",
-    "linspace",
-    "logspace",
-    "tensor",
-    "as_tensor",
-    "randint",
-)
-_TAKE_NUMBERS += ("eye", "randperm", "mul", "add", "sub", "div", "clamp", "pow", "chunk")
+_TAKE_NUMBERS = ("arange", "full", "linspace")
 
 _Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -182,33 +154,6 @@ def _mode_read(module: nn.Module) -> Any:
         return vars(module)["training"]
     except KeyError:
         raise AttributeError("training") from None
-
-
-def _refusal(what: str) -> _Wrapper:
-    def wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
-        def refuse(*args: Any, **kwargs: Any) -> Any:
-            tracer = THREAD.running()
-            if tracer is not None:
-                raise tracer.refused(what)
-            return original(*args, **kwargs)
-
-        return refuse
-
-    return wrapper
-
-
-def _question(mode: str) -> _Wrapper:
-    def wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
-        def ask(*args: Any, **kwargs: Any) -> Any:
-            tracer = THREAD.running()
-            # Not the in_this_thread wrapper nor torch itself, which asks for its own purposes.
-            if tracer is not None and not is_of_torch(sys._getframe(2)):
-                raise tracer.refused(f"asks whether {mode} is on, and may take another way then")
-            return original(*args, **kwargs)
-
-        return ask
-
-    return wrapper
 
 
 def _with_sizes(original: Callable[..., Any]) -> Callable[..., Any]:

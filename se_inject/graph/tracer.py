@@ -31,6 +31,7 @@ from se_inject.graph.planning import (
 )
 from se_inject.graph.record import Call
 from se_inject.graph.values import Int, Machine, Scalar, Shape, Traced, plain
+from se_inject.graph.watch import watched
 from se_inject.torch_private import pytree
 
 # Methods of Tensor that are operators in people's code, and read better so in a forward's text.
@@ -88,7 +89,7 @@ class BlockTracer(TorchFunctionMode):
             # With gradients on, so that a forward that switches them off is seen.
             with torch.enable_grad(), self:
                 THREAD.tracer = self
-                output = self._forward(root, *positional, **keyword)
+                output = watched(lambda: self._forward(root, *positional, **keyword))
         finally:
             THREAD.tracer = None
         self.graph.create_node("output", "output", (self.argument(output),), {})
