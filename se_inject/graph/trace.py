@@ -25,6 +25,7 @@ from torch import fx, nn
 from se_inject.errors import first_line
 from se_inject.graph.example import example_inputs
 from se_inject.graph.facts import TracedForward, run_graph
+from se_inject.graph.log import Value
 from se_inject.graph.meta import LOCK, meta_copy
 from se_inject.graph.record import Arguments, Call, Shape, changed, record, state_of
 from se_inject.graph.same import configuration
@@ -47,6 +48,9 @@ class TracedBlock:
     name: str
     eval: TracedForward
     train: TracedForward
+    adders: frozenset[str] = frozenset()  # children that only add what they are given
+    # Where the tensors of each recorded call came from; None: the forward was not followed.
+    pasts: tuple[tuple[Value | None, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,9 @@ def _trace_blocks(model: nn.Module, example_input: Any, follow: bool) -> Trace:
             additions = max((call.additions for call in calls), key=len)
             blocks.append(UntracedBlock(name, result, tuple(additions)))
         else:
-            blocks.append(TracedBlock(name, *result))
+            pasts = tuple(call.past for call in calls if call.past is not None)
+            adders = frozenset[str]().union(*(call.adders for call in calls))
+            blocks.append(TracedBlock(name, *result, adders, pasts or None))
     return Trace(tuple(blocks), recording.stopped, recording.guessed, recording.example)
 
 

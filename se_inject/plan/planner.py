@@ -114,7 +114,7 @@ def make_plan(model: nn.Module, injection: Injection, example_input: Any = None)
     images_only = injection.se_layer is not None
     placement = injection.placement
     trace, found, skipped = _find(modules, model, example_input, placement, images_only)
-    if any(entry.reason == Reason.CHANNELS_UNKNOWN for entry in skipped):
+    if any(entry.reason in (Reason.CHANNELS_UNKNOWN, _ASKS_PAST) for entry in skipped):
         trace, found, skipped = _find(
             modules, model, example_input, placement, images_only, follow=True
         )
@@ -196,6 +196,8 @@ def _find(
     return trace, found, skipped
 
 
+# What was recorded of a block does not tell: record again and follow its arguments.
+_ASKS_PAST = "what its arguments went through"
 _GUESSED = "what it calls where the values of tensors are other than false or 0"
 
 
@@ -206,13 +208,16 @@ def _sites_of(
 
     ``images_only``: a user's ``se_layer`` takes [N, C, H, W], so other layouts are skipped.
     """
-    sites, rejected = find_sites(block.eval.graph, block.eval.calls, module, placement)
+    how = (module, placement, block.adders, block.pasts)
+    found = find_sites(block.eval.graph, block.eval.calls, *how)
+    if found.asks_past:
+        return [], [Skipped(block.name, _ASKS_PAST)]
+    sites, rejected = found.sites, found.rejected
     skipped = [Skipped(block.name, rejection.reason) for rejection in rejected]
     in_train = sites
     if block.train is not block.eval:
-        in_train, rejected_in_train = find_sites(
-            block.train.graph, block.train.calls, module, placement
-        )
+        found_in_train = find_sites(block.train.graph, block.train.calls, *how)
+        in_train, rejected_in_train = found_in_train.sites, found_in_train.rejected
         more = Counter(r.reason for r in rejected_in_train) - Counter(r.reason for r in rejected)
         skipped += [Skipped(block.name, reason, "in train mode") for reason in more.elements()]
     if [_position(site) for site in sites] != [_position(site) for site in in_train]:
