@@ -17,6 +17,9 @@ class Reason(StrEnum):
     INNER = "inside the branch of another residual addition"
     SCALED = "scaled addition (alpha is not 1)"
     LAYOUT = "se_layer takes [N, C, H, W], and this map has another layout"
+    IMAGE = "at most three channels: an image, no feature map"
+    BLENDED = "two maps mixed by a function that is no sum of both (lerp, a mean, index_add, ...)"
+    INSIDE_CHILD = "the place for this placement is inside a child that returns several maps"
     CHANNELS_UNKNOWN = "cannot tell which dim holds the channels"
     SHARED_IN_PLACE = "changes in place a map that is read again"
     SEVERAL_INPUTS = "pre: the branch reads several maps"
@@ -32,7 +35,7 @@ class Reason(StrEnum):
     NOTHING_LEARNS = "nothing that learns comes after the unit"
     SHARED_ACTIVATION = "an activation that several units share"
     SEVERAL_ENDS = "the unit does not end in one map"
-    INSIDE_CHILD = "the unit ends inside a child"
+    UNIT_INSIDE_CHILD = "the unit ends inside a child"
     EXCLUDED = "excluded by the user"
     NOT_REACHED = "not reached by the recorded forward"
 

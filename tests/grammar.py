@@ -53,6 +53,7 @@ class Source:
     skipped: Counter[tuple[str, Reason]] = field(default_factory=Counter)
     gated: bool = False  # a gate somewhere in it
     depth: int = 0  # most layers over channels on a path through it
+    one_spatial: bool = False  # its branch begins with one convolution, a spatial one
 
     def child(self, stem: str, made: str) -> str:
         """Add a child and return the expression that calls it."""
@@ -160,6 +161,7 @@ def _convolutions(draw: Draw, s: Source, c: int, out: int, stride: int) -> None:
                 draw(st.sampled_from(["nn.ReLU()", "nn.ReLU(inplace=True)", "nn.GELU()"]))
             )
     s.depth += count
+    s.one_spatial = count == 1 and k == 3
     if _chance(draw):
         body = s.child("body", f"nn.Sequential({', '.join(layers)})")
         s.forward.append(f"h = {body}(x)")
@@ -244,7 +246,9 @@ def _block(draw: Draw, c: int, out: int, stride: int, nesting: int, name: str) -
         _gate(draw, s, out)
     _tail(draw, s, out)
     shortcut, convolutions = _shortcut(draw, s, c, out, stride)
-    residual = convolutions < s.depth - before  # else: two equal paths that are fused
+    depth = s.depth - before
+    # Else two equal paths are fused, but for a spatial convolution beside a 1x1 projection.
+    residual = convolutions < depth or (convolutions == depth == 1 and s.one_spatial)
     verdict = Reason.GATED if s.gated else None
     if not convolutions and _chance(draw, 5):
         second = s.child("second", f"nn.Conv2d({c}, {out}, 3, padding=1)")

@@ -120,6 +120,10 @@ SITES: dict[str, tuple[Callable[[], Block], int]] = {
         lambda: Block(projection, deep=nn.Sequential(conv(), conv()), project=conv(k=1)),
         1,
     ),
+    "1x1 projection beside one convolution": (
+        lambda: Block(lambda m, x: m.body(x) + m.other(x), other=conv(k=1)),
+        1,
+    ),
     "pooled projection": (
         lambda: Block(pooled, deep=nn.Sequential(conv(stride=2), conv()), project=conv(k=1)),
         1,
@@ -237,7 +241,11 @@ NEAR_MISSES: dict[str, tuple[Callable[[], Block], dict[Reason, int]]] = {
     ),
     "x + x": (lambda: Block(lambda m, x: x + x), {Reason.NO_CONVOLUTION: 1}),
     "two convolutions of one depth": (
-        lambda: Block(lambda m, x: m.body(x) + m.other(x), other=conv(k=1)),
+        lambda: Block(lambda m, x: m.body(x) + m.other(x), other=conv()),
+        {Reason.FUSION: 1},
+    ),
+    "1x1 convolutions of one depth": (
+        lambda: Block(lambda m, x: m.one(x) + m.other(x), one=conv(k=1), other=conv(k=1)),
         {Reason.FUSION: 1},
     ),
     "long projection": (

@@ -76,7 +76,10 @@ def insert(
                 where=where,
             )
             before = tuple(_state_of(module, child) for child in layers)
-            key = (type(module), id(block.eval), id(block.train), tuple(layers), before, settings.r)
+            # Blocks that share their graphs may differ in which operand is the branch.
+            maps = tuple(site.where for site in own)
+            graphs = (id(block.eval), id(block.train))
+            key = (type(module), graphs, maps, tuple(layers), before, settings.r)
             if key not in edits:
                 edits[key] = _edit(type(module), block, own, before, settings)
             prepared.append((module, edits[key], layers))
@@ -171,9 +174,8 @@ def _producer(site: Site) -> str | None:
     targets = set()
     for where in site.where:
         source = where.source
-        calls = [
-            n for n in source.graph.nodes if (n.op, n.target) == ("call_module", source.target)
-        ]
+        call = ("call_module", source.target)
+        calls = [n for n in source.graph.nodes if (source.op, n.target) == (n.op, n.target) == call]
         alone = len(calls) == 1 and set(source.users) == set(where.readers)
         targets.add(str(source.target) if alone else None)
     return targets.pop() if len(targets) == 1 else None

@@ -1,7 +1,7 @@
 """What each node of a block graph computed on the recorded calls."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from se_inject.graph.expect import bind
-from se_inject.graph.log import OpLog, leaves
+from se_inject.graph.log import OpLog, Value, leaves
 from se_inject.graph.meta import on_meta
 from se_inject.graph.ops import Op
 from se_inject.graph.planning import OtherNetworkError
@@ -29,6 +29,7 @@ class NodeFacts:
     storage: int | None  # equal for tensors that share memory
     writes: frozenset[int]  # the storages that it changes in place
     ops: tuple[Op, ...]  # what ran in it, inside children too
+    value: Value | None  # what it holds, and where that comes from; None: no tensor, not live
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def _facts(
         finder = _FactFinder(module, graph, call.log(), call)
         with finder.log:
             finder.run()
+            finder.finish()
     if ops[0] != ops[1]:
         raise OtherNetworkError("its graph does not run what its forward runs")
     return finder.facts, returned[0] == returned[1]
@@ -88,6 +90,7 @@ class _FactFinder(fx.Interpreter):
         self.arguments = bind(type(module).forward, module, call)
         self.log = log
         self.facts: dict[fx.Node, NodeFacts] = {}
+        self.made: dict[fx.Node, Tensor] = {}
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.arguments[str(target).lstrip("*")]
@@ -99,11 +102,14 @@ class _FactFinder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         start = len(self.log.ops)
+        self.log.maker = n
         inputs = [self.env[i] for i in n.all_input_nodes if i in self.env]
         tensors = [t for t in leaves(inputs) if isinstance(t, Tensor) and not t.is_inference()]
         before = [(t, version_of(t)) for t in tensors]
         value = super().run_node(n)
         is_tensor = isinstance(value, Tensor)
+        if is_tensor:
+            self.made[n] = value
         self.log.ensure_followed(value, inputs)
         self.facts[n] = NodeFacts(
             shape=tuple(value.shape) if is_tensor else None,
@@ -115,8 +121,19 @@ class _FactFinder(fx.Interpreter):
                 storage_id(t) for t, version in before if version_of(t) != version or self._drops(n)
             ),
             ops=tuple(self.log.ops[start:]),
+            value=self.log.value_of(value) if is_tensor else None,
         )
         return value
+
+    def finish(self) -> None:
+        """What a tensor got after it was made (zeros that a map is written into) counts too."""
+        for node, tensor in self.made.items():
+            value = self.log.value_of(tensor)
+            if self.facts[node].value is None and value is not None:
+                dim = self.log.channel_dim(tensor)
+                self.facts[node] = replace(
+                    self.facts[node], value=value, live=True, channel_dim=dim
+                )
 
     def _drops(self, n: fx.Node) -> bool:
         """Whether it is a dropout in place, which writes in train mode only."""

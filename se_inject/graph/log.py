@@ -1,6 +1,6 @@
 """A log of the torch functions that run on a forward's tensors."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from se_inject.graph.ops import (
     CONVOLUTION,
     CREATION,
     DIVIDE,
+    ENLARGE,
     EXCITE,
     LIKE,
     MATRIX_PRODUCT,
@@ -27,6 +28,7 @@ from se_inject.graph.ops import (
     SIGMOID,
     Op,
 )
+from se_inject.graph.sums import REMEMBERED, Sum, operands, sum_of
 from se_inject.torch_private import pytree
 
 # What a tensor without values says, so that a forward goes on after ``if x.mean() > 0``.
@@ -52,16 +54,14 @@ def run_on_meta(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
     return func(*args, **kwargs)
 
 
-def adds_equal_shapes(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[int, ...] | None:
-    """The shape, if ``func`` adds two tensors of one shape with at least three dims."""
-    if getattr(func, "__name__", "") not in ADD:
-        return None
-    a, b = _operands(args, kwargs)
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() >= 3 and a.shape == b.shape:
-        return tuple(a.shape)
-    return None
+@dataclass(frozen=True, slots=True, eq=False)
+class Value:
+    """What a tensor held at one moment of a forward, and which values it was computed from."""
+
+    number: int | None  # of an input: its place among the tensors that the forward was given
+    op: Op | None = None  # the function that made it; None: an input, or nobody saw what
+    inputs: tuple["Value", ...] = ()
+    maker: Hashable = None  # what ran meanwhile, as the log was told
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +69,10 @@ class _Known:
     """What is followed of one live tensor."""
 
     tensor: Tensor  # held, so that no id is used twice
+    value: Value  # what it holds now: an in-place function gives the tensor another value
     channel_dim: int | None = None
     flat: bool = False  # the same at every position: pooled, or computed from what was pooled
+    squeezed: bool = False  # flat, and computed from a map that was not
     excited: bool = False  # flat, and came through a layer or a sigmoid since
     sigmoid_of: int | None = None  # the id of the tensor that it is the sigmoid of
 
@@ -87,15 +89,41 @@ class OpLog(TorchFunctionMode):
     def __init__(self, inputs: Iterable[tuple[Tensor, int | None]]) -> None:
         super().__init__()
         self.ops: list[Op] = []
+        self.maker: Hashable = None  # whoever runs now: the values made meanwhile name it
         self._guesses = 0
         self._live: dict[int, _Known] = {}
-        for tensor, dim in inputs:
-            self._live[id(tensor)] = _Known(tensor, dim)
+        self._made: dict[int, tuple[Tensor, str, tuple[Any, ...], Mapping[str, Any]]] = {}
+        # What functions made of no live tensor, or of its shape alone (``new_empty``).
+        self._constants: dict[int, Tensor] = {}
+        for number, (tensor, dim) in enumerate(inputs):
+            if id(tensor) not in self._live:
+                self._live[id(tensor)] = _Known(tensor, Value(number), dim)
 
     def channel_dim(self, tensor: Tensor) -> int | None:
         """Which dim of a live tensor holds the channels, if known."""
         known = self._live.get(id(tensor))
         return known.channel_dim if known else None
+
+    def value_of(self, tensor: Tensor) -> Value | None:
+        """Where the content of a live tensor comes from."""
+        known = self._live.get(id(tensor))
+        return known.value if known else None
+
+    def sum_of(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Sum | None:
+        """What ``func`` adds, if it adds two maps."""
+        return sum_of(_name_of(func, args, kwargs), args, kwargs, self._how)
+
+    def remember(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
+        """Keep how a tensor was made that may be half of an addition in other words."""
+        name = _name_of(func, args, kwargs)
+        if name in REMEMBERED and isinstance(out, Tensor):
+            self._made[id(out)] = (out, name, args, kwargs)
+
+    def _how(self, tensor: Tensor) -> tuple[str, tuple[Any, ...], Mapping[str, Any]] | None:
+        made = self._made.get(id(tensor))
+        return made[1:] if made else None
 
     def guess(self, func: Callable[..., Any]) -> bool | int:
         """What a tensor without values answers.
@@ -116,10 +144,12 @@ class OpLog(TorchFunctionMode):
         """Mark what came out of a step that no torch function showed (an autograd.Function)."""
         sources = [t for t in pytree.tree_leaves(list(inputs)) if self.is_live(t)]
         for tensor in pytree.tree_leaves(value):
-            if isinstance(tensor, Tensor) and sources and not self.is_live(tensor):
+            followed = self.is_live(tensor) or id(tensor) in self._constants
+            if isinstance(tensor, Tensor) and sources and not followed:
                 same = [s for s in sources if s.shape == tensor.shape]
                 dim = self.channel_dim(same[0]) if same else None
-                self._live[id(tensor)] = _Known(tensor, dim)
+                made_of = tuple(self._live[id(s)].value for s in sources)
+                self._live[id(tensor)] = _Known(tensor, Value(None, None, made_of, self.maker), dim)
 
     def __torch_function__(
         self,
@@ -132,16 +162,44 @@ class OpLog(TorchFunctionMode):
         if func in GUESSES:
             return self.guess(func)
         out = run_on_meta(func, args, kwargs)
+        self.remember(func, args, kwargs, out)
         outputs = [t for t in leaves(out) if isinstance(t, Tensor)]
         sources = [t for t in leaves((args, kwargs)) if self.is_live(t)] if outputs else []
         name = _name_of(func, args, kwargs)
         if sources and name not in CREATION:
-            self.ops.append(self._describe(name, args, kwargs, sources, outputs[0]))
+            added = sum_of(name, args, kwargs, self._how)
+            if added is not None and not (self.is_live(added.a) and self.is_live(added.b)):
+                added = None
+            op = self._describe(name, args, kwargs, sources, outputs[0], added)
+            self.ops.append(op)
             known = [self._live[id(t)] for t in sources]
-            new = [self._after(func, name, args, kwargs, known, o) for o in outputs]
+            if name in LIKE:
+                known = known[:1]
+            made_of = tuple(dict.fromkeys(k.value for k in known))
+            new = [
+                self._after(
+                    func, name, args, kwargs, known, o, Value(None, op, made_of, self.maker)
+                )
+                for o in outputs
+            ]
             for entry in new:
                 self._live[id(entry.tensor)] = entry
+        elif name == "__setitem__" and isinstance(args[0], Tensor):
+            self._write(args[0], args[2])
+        else:
+            self._constants.update((id(t), t) for t in outputs)
         return out
+
+    def _write(self, target: Tensor, source: Any) -> None:
+        """A part of a tensor gets other content: from then on it is computed from both."""
+        known = [self._live[id(t)] for t in (target, source) if self.is_live(t)]
+        if known:
+            op = Op("__setitem__", tuple(target.shape))
+            self.ops.append(op)
+            made_of = tuple(dict.fromkeys(k.value for k in known))
+            dims = [k.channel_dim for k in known if k.tensor.dim() == target.dim()]
+            value = Value(None, op, made_of, self.maker)
+            self._live[id(target)] = _Known(target, value, next(iter(dims), None))
 
     def _describe(
         self,
@@ -150,21 +208,25 @@ class OpLog(TorchFunctionMode):
         kwargs: Mapping[str, Any],
         sources: list[Tensor],
         out: Tensor,
+        added: Sum | None,
     ) -> Op:
         shape = tuple(out.shape)
-        a, b = _operands(args, kwargs)
-        if name in ADD and self.is_live(a) and self.is_live(b):
-            if a.dim() >= 3 and a.shape == b.shape:
-                alpha = kwargs.get("alpha", 1)
-                return Op(name, shape, adds_maps=True, alpha=float(alpha))
-        elif name in MULTIPLY or name in DIVIDE:
+        a, b = operands(args, kwargs)
+        if added is not None:
+            if added.blended:
+                return Op(name, shape, blends=True)
+            return Op(name, shape, adds_maps=True, alpha=added.alpha, stacked=added.stacked)
+        if name in MULTIPLY or name in DIVIDE:
             if not (self.is_live(a) and self.is_live(b)):
                 return Op(name, shape, scales=True)
             if name in MULTIPLY:
                 return Op(name, shape, gates=self._gates(a, b) or self._gates(b, a))
         elif name in CONVOLUTION:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            return Op(name, shape, kernel=tuple(weight.shape))
+            enlarges = name in ENLARGE and _enlarged(sources[0], out)
+            return Op(name, shape, kernel=tuple(weight.shape), enlarges=enlarges)
+        elif name in ENLARGE:
+            return Op(name, shape, enlarges=_enlarged(sources[0], out))
         elif name == "einsum" and len(sources) == 2 and out.shape == sources[0].shape:
             return Op(name, shape, gates=self._gates(sources[0], sources[1]))
         return Op(name, shape)
@@ -173,6 +235,8 @@ class OpLog(TorchFunctionMode):
         """Whether ``x * gate`` scales the channels of the map ``x`` alike at every position."""
         of_x, of_gate = self._live[id(x)], self._live[id(gate)]
         if x.dim() < 3 or not of_gate.excited or _is_spatial_gate(x, gate):
+            return False
+        if not of_gate.squeezed:  # from a time or a style, not from a map
             return False
         if x.dim() == 3 and of_x.channel_dim != 1:  # tokens: attention multiplies them
             return False
@@ -190,16 +254,16 @@ class OpLog(TorchFunctionMode):
         kwargs: Mapping[str, Any],
         sources: list[_Known],
         out: Tensor,
+        value: Value,
     ) -> _Known:
-        if name in LIKE:
-            sources = sources[:1]
         flat = out.dim() <= 2 or _is_single(out) or all(s.flat for s in sources)
+        squeezed = flat and any(s.squeezed or (not s.flat and s.tensor.dim() >= 3) for s in sources)
         excited = flat and (name in EXCITE or any(s.excited and s.flat for s in sources))
         sigmoid_of = id(sources[0].tensor) if name in SIGMOID else None
         if sigmoid_of is None and name not in ADD and len(sources) == 1:
             sigmoid_of = sources[0].sigmoid_of  # through a view, an expansion, a factor
         dim = self._channel_dim_after(func, name, args, kwargs, [s.tensor for s in sources], out)
-        return _Known(out, dim, flat, excited, sigmoid_of)
+        return _Known(out, value, dim, flat, squeezed, excited, sigmoid_of)
 
     def _channel_dim_after(
         self,
@@ -231,6 +295,8 @@ class OpLog(TorchFunctionMode):
 
 def _name_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     name = str(getattr(func, "__name__", func))
+    if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        name = name.split(".")[0]  # add.Tensor
     if name == "conv1d":
         weight = args[1] if len(args) > 1 else kwargs["weight"]
         if tuple(weight.shape[:2]) == (1, 1):
@@ -270,17 +336,16 @@ def _is_single(x: Tensor) -> bool:
     )
 
 
+def _enlarged(x: Tensor, out: Tensor) -> bool:
+    """Whether a map has more positions than the one that it was made of."""
+    return x.dim() >= 3 and out.shape[2:].numel() > x.shape[2:].numel()
+
+
 def _is_spatial_gate(x: Tensor, gate: Tensor) -> bool:
     """Whether ``gate`` is one number for all channels of ``x``: a path weight, say."""
     if gate.dim() != x.dim():
         return gate.dim() < 2
     return all(size == 1 for size in gate.shape[1:])
-
-
-def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The two operands of a binary function, however they were passed."""
-    values = [*args, *(kwargs[k] for k in ("input", "other") if k in kwargs)]
-    return (values[0], values[1]) if len(values) >= 2 else (None, None)
 
 
 def leaves(value: Any) -> list[Any]:

@@ -32,12 +32,21 @@ LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
 # What an excitation passes; the reciprocal deviation of a norm does not.
 EXCITE = SIGMOID | CONVOLUTION | {OVER_CHANNELS, "linear"} | MATRIX_PRODUCT
 SUBTRACT = {"sub", "sub_", "subtract", "__sub__", "__isub__", "__rsub__"}
+NEGATE = {"neg", "negative", "__neg__"}
+# Mix two maps in other ways than a sum of both.
+BLEND = {"lerp", "lerp_", "_foreach_add", "_foreach_add_", "_foreach_lerp", "addcdiv", "addcdiv_"}
+BLEND |= {"index_add", "index_add_", "scatter_add", "scatter_add_", "logaddexp"}
+# Enlarge a map, if its output has more positions than its input.
+ENLARGE = {"interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "pixel_shuffle"}
+ENLARGE |= {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "repeat_interleave"}
+ENLARGE |= {"max_unpool1d", "max_unpool2d", "max_unpool3d"}
 JOIN = {"cat", "concat", "concatenate", "stack"}
 # Take only shape, dtype and device from their tensor: random masks are made so.
 CREATION = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "empty_like"}
 CREATION |= {"zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
 # Linear in the map: a sum of such paths is one convolution, if somebody folds it.
 LINEAR_IN_MAP = ADD | SUBTRACT | CONVOLUTION | CHANNELS_FIRST_NORM | DROPOUT | PERMUTE | {"pad"}
+LINEAR_IN_MAP |= {"avg_pool1d", "avg_pool2d", "avg_pool3d", "contiguous", "sum", "stack"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,9 @@ class Op:
     shape: tuple[int, ...]  # of its first tensor output
     adds_maps: bool = False  # two live tensors of one shape
     alpha: float = 1.0  # of an addition
+    blends: bool = False  # two live tensors of one shape, but not as a sum of two operands
+    stacked: bool = False  # an addition whose operands are the items of the stack that it reads
+    enlarges: bool = False  # a map of more positions than its input has
     gates: bool = False  # a live map times a live per-channel gate, constant over space
     scales: bool = False  # a live map times or by constants or parameters
     kernel: tuple[int, ...] = ()  # of a convolution: [out, in / groups, *space]
@@ -108,7 +120,12 @@ class Op:
     @property
     def joins(self) -> bool:
         """Brings two paths together, so that what runs it is no straight path."""
-        return self.adds_maps or self.name in JOIN or self.name in SUBTRACT
+        return self.adds_maps or self.pads or self.name in SUBTRACT
+
+    @property
+    def pads(self) -> bool:
+        """Puts maps side by side: no more than padding, where one map alone has content."""
+        return self.name in JOIN or self.name == "__setitem__"
 
     @property
     def is_linear_in_map(self) -> bool:

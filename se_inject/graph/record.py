@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from se_inject.errors import ForwardError, first_line
-from se_inject.graph.log import GUESSES, OpLog, adds_equal_shapes, run_on_meta, tensors_in
+from se_inject.graph.log import GUESSES, OpLog, Value, run_on_meta, tensors_in
 from se_inject.graph.meta import needs_values, on_meta
 from se_inject.graph.planning import raise_interruption
+from se_inject.graph.sums import Sum
 from se_inject.layers.layout import KINDS, first_convolution
 from se_inject.names import block_label
 from se_inject.torch_private import pytree
@@ -36,8 +37,14 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     channel_dims: tuple[int | None, ...]  # of its tensors, where the forward has shown them
+    past: tuple[Value | None, ...] | None = None  # of its tensors, where the forward was followed
+    caller: "Call | None" = None
+    sums: list[tuple[Sum, Any]] = field(default_factory=list)  # what it added, and the result
+    adders: set[str] = field(default_factory=set)  # children that only add what they are given
     additions: list[Shape] = field(default_factory=list)
     output: Any = None
+    name: str = ""  # of the module
+    returned: Any = None  # the output itself, where ``output`` has new containers
     sets: tuple[str, ...] = ()  # attributes that the forward set on its module
     children: dict[str, list["Call"]] = field(default_factory=dict)  # calls that it made
 
@@ -98,10 +105,13 @@ class _Recorder(OpLog):
     ) -> None:
         args, kwargs = rebuilt(args), rebuilt(kwargs) if kwargs else {}
         dims = tuple(self.channel_dim(tensor) for tensor in tensors_in((args, kwargs)))
-        call = Call(args, kwargs, dims)
+        call = Call(args, kwargs, dims, name=name)
+        if self.follow:
+            call.past = tuple(self.value_of(t) for t in tensors_in((args, kwargs)))
         self.calls.setdefault(name, []).append(call)
         if self.running:
-            self.running[-1][1].children.setdefault(name, []).append(call)
+            call.caller = self.running[-1][1]
+            call.caller.children.setdefault(name, []).append(call)
         self.running.append((name, call))
         self.states.append(state_of(module))
 
@@ -113,6 +123,7 @@ class _Recorder(OpLog):
         if self.follow:
             self.ensure_followed(output, args)
         call.output = rebuilt(output)
+        call.returned = output
         call.sets = changed(self.states.pop(), state_of(module))
 
     def __torch_function__(
@@ -128,11 +139,17 @@ class _Recorder(OpLog):
                 return func(*args, **kwargs)
             self.guessed[self.running[-1][0]] = None
             return self.guess(func)
-        if self.running and (shape := adds_equal_shapes(func, args, kwargs)) is not None:
-            self.running[-1][1].additions.append(shape)
-        if not self.follow:
-            return run_on_meta(func, args, kwargs)
-        return super().__torch_function__(func, types, args, kwargs)
+        added = self.sum_of(func, args, kwargs) if self.running else None
+        if self.follow:
+            out = super().__torch_function__(func, types, args, kwargs)
+        else:
+            out = run_on_meta(func, args, kwargs)
+            self.remember(func, args, kwargs, out)
+        if added is not None:
+            call = self.running[-1][1]
+            call.additions.append(tuple(added.a.shape))
+            call.sums.append((added, out))
+        return out
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
@@ -217,6 +234,7 @@ def _record(
     finally:
         for hook in recorder.hooks:
             hook.remove()
+    credit_callers(recorder.calls, dict(twin.named_modules()))
     calls = {
         name: calls
         for name, calls in recorder.calls.items()
@@ -257,6 +275,44 @@ def _may_add(kind: type[nn.Module]) -> bool:
         if isinstance(node, ast.Attribute) and node.attr.startswith("add"):
             return True
     return False
+
+
+def credit_callers(
+    recorded: Mapping[str, Sequence[Call]], modules: Mapping[str, nn.Module]
+) -> None:
+    """Give the addition of a module that does nothing else (``self.add(branch, x)``) to its caller.
+
+    Its caller shows which operand is the branch. An ``nn.Sequential`` gets no child, so that what
+    it calls keeps its own addition.
+    """
+    for name in sorted(recorded, key=len, reverse=True):  # a module after the children in it
+        calls = recorded[name]
+        callers = [call.caller for call in calls]
+        if not all(map(_only_adds, calls)) or any(
+            caller is None or isinstance(modules[caller.name], nn.Sequential) for caller in callers
+        ):
+            continue
+        for call, caller in zip(calls, callers, strict=True):
+            assert caller is not None
+            caller.additions += call.additions
+            caller.sums += call.sums
+            caller.adders.update(
+                path
+                for path, child in modules[caller.name].named_modules(remove_duplicate=False)
+                if child is modules[name]
+            )
+            call.additions, call.sums = [], []
+
+
+def _only_adds(call: Call) -> bool:
+    """Whether a call returned the sum of two maps that it was given, and added no others."""
+    if len(call.sums) != 1:
+        return False
+    added, out = call.sums[0]
+    given = [id(t) for t in tensors_in((call.args, call.kwargs))]
+    operands = (added.a, added.b)
+    plain = added.a is not added.b and not added.blended
+    return out is call.returned and plain and all(id(t) in given for t in operands)
 
 
 def _describe_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from se_inject.errors import ForwardError, first_line
 from se_inject.graph.example import example_inputs
 from se_inject.graph.expect import bind
 from se_inject.graph.facts import TracedForward, run_graph
-from se_inject.graph.log import tensors_in
+from se_inject.graph.log import Value, tensors_in
 from se_inject.graph.meta import copy_with_twins, device_of, on_meta
 from se_inject.graph.patches import run_replaced
 from se_inject.graph.planning import (
@@ -53,6 +53,9 @@ class TracedBlock:
     name: str
     eval: TracedForward
     train: TracedForward
+    adders: frozenset[str] = frozenset()  # children that only add what they are given
+    # Where the tensors of each recorded call came from; None: the forward was not followed.
+    pasts: tuple[tuple[Value | None, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,9 @@ def _trace_twin(
             looks_residual = convolves and not shapes.isdisjoint(additions)
             blocks.append(UntracedBlock(name, result, tuple(additions), looks_residual))
         else:
-            blocks.append(TracedBlock(name, *result))
+            pasts = tuple(call.past for call in calls if call.past is not None)
+            adders = frozenset[str]().union(*(call.adders for call in calls))
+            blocks.append(TracedBlock(name, *result, adders, pasts or None))
     return Trace(
         tuple(blocks),
         recording.stopped,

@@ -65,9 +65,12 @@ def find_candidates(
         example_input: as in :func:`se_inject.plan_se`.
     """
     candidates = _find(model, modules, injection, example_input, follow=False)
-    if any(entry.reason == Reason.CHANNELS_UNKNOWN for entry in candidates.skipped):
-        # The blocks before may show where the channels are; following them takes longer.
+    if candidates is None or any(
+        entry.reason == Reason.CHANNELS_UNKNOWN for entry in candidates.skipped
+    ):
+        # The blocks before may show what is wanted; following them takes longer.
         candidates = _find(model, modules, injection, example_input, follow=True)
+    assert candidates is not None
     return candidates
 
 
@@ -81,7 +84,8 @@ def _find(
     example_input: Any,
     *,
     follow: bool,
-) -> Candidates:
+) -> Candidates | None:
+    """All candidates; None where a block asks what its arguments went through before its call."""
     injected = [name for name, module in modules.items() if edit_of(module)]
     skipped = [Skipped(name, Reason.INJECTED) for name in injected]
     found: list[Candidate] = []
@@ -93,7 +97,10 @@ def _find(
         if isinstance(block, UntracedBlock):
             skipped += _untraced(block, modules[block.name])
             continue
-        sites, others = _sites_of(block, modules[block.name], injection.placement, images_only)
+        both = _sites_of(block, modules[block.name], injection.placement, images_only)
+        if both is None:
+            return None
+        sites, others = both
         found += sites
         skipped += others
     if trace.stopped:
@@ -105,15 +112,18 @@ def _find(
 
 def _sites_of(
     block: TracedBlock, module: nn.Module, placement: Placement, images_only: bool
-) -> tuple[list[Candidate], list[Skipped]]:
-    """The sites of a block, and its other additions."""
-    sites, rejected = find_sites(block.eval.graph, block.eval.calls, module, placement)
+) -> tuple[list[Candidate], list[Skipped]] | None:
+    """The sites of a block, and its other additions; None as in :func:`_find`."""
+    how = (module, placement, block.adders, block.pasts)
+    in_eval = find_sites(block.eval.graph, block.eval.calls, *how)
+    if in_eval.asks_past:
+        return None
+    sites, rejected = in_eval.sites, in_eval.rejected
     skipped = [Skipped(block.name, rejection.reason) for rejection in rejected]
     in_train = sites
     if block.train is not block.eval:
-        in_train, rejected_in_train = find_sites(
-            block.train.graph, block.train.calls, module, placement
-        )
+        found_in_train = find_sites(block.train.graph, block.train.calls, *how)
+        in_train, rejected_in_train = found_in_train.sites, found_in_train.rejected
         more = Counter(r.reason for r in rejected_in_train) - Counter(r.reason for r in rejected)
         skipped += [Skipped(block.name, reason, "in train mode") for reason in more.elements()]
     if [_position(site) for site in sites] != [_position(site) for site in in_train]:

@@ -8,7 +8,7 @@ from torch import fx, nn
 from se_inject.graph.facts import NodeFacts
 from se_inject.layers.layout import KINDS, Layout
 from se_inject.reasons import Reason
-from se_inject.sites.flow import Flow
+from se_inject.sites.flow import Flow, Past
 from se_inject.sites.placements import PLACEMENTS, Placement, Point, is_in_place
 from se_inject.sites.residual import Residual, is_inner, is_sibling, shape_verdict
 from se_inject.sites.scaled import ResidualSite
@@ -22,12 +22,25 @@ class Rejection:
     reason: Reason
 
 
+@dataclass(frozen=True)
+class Sites:
+    """The residual sites of one block graph, and every other addition of two maps."""
+
+    sites: list[ResidualSite]
+    rejected: list[Rejection]
+    # Whether an addition's operands come from different inputs of the block, so that what they
+    # went through before the call would tell more.
+    asks_past: bool
+
+
 def find_sites(
     graph: fx.Graph,
     calls: Sequence[Mapping[fx.Node, NodeFacts]],
     module: nn.Module,
     placement: Placement = "standard",
-) -> tuple[list[ResidualSite], list[Rejection]]:
+    adders: frozenset[str] = frozenset(),
+    pasts: Sequence[Past] | None = None,
+) -> Sites:
     """The residual sites of one block graph, and every other addition of two maps.
 
     Args:
@@ -36,16 +49,28 @@ def find_sites(
         module: the block; only asked whether it has a method that folds its convolutions.
         placement: where at a residual addition the SE block goes; which additions are residual is
             the same for all.
+        adders: children that only add what they are given; their calls are additions.
+        pasts: where the tensors that the block was given come from, one sequence a call; asked
+            only where the operands of an addition come from different inputs of the block.
     """
-    flow = Flow(graph, calls[0])
+    flow = Flow(graph, calls[0], adders=adders)
     additions = [n for n in graph.nodes if flow.addition(n) is not None]
+    split_by_caller = [n for n in additions if _is_split_by_caller(flow, n)]
+    flows = dict.fromkeys(additions, flow)
     shapes = {n: shape_verdict(flow, module, n) for n in additions}
+    for past in pasts or ():
+        whole = Flow(graph, calls[0], past, adders=adders)
+        for node in split_by_caller:
+            judged = shape_verdict(whole, module, node)
+            first = flows[node] is flow
+            shapes[node] = judged if first else _agreed(shapes[node], judged)
+            flows[node] = whole
     for node in additions:
         # ``x + a(x) + b(x)``: neither addition has the whole branch on one side.
         for part in flow.operands(node):
             inner = shapes.get(part)
             same_split_point = (
-                isinstance(inner, Residual) and inner.split_point is flow.dominator[node]
+                isinstance(inner, Residual) and inner.split_point is inner.flow.dominator[node]
             )
             if same_split_point and shapes[node] is Reason.FUSION:
                 shapes[part] = Reason.FUSION
@@ -55,7 +80,7 @@ def find_sites(
     for node in additions:
         shape = shapes[node]
         verdict = (
-            _site(flow, calls, node, additions, residuals, placement)
+            _site(flows[node], calls, node, additions, residuals, placement)
             if isinstance(shape, Residual)
             else shape
         )
@@ -64,10 +89,28 @@ def find_sites(
         else:
             rejected.append(Rejection(node, verdict))
     for node in graph.nodes:
-        if node.op in ("call_function", "call_method") and flow.addition(node) is None:
-            inside = sum(op.adds_maps for op in calls[0][node].ops)
-            rejected += [Rejection(node, Reason.HIDDEN)] * inside
-    return sites, rejected
+        own = node.op in ("call_function", "call_method") or str(node.target) in adders
+        if node.op != "output" and own and flow.addition(node) is None:
+            ops = calls[0][node].ops
+            hidden = sum(op.adds_maps for op in ops)
+            rejected += [Rejection(node, Reason.HIDDEN)] * hidden
+            rejected += [Rejection(node, Reason.BLENDED)] * sum(op.blends for op in ops)
+    return Sites(sites, rejected, bool(split_by_caller) and pasts is None)
+
+
+def _is_split_by_caller(flow: Flow, node: fx.Node) -> bool:
+    a, b = flow.operands(node)
+    both = a in flow.roots and b in flow.roots
+    return both and flow.meet(a, b) is None and not flow.roots[a] & flow.roots[b]
+
+
+def _agreed(one: Residual | Reason, other: Residual | Reason) -> Residual | Reason:
+    """The verdict on an addition in two calls of its block: one that holds in both."""
+    if isinstance(one, Reason):
+        return one
+    if isinstance(other, Reason):
+        return other
+    return one if one.branch is other.branch else Reason.FUSION
 
 
 def _site(
@@ -79,14 +122,14 @@ def _site(
     placement: Placement,
 ) -> ResidualSite | Reason:
     residual = residuals[node]
-    path = flow.between(residual.split_point, residual.branch)
-    if any(is_inner(flow, node, residual, outer, residuals[outer]) for outer in residuals):
+    path = residual.flow.between(residual.split_point, residual.branch)
+    if any(is_inner(node, residual, outer, residuals[outer]) for outer in residuals):
         return Reason.INNER
     if any(is_sibling(flow, node, residual, sum_node) for sum_node in additions):
         return Reason.FUSION
-    if any(op.gates for op in flow.ops(path)):
+    if any(op.gates for op in residual.flow.ops(path)):
         return Reason.GATED
-    point = PLACEMENTS[placement].point(flow, node, residual)
+    point = PLACEMENTS[placement].point(residual.flow, node, residual)
     if isinstance(point, Reason):
         return point
     facts = flow.facts[point.source]

@@ -5,38 +5,161 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import fx
 
 from se_inject.graph.facts import NodeFacts
-from se_inject.graph.ops import Op
+from se_inject.graph.log import Value
+from se_inject.graph.ops import MATRIX_PRODUCT, Op
+
+# A step of the flow: a node of the block graph, or a value that no node of it stands for (what a
+# child with several outputs computed on the way, and what an argument went through before).
+Step = fx.Node | Value
+Past = Sequence[Value | None]
 
 
 class Flow:
-    """The data flow of a block graph: nodes computed from its inputs, and their dominators."""
+    """The data flow of a block graph: its steps from the inputs on, and their dominators.
 
-    def __init__(self, graph: fx.Graph, facts: Mapping[fx.Node, NodeFacts]) -> None:
+    Args:
+        graph: the block's own forward.
+        facts: what each node computed.
+        past: where each tensor that the block was given comes from; by default the flow begins
+            with the block.
+        adders: the children that only add what they are given: their calls are additions.
+        root: follow only what is computed from this step. Whatever else the block was given (a
+            time, a mask, a style) then counts as a parameter does.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        facts: Mapping[fx.Node, NodeFacts],
+        past: Past | None = None,
+        root: Step | None = None,
+        adders: frozenset[str] = frozenset(),
+    ) -> None:
+        self.graph = graph
+        self.adders = adders
         self.facts = facts
-        self.order = {node: i for i, node in enumerate(graph.nodes)}
-        self.inputs: dict[fx.Node, list[fx.Node]] = {}
-        # The live nodes that each node is computed from, itself among them, as bits by their order.
-        self._sources: dict[fx.Node, int] = {}
-        # Immediate dominators; None is the common root of all block inputs.
-        self.dominator: dict[fx.Node, fx.Node | None] = {}
-        for node in graph.nodes:
-            if node.op == "output":
-                continue
-            if not facts[node].live:
-                continue
-            self.inputs[node] = [i for i in node.all_input_nodes if i in self.dominator]
-            self._sources[node] = 1 << self.order[node]
-            for source in self.inputs[node]:
-                self._sources[node] |= self._sources[source]
-            if node.op == "placeholder":
-                self.dominator[node] = None
-            elif self.inputs[node]:
-                common: fx.Node | None = self.inputs[node][0]
-                for other in self.inputs[node][1:]:
-                    common = self.meet(common, other)
-                self.dominator[node] = common
+        self.past = past
+        self.root = root
+        self.order: dict[Step, int] = {}  # inputs before what is computed from them
+        self.inputs: dict[Step, list[Step]] = {}
+        self.passed: dict[Step, tuple[Op, ...]] = {}  # what ran between a step and its inputs
+        # Immediate dominators; None is the common root of all inputs.
+        self.dominator: dict[Step, Step | None] = {}
+        self.roots: dict[Step, frozenset[Step]] = {}  # the inputs that a step is computed from
+        self._enlarged: set[Step] = set()
+        # The steps that each step is computed from, itself among them, as bits by their order.
+        self._sources: dict[Step, int] = {}
+        self._rooted: dict[Step, Flow] = {}
+        self._owner: dict[Value, fx.Node] = {}
+        # What an attribute holds may have been put there in another call.
+        nodes = [n for n in graph.nodes if n.op not in ("output", "get_attr")]
+        for node in nodes:
+            if (value := facts[node].value) is not None:
+                self._owner.setdefault(value, node)
+        for node in nodes:
+            if facts[node].value is not None:
+                self._visit(node)
+        self._position = {node: i for i, node in enumerate(graph.nodes)}
 
-    def meet(self, a: fx.Node | None, b: fx.Node | None) -> fx.Node | None:
+    def _visit(self, end: Step) -> None:
+        """Add a step, after all that it is computed from."""
+        stack = [end]
+        while stack:
+            step = stack[-1]
+            if step in self.passed:
+                stack.pop()
+                continue
+            inputs, ops, enlarged = self._before(step)
+            if missing := [i for i in inputs if i not in self.passed]:
+                stack += missing
+                continue
+            stack.pop()
+            self.passed[step] = ops
+            self._add(step, inputs, enlarged)
+
+    def _add(self, step: Step, inputs: list[Step], enlarged: bool) -> None:
+        if self.root is not None and step is not self.root:
+            inputs = [i for i in inputs if i in self.inputs]
+            if not inputs:
+                return  # not computed from the root
+        self.order[step] = len(self.order)
+        self.inputs[step] = [] if step is self.root else inputs
+        self._sources[step] = 1 << self.order[step]
+        for source in self.inputs[step]:
+            self._sources[step] |= self._sources[source]
+        common: Step | None = None
+        if self.inputs[step]:
+            common = inputs[0]
+            for other in inputs[1:]:
+                common = self.meet(common, other)
+        self.dominator[step] = common
+        own = frozenset[Step]().union(*(self.roots[i] for i in self.inputs[step]))
+        self.roots[step] = own or frozenset([step])
+        if enlarged:
+            self._enlarged.add(step)
+
+    def _before(self, step: Step) -> tuple[list[Step], tuple[Op, ...], bool]:
+        """The inputs of a step, what ran since, and whether all that came of it was enlarged.
+
+        What a child does on the way to its one output is one step. Values of a child that returns
+        several are steps of their own.
+        """
+        value = step if isinstance(step, Value) else self.facts[step].value
+        assert value is not None
+        owner = self._owner.get(value)
+        if isinstance(step, fx.Node) and owner is not step:  # an identity
+            return [self._named(value, step)], (), False
+        if value.number is not None and self.past is not None and isinstance(step, fx.Node):
+            before = self.past[value.number]
+            return ([] if before is None else [before]), (), False
+        if isinstance(step, Value):
+            inputs = [self._owner.get(v, v) for v in value.inputs]
+            if value.op is None:
+                return list(dict.fromkeys(inputs)), (), False
+            return list(dict.fromkeys(inputs)), (value.op,), value.op.enlarges
+        seen: dict[Value, bool] = {}
+        found: dict[Step, None] = {}
+        ran: dict[int, Op] = {}
+
+        stack = [value]
+        while stack:  # depth first: a value is left when its inputs are known
+            current = stack[-1]
+            inner = []
+            for v in current.inputs:
+                if v not in self._owner and v.maker is value.maker:
+                    inner.append(v)
+                else:
+                    found.setdefault(self._named(v, step))
+            if waiting := [v for v in inner if v not in seen]:
+                stack += waiting
+                continue
+            stack.pop()
+            if current.op is not None:
+                ran.setdefault(id(current.op), current.op)
+            all_of = len(inner) == len(current.inputs) and all(seen[v] for v in inner)
+            enlarges = current.op is not None and current.op.enlarges
+            seen[current] = enlarges or (bool(inner) and all_of)
+        # Attention at a lower resolution, brought back to its own, is no decoder.
+        attends = any(op.name in MATRIX_PRODUCT for op in ran.values())
+        return list(found), tuple(ran.values()), seen[value] and not attends
+
+    def _named(self, value: Value, reader: fx.Node) -> Step:
+        """The node that has a value: where identities pass it on, the one that is read."""
+        alike = (n for n in reader.all_input_nodes if n.op != "get_attr")
+        named = next((n for n in alike if self.facts[n].value is value), None)
+        return self._owner.get(value, value) if named is None else named
+
+    def position(self, node: fx.Node) -> int:
+        """The place of a node in the order in which the graph runs."""
+        return self._position[node]
+
+    def rooted(self, root: Step) -> "Flow":
+        """The part of the flow that is computed from one of its inputs."""
+        if root not in self._rooted:
+            self._rooted[root] = Flow(self.graph, self.facts, self.past, root, self.adders)
+        return self._rooted[root]
+
+    def meet(self, a: Step | None, b: Step | None) -> Step | None:
         """The nearest node that dominates both; None for the block inputs together."""
         while a is not b:
             if a is None or b is None:
@@ -47,19 +170,19 @@ class Flow:
                 b = self.dominator[b]
         return a
 
-    def dominates(self, a: fx.Node, b: fx.Node | None) -> bool:
+    def dominates(self, a: Step, b: Step | None) -> bool:
         """Whether every path from the block inputs to ``b`` passes ``a``."""
         while b is not None and b is not a:
             b = self.dominator[b]
         return b is a
 
-    def reaches(self, a: fx.Node, b: fx.Node) -> bool:
+    def reaches(self, a: Step, b: Step) -> bool:
         """Whether ``b`` is computed from ``a``, or is ``a``."""
         return bool(self._sources[b] >> self.order[a] & 1)
 
-    def between(self, split_point: fx.Node | None, end: fx.Node) -> list[fx.Node]:
-        """The nodes on the paths from the split_point (left out) to ``end`` (included)."""
-        seen: set[fx.Node] = set()
+    def between(self, split_point: Step | None, end: Step) -> list[Step]:
+        """The steps on the paths from the split_point (left out) to ``end`` (included)."""
+        seen: set[Step] = set()
         stack = [end]
         while stack:
             node = stack.pop()
@@ -68,16 +191,24 @@ class Flow:
                 stack += self.inputs[node]
         return sorted(seen, key=self.order.__getitem__)
 
-    def ops(self, nodes: Sequence[fx.Node]) -> Iterator[Op]:
-        for node in nodes:
-            yield from self.facts[node].ops
+    def ops(self, steps: Sequence[Step]) -> Iterator[Op]:
+        for step in steps:
+            yield from self.passed[step]
 
-    def depth(self, split_point: fx.Node | None, end: fx.Node) -> int:
+    def enlarged(self, split_point: Step | None, end: Step) -> bool:
+        """Whether every path from the split_point to ``end`` passes what enlarges maps."""
+        enlarged: dict[Step, bool] = {}
+        for step in self.between(split_point, end):
+            inputs = [enlarged.get(i, False) for i in self.inputs[step]]
+            enlarged[step] = step in self._enlarged or (bool(inputs) and all(inputs))
+        return enlarged.get(end, False)
+
+    def depth(self, split_point: Step | None, end: Step) -> int:
         """Most convolutions and Linears that a path from the split_point to ``end`` passes."""
-        deepest: dict[fx.Node, int] = {}
+        deepest: dict[Step, int] = {}
         for node in self.between(split_point, end):
             before = max((deepest.get(i, 0) for i in self.inputs[node]), default=0)
-            deepest[node] = before + sum(op.adds_depth for op in self.facts[node].ops)
+            deepest[node] = before + sum(op.adds_depth for op in self.passed[node])
         return deepest.get(end, 0)
 
     def read_again(self, step: fx.Node) -> bool:
@@ -86,9 +217,9 @@ class Flow:
         assert isinstance(changed, fx.Node)
         storage = self.facts[changed].storage
         return any(
-            self.order[user] > self.order[step]
+            self._position[user] > self._position[step]
             for node, facts in self.facts.items()
-            if facts.storage == storage and self.order[node] < self.order[step]
+            if facts.storage == storage and self._position[node] < self._position[step]
             for user in node.users
         )
 
@@ -101,13 +232,13 @@ class Flow:
         """
         storage = self.facts[source].storage
         aliases = [n for n, facts in self.facts.items() if facts.storage == storage]
-        first = min(aliases, key=self.order.__getitem__)
+        first = min(aliases, key=self._position.__getitem__)
         is_callers = not self.facts[first].ops  # nothing in this block has made it
-        start = min(self.order[reader] for reader in readers)
+        start = min(self._position[reader] for reader in readers)
         moved: set[fx.Node] = set()
         steps: list[tuple[bool, bool]] = []  # reads the old tensor; writes the old or the new
-        for node in self.order:
-            if self.order[node] < start or node not in self.facts:
+        for node in self._position:
+            if self._position[node] < start or node not in self.facts:
                 continue
             reads = [i for i in node.all_input_nodes if i in aliases or i in moved]
             new = [i for i in reads if i in moved or (i is source and node in readers)]
@@ -130,22 +261,22 @@ class Flow:
             (node,) = node.users
             if len(self.inputs.get(node, ())) != 1 or self.facts[node].shape is None:
                 return None
-            ops = self.facts[node].ops
+            ops = self.passed[node]
             if ops and wanted(ops):
                 return node
             if not all(permuted and op.is_permutation for op in ops):
                 return None
         return None
 
-    def keeps_input(self, split_point: fx.Node | None, end: fx.Node) -> bool:
+    def keeps_input(self, split_point: Step | None, end: Step) -> bool:
         """Whether a term of ``end`` is the split_point itself, through no convolution or Linear.
 
         Where paths are added or concatenated, all must pass one; where they are multiplied, a
         gate that is computed from the split_point leaves nothing of it in the product.
         """
-        kept: dict[fx.Node, bool] = {}
+        kept: dict[Step, bool] = {}
         for node in self.between(split_point, end):
-            ops = self.facts[node].ops
+            ops = self.passed[node]
             inputs = [kept.get(i, True) for i in self.inputs[node]] or [True]
             joined = any(op.joins for op in ops)
             kept[node] = not any(op.adds_depth for op in ops) and (
@@ -153,19 +284,19 @@ class Flow:
             )
         return kept.get(end, True)
 
-    def joins_after(self, node: fx.Node) -> set[fx.Node]:
+    def joins_after(self, node: fx.Node) -> set[Step]:
         """The concatenations that ``node`` flows into without passing another addition."""
-        found: set[fx.Node] = set()
-        seen: set[fx.Node] = set()
-        stack = list(node.users)
-        while stack:
-            user = stack.pop()
-            if user in seen or user not in self.inputs or self.addition(user) is not None:
+        found: set[Step] = set()
+        reached: set[Step] = {node}
+        for step in sorted(self.inputs, key=self.order.__getitem__):
+            if not reached.intersection(self.inputs[step]) or step in reached:
                 continue
-            seen.add(user)
-            if user.op == "call_function" and any(op.joins for op in self.facts[user].ops):
-                found.add(user)
-            stack += user.users
+            if isinstance(step, fx.Node) and self.addition(step) is not None:
+                continue
+            reached.add(step)
+            own = isinstance(step, fx.Node) and step.op == "call_function"
+            if own and any(op.joins for op in self.passed[step]):
+                found.add(step)
         return found
 
     def operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -173,13 +304,37 @@ class Flow:
         assert addition is not None
         return addition[:2]
 
+    def reader(self, node: fx.Node) -> fx.Node:
+        """What reads the operands of an addition: itself, or the stack that it adds up."""
+        a, b = self.operands(node)
+        if a in node.all_input_nodes and b in node.all_input_nodes:
+            return node
+        return next(n for n in node.all_input_nodes if a in n.all_input_nodes)
+
     def addition(self, node: fx.Node) -> tuple[fx.Node, fx.Node, Op] | None:
         """The operands, if the node itself adds two maps computed from the inputs."""
+        ops = self.facts[node].ops if node in self.facts else ()
+        op = next((op for op in ops if op.adds_maps), None)
+        others = [o for o in ops if o is not op and not (op and op.stacked and o.name == "stack")]
+        if op is None or others or "out" in node.kwargs:
+            return None
+        if node.op == "call_module":  # one that only adds what it is given
+            operands = [i for i in node.all_input_nodes if self.facts[i].value is not None]
+            if str(node.target) not in self.adders or len(operands) != 2:
+                return None
+            return operands[0], operands[1], op
         if node.op not in ("call_function", "call_method"):
             return None
-        op = next((op for op in self.facts[node].ops if op.adds_maps), None)
         named = [node.kwargs[k] for k in ("input", "other") if k in node.kwargs]
-        a, b = [*node.args[:2], *named, None, None][:2]
-        if op is None or len(self.facts[node].ops) != 1 or "out" in node.kwargs:
-            return None
+        values = [*node.args, *named]
+        if op.stacked:
+            stack = next((v for v in values if isinstance(v, fx.Node)), None)
+            maps = stack.args[0] if stack is not None and stack.args else None
+            values = list(maps) if isinstance(maps, list | tuple) else []
+        elif op.name in ("addcmul", "addcmul_"):
+            named = [node.kwargs[k] for k in ("tensor1", "tensor2") if k in node.kwargs]
+            shape = self.facts[node].shape
+            nodes = [v for v in (*values, *named) if isinstance(v, fx.Node)]
+            values = [v for v in nodes if self.facts[v].value and self.facts[v].shape == shape]
+        a, b = [*values[:2], None, None][:2]
         return (a, b, op) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import fx
 
-from se_inject.graph.ops import Op
+from se_inject.graph.ops import ADD, Op
 from se_inject.reasons import Reason
 from se_inject.sites.flow import Flow
 from se_inject.sites.residual import Residual
@@ -35,16 +35,18 @@ def _before_addition(flow: Flow, node: fx.Node, residual: Residual) -> Point | R
         if is_in_place(step) and step.args[0] in chain and flow.read_again(step):
             return Reason.SHARED_IN_PLACE
     # What stands between branch and addition moves no dim.
-    fused = reader is node and not mutates_shortcut
+    fused = reader is node and not mutates_shortcut and _is_plain(flow, node)
     return Point(branch, (reader,), (residual.shortcut,), fused)
 
 
 def _tail(flow: Flow, node: fx.Node, residual: Residual) -> list[fx.Node]:
     """What reads the branch map, the branch map itself, and what only drops or scales it."""
-    reader, chain = node, [residual.branch]
+    reader, chain = flow.reader(node), [residual.branch]
     while _is_tail(flow, chain[0]):
         reader = chain[0]
-        chain = [flow.inputs[reader][0], *chain]
+        source = flow.inputs[reader][0]
+        assert isinstance(source, fx.Node)
+        chain = [source, *chain]
     return [reader, *chain]
 
 
@@ -52,17 +54,15 @@ def _on_branch_input(flow: Flow, node: fx.Node, residual: Residual) -> Point | R
     """pre: on what the branch reads; the shortcut reads the map as it was."""
     path = flow.between(residual.split_point, residual.branch)
     source = residual.split_point
-    if source is None:  # the shortcut is another argument of the block
-        entries = [n for n in path if not flow.inputs[n]]
+    if not isinstance(source, fx.Node):  # the shortcut is another argument of the block
+        nodes = [n for n in path if isinstance(n, fx.Node)]
+        entries = [n for n in nodes if not any(i in nodes for i in flow.inputs[n])]
         if len(entries) != 1:
             return Reason.SEVERAL_INPUTS
         source = entries[0]
-    readers = [user for user in source.users if user in path]
-    while flow.facts[source].shape is None and len(readers) == 1:  # a list of maps, say
-        source = readers[0]
-        readers = [user for user in source.users if user in path]
-    if flow.facts[source].shape is None:
-        return Reason.SEVERAL_INPUTS
+    readers = _readers(flow, source, residual.branch)
+    if not readers:
+        return Reason.INSIDE_CHILD
     alike = (residual.branch,) if source is residual.shortcut else ()
     return _separate(flow, Point(source, tuple(readers), alike))
 
@@ -75,7 +75,7 @@ def _after_addition(flow: Flow, node: fx.Node, residual: Residual) -> Point | Re
 
 def _on_shortcut(flow: Flow, node: fx.Node, residual: Residual) -> Point | Reason:
     """identity: on the operand of the addition that is not the branch."""
-    return _separate(flow, Point(residual.shortcut, (node,), (residual.branch,)))
+    return _separate(flow, Point(residual.shortcut, (flow.reader(node),), (residual.branch,)))
 
 
 def _after_spatial_convolution(flow: Flow, node: fx.Node, residual: Residual) -> Point | Reason:
@@ -85,19 +85,21 @@ def _after_spatial_convolution(flow: Flow, node: fx.Node, residual: Residual) ->
     EfficientNet have it.
     """
     path = flow.between(residual.split_point, residual.branch)
-    spatial = [n for n in path if any(op.is_spatial_convolution for op in flow.facts[n].ops)]
+    spatial = [n for n in path if any(op.is_spatial_convolution for op in flow.passed[n])]
     if not spatial:
         return Reason.NO_SPATIAL
     source = spatial[-1]
+    if not isinstance(source, fx.Node):
+        return Reason.INSIDE_CHILD
     if not flow.dominates(source, residual.branch):
         return Reason.SIDE_BY_SIDE
-    ops = flow.facts[source].ops
+    ops = flow.passed[source]
     last = max(i for i, op in enumerate(ops) if op.is_spatial_convolution)
     if any(op.adds_depth for op in ops[last + 1 :]):
         return Reason.CONVOLUTION_INSIDE
     if not _is_norm(ops[last + 1 :]):
         source = flow.next_step(source, _is_norm, permuted=True) or source
-    if ops[last].is_depthwise and not any(op.is_activation for op in flow.facts[source].ops):
+    if ops[last].is_depthwise and not any(op.is_activation for op in flow.passed[source]):
         source = flow.next_step(source, _is_activation) or source
     _, end, *_ = _tail(flow, node, residual)
     if source is end or source not in flow.between(residual.split_point, end):
@@ -149,9 +151,27 @@ def _is_tail(flow: Flow, node: fx.Node) -> bool:
     if node.op == "placeholder" or len(flow.inputs[node]) != 1:
         return False
     (source,) = flow.inputs[node]
+    # The SE block reads a node that this one reads; what a child did before is out of reach.
+    if not isinstance(source, fx.Node) or source not in node.all_input_nodes:
+        return False
     facts = flow.facts[node]
     same = facts.shape is not None and facts.shape == flow.facts[source].shape
-    return same and all(op.is_dropout or op.scales for op in facts.ops)
+    return same and all(op.is_dropout or op.scales for op in flow.passed[node])
+
+
+def _is_plain(flow: Flow, node: fx.Node) -> bool:
+    """Whether a node is an addition in so many words, which the SE block can take over."""
+    addition = flow.addition(node)
+    return node.op != "call_module" and addition is not None and addition[2].name in ADD
+
+
+def _readers(flow: Flow, source: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """What reads a node on the way to ``end``, lists of maps and the like among it."""
+    before = {end}
+    for node in sorted(flow.facts, key=flow.position, reverse=True):
+        if before.intersection(node.users):
+            before.add(node)
+    return [user for user in source.users if user in before]
 
 
 def is_in_place(node: fx.Node) -> bool:

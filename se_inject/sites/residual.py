@@ -6,24 +6,26 @@ The SE block goes on the branch, after its last convolution and norm and before 
 layer scale and skip gain, or where another placement of the paper has it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
 
-from se_inject.graph.ops import Op
+from se_inject.graph.log import Value
 from se_inject.layers.layout import KINDS
 from se_inject.reasons import Reason
-from se_inject.sites.flow import Flow
+from se_inject.sites.collapse import collapses
+from se_inject.sites.flow import Flow, Step
 
 
 @dataclass(frozen=True)
 class Residual:
     """An addition that has the shape of a residual one."""
 
-    split_point: fx.Node | None
+    split_point: Step | None
     branch: fx.Node
     shortcut: fx.Node
+    flow: Flow  # the part of the block's flow that both operands come from
 
 
 def shape_verdict(flow: Flow, module: nn.Module, node: fx.Node) -> Residual | Reason:
@@ -37,23 +39,142 @@ def shape_verdict(flow: Flow, module: nn.Module, node: fx.Node) -> Residual | Re
     if a not in flow.dominator or b not in flow.dominator:
         # An operand was kept on an attribute since another module ran.
         return Reason.TOKENS if _adds_tokens(flow, node, ()) else Reason.FUSION
+    verdicts = [_verdict_in(part, module, node, a, b) for part in _common_flows(flow, a, b)]
+    return next((v for v in verdicts if isinstance(v, Residual)), verdicts[0])
+
+
+def _common_flows(flow: Flow, a: fx.Node, b: fx.Node) -> list[Flow]:
+    """The parts of the flow in which both operands come from one step.
+
+    A second input (a time, a mask, a style) does not hide the one that both come from. Where they
+    come from different inputs, the caller has split the path, or there is no common step at all.
+    """
+    if flow.meet(a, b) is not None:
+        return [flow]
+    common = flow.roots[a] & flow.roots[b]
+    if common:
+        return [flow.rooted(root) for root in sorted(common, key=flow.order.__getitem__)]
+    return [flow]
+
+
+def _verdict_in(
+    flow: Flow, module: nn.Module, node: fx.Node, a: fx.Node, b: fx.Node
+) -> Residual | Reason:
     split_point = flow.meet(a, b)
-    if _adds_tokens(flow, node, [*flow.between(split_point, a), *flow.between(split_point, b)]):
+    paths = [flow.between(split_point, a), flow.between(split_point, b)]
+    if _adds_tokens(flow, node, [*paths[0], *paths[1]]):
         return Reason.TOKENS
-    if _collapses(module, flow.ops([*flow.between(split_point, a), *flow.between(split_point, b)])):
+    if collapses(module, flow, split_point, node):
         return Reason.REPARAMETERISABLE
-    depth = {n: flow.depth(split_point, n) for n in (a, b)}
-    branch, shortcut = (a, b) if depth[a] >= depth[b] else (b, a)
+    branch, shortcut = _by_depth(flow, split_point, a, b)
     if not any(op.is_convolution for op in flow.ops(flow.between(split_point, branch))):
         return Reason.NO_CONVOLUTION
-    if depth[branch] == depth[shortcut] or not _is_shortcut(flow, split_point, shortcut):
+    shape = flow.facts[node].shape or ()
+    channel_dim = flow.facts[node].channel_dim
+    if channel_dim is not None and shape[channel_dim] <= _IMAGE_CHANNELS:
+        return Reason.IMAGE
+    if _is_decoded(flow, split_point, a, b) or _is_second_path(flow, split_point, branch, shortcut):
+        return Reason.FUSION
+    if not _is_deeper(flow, split_point, branch, shortcut):
+        return Reason.FUSION
+    if not _is_shortcut(flow, split_point, shortcut):
         return Reason.FUSION
     if flow.keeps_input(split_point, branch):
         return Reason.FUSION  # a part of the sum is the shortcut: the SE block would scale it
-    return Residual(split_point, branch, shortcut)
+    return Residual(split_point, branch, shortcut, flow)
 
 
-def _adds_tokens(flow: Flow, node: fx.Node, paths: Sequence[fx.Node]) -> bool:
+# An image of this many channels is the network's output, whatever is added to it.
+_IMAGE_CHANNELS = 3
+
+
+def _by_depth(
+    flow: Flow, split_point: Step | None, a: fx.Node, b: fx.Node
+) -> tuple[fx.Node, fx.Node]:
+    """The operand that may be the branch, and the one that may be the shortcut."""
+    depth = {n: flow.depth(split_point, n) for n in (a, b)}
+    if depth[a] == depth[b] and _is_projection(flow, split_point, a):
+        return b, a
+    return (a, b) if depth[a] >= depth[b] else (b, a)
+
+
+def _is_deeper(flow: Flow, split_point: Step | None, branch: fx.Node, shortcut: fx.Node) -> bool:
+    """Whether one operand is a branch beside the other.
+
+    A spatial convolution beside a 1x1 projection is one too: its siblings without a projection
+    are residual blocks.
+    """
+    depths = [flow.depth(split_point, n) for n in (branch, shortcut)]
+    if depths[0] != depths[1]:
+        return True
+    convolutions = [op for op in flow.ops(flow.between(split_point, branch)) if op.is_convolution]
+    return (
+        depths[0] == len(convolutions) == 1
+        and convolutions[0].is_spatial_convolution
+        and not convolutions[0].is_depthwise
+        and _is_projection(flow, split_point, shortcut)
+    )
+
+
+def _is_projection(flow: Flow, split_point: Step | None, end: fx.Node) -> bool:
+    """Whether the path is one 1x1 convolution with nothing non-linear behind it."""
+    ops = list(flow.ops(flow.between(split_point, end)))
+    convolutions = [i for i, op in enumerate(ops) if op.is_convolution]
+    if len(convolutions) != 1 or ops[convolutions[0]].is_spatial_convolution:
+        return False
+    return not any(op.is_activation or op.is_product for op in ops[convolutions[0] :])
+
+
+def _is_decoded(flow: Flow, split_point: Step | None, a: fx.Node, b: fx.Node) -> bool:
+    """Whether one operand alone comes from a smaller map (a pyramid, an hourglass, a U-Net)."""
+    return flow.enlarged(split_point, a) != flow.enlarged(split_point, b)
+
+
+def _is_second_path(
+    flow: Flow, split_point: Step | None, branch: fx.Node, shortcut: fx.Node
+) -> bool:
+    """Whether a projected operand is a path of its own, as in the sums of CSP stages.
+
+    A shortcut's projection has no activation behind it, and a branch beside one does not end in
+    several residual units.
+    """
+    ops = list(flow.ops(flow.between(split_point, shortcut)))
+    last = max((i for i, op in enumerate(ops) if op.is_convolution), default=None)
+    if last is None:
+        return False
+    return any(op.is_activation for op in ops[last + 1 :]) or _units_at_end(flow, branch) > 1
+
+
+def _units_at_end(flow: Flow, branch: fx.Node) -> int:
+    """How many additions of an identity a path ends in, one after the other."""
+    value, units = flow.facts[branch].value, 0
+    while value is not None and (op := value.op) is not None:
+        if op.is_activation:
+            value = value.inputs[0]
+            continue
+        if not op.adds_maps or len(value.inputs) != 2:
+            break
+        a, b = value.inputs
+        if not (_comes_from(a, b) or _comes_from(b, a)):
+            break
+        value, units = (b if _comes_from(a, b) else a), units + 1
+    return units
+
+
+def _comes_from(value: Value, source: Value) -> bool:
+    seen: set[Value] = set()
+    stack = [value]
+    while stack:
+        current = stack.pop()
+        if current is source:
+            return True
+        if current not in seen:
+            seen.add(current)
+            stack += current.inputs
+    return False
+
+
+def _adds_tokens(flow: Flow, node: fx.Node, paths: Sequence[Step]) -> bool:
     """Whether the sum is [N, L, C] of a transformer rather than [N, C, L] of Conv1d layers."""
     kind = KINDS[len(flow.facts[node].shape or ())]
     if kind.channels_last:
@@ -64,11 +185,11 @@ def _adds_tokens(flow: Flow, node: fx.Node, paths: Sequence[fx.Node]) -> bool:
     return not any(op.name in kind.functions for op in flow.ops(paths))
 
 
-def _is_shortcut(flow: Flow, split_point: fx.Node | None, end: fx.Node) -> bool:
+def _is_shortcut(flow: Flow, split_point: Step | None, end: fx.Node) -> bool:
     """The identity, or a straight path of at most two convolutions; pooling and norm allowed."""
     path = flow.between(split_point, end)
     ops = list(flow.ops(path))
-    straight = all(len(flow.inputs[n]) <= 1 for n in path) and not any(op.joins for op in ops)
+    straight = all(_is_straight(flow, split_point, step) for step in path)
     short = sum(op.is_convolution for op in ops) <= 2
     # A shortcut that the caller computed (DLA) comes as it is; two inputs that are both
     # convolved or resampled before they are added are fused (feature pyramids, NASNet's cells).
@@ -76,19 +197,23 @@ def _is_shortcut(flow: Flow, split_point: fx.Node | None, end: fx.Node) -> bool:
     return straight and short and given
 
 
-# Of timm, of the RepVGG and MobileOne repositories, and of Ultralytics.
-_COLLAPSING_METHODS: tuple[str, ...] = ("reparameterize", "fuse", "switch_to_deploy", "fuse_convs")
-_COLLAPSING_METHODS += ("get_equivalent_kernel_bias", "repvgg_convert", "fuse_repvgg_block")
+def _is_straight(flow: Flow, split_point: Step | None, step: Step) -> bool:
+    """Whether a step brings no paths together.
 
-
-def _collapses(module: nn.Module, ops: Iterator[Op]) -> bool:
-    """Whether the module can fold itself into one convolution, and both paths are linear."""
-    foldable = any(callable(getattr(module, name, None)) for name in _COLLAPSING_METHODS)
-    return foldable and all(op.is_linear_in_map for op in ops)
+    More channels by a concatenation with zeros, or with the map itself in other form, is no join:
+    nothing on the paths to it has weights.
+    """
+    ops = flow.passed[step]
+    joins = [op for op in ops if op.joins]
+    if not joins and (isinstance(step, Value) or len(flow.inputs[step]) <= 1):
+        return True
+    pads = all(op.pads for op in joins) and bool(joins)
+    return pads and not any(
+        op.adds_depth or op.adds_maps for op in flow.ops(flow.between(split_point, step))
+    )
 
 
 def is_inner(
-    flow: Flow,
     node: fx.Node,
     residual: Residual,
     outer_node: fx.Node,
@@ -100,6 +225,7 @@ def is_inner(
     whole branch passes each of them. Res2Net's inner additions see a part of the channels only,
     and in ``a + b + x`` the first sum has the split_point of the second and nothing follows it.
     """
+    flow = outer.flow
     if outer_node is node or not flow.reaches(node, outer.branch):
         return False
     if outer.split_point is not None and flow.reaches(node, outer.split_point):

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
 from se_inject.graph.history import Event, History, is_container
 from se_inject.layers.layout import Layout
-from se_inject.sites.residual import _COLLAPSING_METHODS
+from se_inject.sites.collapse import folds
 
 NOTHING: frozenset[int] = frozenset()
 
@@ -106,8 +107,8 @@ class UnitFlow:
 
     def is_foldable(self, call: int) -> bool:
         """Whether a module can fold itself into one convolution, as RepVGG's blocks do."""
-        methods = (getattr(self.module(call), name, None) for name in _COLLAPSING_METHODS)
-        return any(map(callable, methods))
+        kind: Any = type(self.module(call))
+        return folds(kind)
 
     def once(self, call: int) -> bool:
         """Whether the module of a call ran once in the forward."""

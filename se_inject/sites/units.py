@@ -74,6 +74,6 @@ def _node_of(facts: Mapping[fx.Node, NodeFacts], number: int, total: int) -> fx.
         if done <= number < done + len(own.ops):
             rest = own.ops[number - done + 1 :]
             inside = any(not (op.is_dropout or op.scales) for op in rest)
-            found = Reason.INSIDE_CHILD if inside else node
+            found = Reason.UNIT_INSIDE_CHILD if inside else node
         done += len(own.ops)
     return found if done == total else Reason.UNTRACED

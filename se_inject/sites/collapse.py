@@ -1,0 +1,102 @@
+"""Which sums are of parallel linear maps of one input, made to be folded into one convolution."""
+
+import functools
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from se_inject.graph.ops import CHANNELS_FIRST_NORM, Op
+from se_inject.sites.flow import Flow, Step
+
+
+def collapses(module: nn.Module, flow: Flow, split_point: Step | None, node: fx.Node) -> bool:
+    """Whether an addition is of linear paths, and somebody means to fold them.
+
+    Either the class of the block can fold itself, or the shape says it: RepVGG's three terms, of
+    which one is a bare norm of the input.
+    """
+    terms = _terms(flow, _outermost(flow, node))
+    own = flow.operands(node)
+    if not all(_is_linear(flow, split_point, term) for term in own):
+        return False
+    cls: Any = type(module)
+    if folds(cls):
+        return True
+    start: Step | None = terms[0]
+    for term in terms[1:]:
+        start = flow.meet(start, term)
+    paths = [list(flow.ops(flow.between(start, term))) for term in terms]
+    return len(terms) >= 3 and _is_repvgg(paths)
+
+
+def _is_linear(flow: Flow, split_point: Step | None, end: fx.Node) -> bool:
+    return all(op.is_linear_in_map for op in flow.ops(flow.between(split_point, end)))
+
+
+def _outermost(flow: Flow, node: fx.Node) -> fx.Node:
+    """The last of a row of additions that ``node`` is in."""
+    while True:
+        readers = [n for n in node.users if n in flow.inputs and flow.addition(n) is not None]
+        if len(readers) != 1 or len(node.users) != 1:
+            return node
+        node = readers[0]
+
+
+def _terms(flow: Flow, node: fx.Node) -> list[fx.Node]:
+    """What a row of additions adds: ``a``, ``b`` and ``c`` of ``(a + b) + c``."""
+    addition = flow.addition(node)
+    if addition is None or node not in flow.inputs:
+        return [node]
+    return [term for part in addition[:2] if part in flow.inputs for term in _terms(flow, part)]
+
+
+def _is_repvgg(paths: Sequence[Sequence[Op]]) -> bool:
+    """Convolutions with a norm each, and a norm alone, with nothing non-linear in between."""
+
+    def norms(ops: Sequence[Op]) -> bool:
+        return any(op.name in CHANNELS_FIRST_NORM for op in ops)
+
+    if not all(op.is_linear_in_map for ops in paths for op in ops):
+        return False
+    convolutions = [sum(op.is_convolution for op in ops) for ops in paths]
+    bare = [norms(ops) and not n for ops, n in zip(paths, convolutions, strict=True)]
+    return any(bare) and max(convolutions) == 1 and convolutions.count(1) >= 2
+
+
+# What such methods are called, in a dozen libraries; fuse_model is torch's name for fusing a
+# convolution with its own norm and activation before quantization.
+_NAME = re.compile(
+    r"re_?param|deploy|equivalent|(^|_)(fuse|fuses|fold|merge|collapse|absorb|slim)(_|$)"
+    r"|(^|_)convert|convert$|(fuse|fold|merge|collapse)_?(kernel|conv|branch|bn|norm|weight|repvgg)"
+)
+_NOT_FOLDING = re.compile(r"fuse_model|fuse_modules|^convert_sync|split|unfold|^forward|^__")
+
+
+@functools.cache
+def folds(cls: Any) -> bool:
+    """Whether a method of a class folds its convolutions, by its name or by what it does."""
+    for base in cls.__mro__:
+        if base is nn.Module or base.__module__.startswith("torch.nn."):
+            continue
+        for name, member in vars(base).items():
+            function = member.__func__ if isinstance(member, staticmethod | classmethod) else member
+            if not inspect.isfunction(function) or _NOT_FOLDING.search(name):
+                continue
+            if _NAME.search(name.lower()) or _folds_kernels(function):
+                return True
+    return False
+
+
+def _folds_kernels(function: object) -> bool:
+    """Whether a function computes a kernel from the weights of layers, to stand in for them."""
+    try:
+        text = inspect.getsource(function)  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        return False
+    folds_norm = "running_var" in text and ".weight" in text
+    replaces = re.search(r"\bdel self\.|__delattr__|delattr\(|\.weight(\.data)?\s*=|copy_\(", text)
+    makes = re.search(r"Conv\dd\(|Parameter\(", text)
+    return folds_norm or bool(".weight" in text and replaces and makes)
