@@ -139,6 +139,8 @@ def copy_with_twins(
             if "_hooks" in name and isinstance(value, dict):
                 if not hooks:
                     memo[id(value)] = _library_hooks(value)
+            elif isinstance(value, torch.jit.ScriptFunction):
+                memo[id(value)] = value  # a function, which torch cannot copy
             elif isinstance(value, Tensor | list | tuple | dict):
                 for tensor in tensors_in(value):  # detectors keep anchors in a plain list
                     if id(tensor) not in memo:

@@ -2,7 +2,9 @@
 
 import importlib
 import itertools
+import keyword
 import linecache
+import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +26,11 @@ class ForwardSource:
     @classmethod
     def of(cls, graph: fx.Graph, label: str) -> "ForwardSource":
         code = graph.python_code("self")
-        return cls(code.src, dict(code.globals), label)
+        text = code.src
+        targets = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
+        for target in sorted(targets, key=len, reverse=True):
+            text = _without_keywords(text, target)
+        return cls(text, dict(code.globals), label)
 
     def compile(self, *, show: bool = True) -> Callable[..., Any]:
         """The function; with ``show``, tracebacks and ``inspect.getsource`` have its text."""
@@ -45,6 +51,21 @@ class ForwardSource:
         used = _names_in(compile(self.text, self.label, "exec", dont_inherit=True))
         names = {k: _portable(v) for k, v in self.names.items() if k in used}
         return _forward_source, (self.text, names, self.label)
+
+
+def _without_keywords(text: str, target: str) -> str:
+    """The text with ``self.branches.if``, as fx writes it, in a form that Python reads."""
+    parts = target.split(".")
+    if not any(map(keyword.iskeyword, parts)):
+        return text
+    written = read = "self"
+    for part in parts:
+        by_name = f'"{part}")'
+        dotted = part.isidentifier()
+        written = f"{written}.{part}" if dotted else f"getattr({written}, {by_name}"
+        dotted = dotted and not keyword.iskeyword(part)
+        read = f"{read}.{part}" if dotted else f"getattr({read}, {by_name}"
+    return re.sub(rf"{re.escape(written)}(?![\w.])", lambda _: read, text)
 
 
 def _names_in(code: types.CodeType) -> set[str]:
