@@ -71,7 +71,7 @@ def _verdict_in(
         return Reason.NO_CONVOLUTION
     shape = flow.facts[node].shape or ()
     channel_dim = flow.facts[node].channel_dim
-    if channel_dim is not None and shape[channel_dim] <= _IMAGE_CHANNELS:
+    if channel_dim is not None and shape[channel_dim] in _IMAGE_CHANNELS:
         return Reason.IMAGE
     if _is_decoded(flow, split_point, a, b) or _is_second_path(flow, split_point, branch, shortcut):
         return Reason.FUSION
@@ -84,8 +84,9 @@ def _verdict_in(
     return Residual(split_point, branch, shortcut, flow)
 
 
-# An image of this many channels is the network's output, whatever is added to it.
-_IMAGE_CHANNELS = 3
+# A map of so many channels is an image, such as the output of super-resolution with its global
+# residual: there are no features to weigh.
+_IMAGE_CHANNELS = (2, 3)
 
 
 def _by_depth(
@@ -148,11 +149,11 @@ def _is_second_path(
 def _units_at_end(flow: Flow, branch: fx.Node) -> int:
     """How many additions of an identity a path ends in, one after the other."""
     value, units = flow.facts[branch].value, 0
-    while value is not None and value.op is not None:
-        if value.op.is_activation:
+    while value is not None and (op := value.op) is not None:
+        if op.is_activation:
             value = value.inputs[0]
             continue
-        if not value.op.adds_maps or len(value.inputs) != 2:
+        if not op.adds_maps or len(value.inputs) != 2:
             break
         a, b = value.inputs
         if not (_comes_from(a, b) or _comes_from(b, a)):
