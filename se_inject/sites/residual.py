@@ -71,7 +71,7 @@ def _verdict_in(
         return Reason.NO_CONVOLUTION
     shape = flow.facts[node].shape or ()
     channel_dim = flow.facts[node].channel_dim
-    if channel_dim is not None and shape[channel_dim] <= _IMAGE_CHANNELS:
+    if channel_dim is not None and shape[channel_dim] in _IMAGE_CHANNELS:
         return Reason.IMAGE
     if _is_decoded(flow, split_point, a, b) or _is_second_path(flow, split_point, branch, shortcut):
         return Reason.FUSION
@@ -84,8 +84,9 @@ def _verdict_in(
     return Residual(split_point, branch, shortcut, flow)
 
 
-# An image of this many channels is the network's output, whatever is added to it.
-_IMAGE_CHANNELS = 3
+# A map of so many channels is an image, such as the output of super-resolution with its global
+# residual: there are no features to weigh.
+_IMAGE_CHANNELS = (2, 3)
 
 
 def _by_depth(
