@@ -29,6 +29,7 @@ from se_inject.cli.options import (
     PlacementOption,
     RatioOption,
     SqueezeOption,
+    WhereOption,
     parse_ratio,
 )
 from se_inject.errors import ArgumentError, SEInjectError
@@ -90,6 +91,7 @@ def report_command(
     divisor: DivisorOption = 8,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
+    where: WhereOption = "auto",
     placement: PlacementOption = "standard",
     squeeze: SqueezeOption = "avg",
     gate: GateOption = "sigmoid",
@@ -176,6 +178,7 @@ def report_command(
         plan = plan_se(
             network,
             ratio,
+            where=where,
             include=include or None,
             exclude=exclude or None,
             placement=placement,

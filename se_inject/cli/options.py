@@ -8,7 +8,9 @@ import typer
 from se_inject.layers.attention import ATTENTIONS
 from se_inject.layers.gates import Gate, Init
 from se_inject.layers.squeezes import Squeeze
+from se_inject.plan.injection import Injection
 from se_inject.sites.placements import Placement
+from se_inject.sites.scaled import Where
 
 _PANEL = "The SE blocks"
 
@@ -42,6 +44,9 @@ ExcludeOption = Annotated[
         help="No blocks that match this glob; wins over --include. Repeatable.",
         show_default="none",
     ),
+]
+WhereOption = Annotated[
+    Where, _option(help=Injection.__dataclass_fields__["where"].metadata["help"])
 ]
 PlacementOption = Annotated[
     Placement,

@@ -17,9 +17,11 @@ from se_inject.graph.record import Arguments
 from se_inject.keep.fingerprint import dtype_name, hash_of, tensors_of
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.layers.variant import Variant
+from se_inject.sites.scaled import Where
 
-# Format 1 had no squeeze, gate and bias: its blocks are the standard ones, the defaults.
-FORMAT = 2
+# Format 1 had no squeeze, gate and bias: its blocks are the standard ones, the defaults. Formats 1
+# and 2 knew residual branches only.
+FORMAT = 3
 
 
 HEADER_KEY = "se_inject"
@@ -32,6 +34,7 @@ class SharedSettings:
     variant: Variant
     custom: bool  # made by a user's se_layer
     example: int  # which of the header's examples the forward was recorded with
+    where: Where = "residual"
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def _site(
             else Variant(settings.variant.placement),
             custom=not ours,
             example=examples.index(example),
+            where=settings.where,
         ),
     )
 
@@ -225,7 +229,8 @@ def _parse(text: str, path: Path) -> Header:
 def _parse_site(data: Any) -> SavedSite:
     own = dict(data["settings"])
     custom, example = own.pop("custom"), own.pop("example")
-    settings = SharedSettings(Variant(**own), custom, example)
+    where = own.pop("where", "residual")
+    settings = SharedSettings(Variant(**own), custom, example, where)
     site = SavedSite(**{**data, "settings": settings})
     if not isinstance(site.block, str) or not isinstance(site.child, str):
         raise TypeError(f"a name in {(site.block, site.child)}")
@@ -235,6 +240,8 @@ def _parse_site(data: Any) -> SavedSite:
     for option in fields(Variant):  # unknown names are refused where the blocks are planned
         if type(getattr(settings.variant, option.name)) is not type(option.default):
             raise TypeError(f"{option.name} {getattr(settings.variant, option.name)!r}")
+    if not isinstance(where, str):  # an unknown word is refused where the blocks are planned
+        raise TypeError(f"where {where!r}")
     if type(custom) is not bool:
         raise TypeError(f"custom {custom!r}")
     return site
