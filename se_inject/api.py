@@ -12,9 +12,10 @@ from se_inject.layers.attention import SELayer
 from se_inject.layers.gates import Gate, Init
 from se_inject.layers.squeezes import Squeeze
 from se_inject.names import Patterns
-from se_inject.plan.injection import Ratio, Where
+from se_inject.plan.injection import Ratio
 from se_inject.plan.planner import plan_se
 from se_inject.sites.placements import Placement
+from se_inject.sites.scaled import Where
 
 
 def inject_se(

@@ -55,6 +55,19 @@ _GAPS = {
 }
 
 
+# What these are said of is no addition.
+UNIT_REASONS = frozenset(
+    {
+        Reason.UNIT_GATED,
+        Reason.ONE_POSITION,
+        Reason.NOTHING_LEARNS,
+        Reason.SHARED_ACTIVATION,
+        Reason.SEVERAL_ENDS,
+        Reason.INSIDE_CHILD,
+    }
+)
+
+
 @dataclass(frozen=True)
 class Skipped:
     """An addition of two maps that gets no SE block (once, however often its block is called).

@@ -110,6 +110,7 @@ def test_json_is_one_object_with_the_promised_keys(call) -> None:
     assert list(data) == [
         "model",
         "r",
+        "where",
         "variant",
         "input_size",
         "base",
@@ -120,6 +121,7 @@ def test_json_is_one_object_with_the_promised_keys(call) -> None:
     ]
     assert data["model"] == "resnet50"
     assert data["r"] == 16
+    assert data["where"] == "auto"
     assert data["variant"] == {
         "placement": "standard",
         "squeeze": "avg",
@@ -136,6 +138,7 @@ def test_json_is_one_object_with_the_promised_keys(call) -> None:
     }
     assert data["sites"][0] == {
         "block": "layer1.0",
+        "kind": "residual",
         "child": "se",
         "r": 16,
         "channels": 256,
@@ -217,8 +220,14 @@ def test_a_module_in_the_current_directory_is_found(
     ("args", "message"),
     [
         (["resnet5O"], r"^error: no model 'resnet5O' .* Near names: .*resnet50"),
-        (["densenet121"], r"^error: no residual site: the forward of DenseNet adds no two maps"),
-        (["vgg16"], r"^error: no residual site: the forward of VGG adds no two maps"),
+        (
+            ["densenet121", "--where", "residual"],
+            r"^error: no residual site: the forward of DenseNet adds no two maps",
+        ),
+        (
+            ["vgg16", "--where", "residual"],
+            r"^error: no residual site: the forward of VGG adds no two maps",
+        ),
         (
             ["vit_base_patch16_224"],
             r"^error: no residual site in VisionTransformer: 24 x tokens, not a feature map",
@@ -368,7 +377,7 @@ def test_a_real_process_prints_the_report_into_a_pipe() -> None:
 
 
 def test_a_real_process_fails_without_a_traceback() -> None:
-    result = run("densenet121")
+    result = run("densenet121", "--where", "residual")
     assert result.returncode == 1
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1

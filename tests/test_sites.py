@@ -48,7 +48,7 @@ class Net(nn.Module):
 
 def plan_of(block: nn.Module) -> Plan | NoSiteError:
     try:
-        return plan_se(Net(block), example_input=torch.empty(2, 3, 16, 16))
+        return plan_se(Net(block), where="residual", example_input=torch.empty(2, 3, 16, 16))
     except NoSiteError as error:
         return error
 
@@ -392,7 +392,7 @@ LEFT_ALONE = {
 @pytest.mark.parametrize("name", LEFT_ALONE)
 def test_library_networks_without_a_site_say_why(name: str) -> None:
     with pytest.raises(NoSiteError) as caught:
-        plan_se(load_model(name, meta=True))
+        plan_se(load_model(name, meta=True), where="residual")
     for reason, count in LEFT_ALONE[name].items():
         assert f"{count} x {reason}" in str(caught.value)
 
@@ -401,7 +401,7 @@ def test_library_networks_without_a_site_say_why(name: str) -> None:
 def test_library_networks_without_additions_say_so(name: str) -> None:
     name = f"torchvision/{name}" if name.startswith("squeeze") else name
     with pytest.raises(NoSiteError, match="adds no two maps of one shape"):
-        plan_se(load_model(name, meta=True))
+        plan_se(load_model(name, meta=True), where="residual")
 
 
 def test_a_detectors_pyramid_is_fusion_and_its_backbone_is_served() -> None:

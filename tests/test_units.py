@@ -1,10 +1,14 @@
 """Networks without residual additions: where the SE blocks go, and that nothing else changes."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
+import torch
+from helpers import open_gates
+from torch import Tensor, nn
 
-from se_inject import plan_se
+from se_inject import inject_se, plan_se, remove_se, se_parameters
 from se_inject.models.names import load_model
 from se_inject.reasons import Reason
 
@@ -56,3 +60,86 @@ def test_units_beside_residual_branches(
     kinds = Counter(site.kind for site in plan.sites)
     assert (kinds["residual"], kinds["unit"]) == (residual, units)
     assert params in (None, plan.added.params)
+
+
+# --- the same function, the same keys, all of it undone -------------------------------------------
+
+# One small model of every family, and the side of its images.
+FAMILIES = {
+    "torchvision/vgg11_bn": 64,
+    "torchvision/alexnet": 96,
+    "mobilenetv1_100": 64,
+    "lcnet_050": 64,
+    "repvgg_a0": 64,
+    "mobileone_s1": 64,
+    "torchvision/squeezenet1_1": 64,
+    "torchvision/googlenet": 64,
+    "inception_v3": 96,
+    "inception_v4": 96,
+    "densenet121": 64,
+    "torchvision/densenet121": 64,
+    "rdnet_tiny": 64,
+    "torchvision/shufflenet_v2_x0_5": 64,
+    "selecsls42": 64,
+    "vovnet39a": 64,
+}
+OTHERS = pytest.mark.filterwarnings(
+    "ignore:The default weight initialization:FutureWarning",
+    "ignore:Initializing zero-element:UserWarning",
+)
+
+
+def built(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    kwargs: dict[str, Any] = {"init_weights": True} if "googlenet" in name else {}
+    if "googlenet" in name:
+        from torchvision.models import googlenet
+
+        return googlenet(num_classes=10, aux_logits=False, **kwargs).eval()
+    return load_model(name, num_classes=10).eval()
+
+
+def run(model: nn.Module, x: Tensor, *, training: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output, and the buffers after it (of batch norms)."""
+    torch.manual_seed(1)
+    model.train(training)
+    with torch.no_grad():
+        out = model(x.clone())
+    model.eval()
+    return out, {key: value.clone() for key, value in model.named_buffers()}
+
+
+@OTHERS
+@pytest.mark.parametrize("name", FAMILIES)
+def test_function_keys_gradients_and_removal(name: str) -> None:
+    model = built(name)
+    side = FAMILIES[name]
+    x = torch.randn(2, 3, side, side)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    classes = {name: type(module) for name, module in model.named_modules()}
+    before = {mode: run(model, x, training=mode) for mode in (False, True)}
+    model.load_state_dict(state)
+
+    inject_se(model, example_input=x)
+    assert [key for key in model.state_dict() if key in state] == list(state)
+    for mode, (expected, buffers) in before.items():
+        out, after = run(model, x, training=mode)
+        assert torch.equal(out, expected)
+        assert all(torch.equal(after[key], value) for key, value in buffers.items())
+    parameters = list(se_parameters(model))
+    # fc2 is zero at the start: fc1 learns from the second step on.
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    model.train()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert all(p.grad is not None for p in parameters)
+    model.eval()
+    open_gates(model)
+    assert not torch.equal(run(model, x, training=False)[0], before[False][0])
+
+    remove_se(model)
+    model.load_state_dict(state)
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert torch.equal(run(model, x, training=False)[0], before[False][0])

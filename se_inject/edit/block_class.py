@@ -16,6 +16,7 @@ from torch import nn
 from se_inject.graph.record import Arguments
 from se_inject.graph.source import ForwardSource
 from se_inject.layers.variant import Variant
+from se_inject.sites.scaled import Where
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Settings:
     variant: Variant
     custom: bool  # whether a user's se_layer made the children
     example: Arguments = field(compare=False)  # what the forward was recorded with, on meta
-    where: str = "residual"  # a model that was pickled before there were units does not say
+    where: Where = "residual"  # a model that was pickled before there were units does not say
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ from se_inject.graph.trace import TracedBlock
 from se_inject.layers.attention import SELayer
 from se_inject.layers.variant import Variant
 from se_inject.names import block_label
+from se_inject.sites.scaled import Where
 
 
 def insert(
@@ -30,7 +31,7 @@ def insert(
     modules: Mapping[str, nn.Module],
     blocks: Mapping[str, TracedBlock],
     *,
-    where: str,
+    where: Where,
     variant: Variant,
     se_layer: SELayer | None,
     example: Arguments,

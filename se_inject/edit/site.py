@@ -36,6 +36,11 @@ class Site:
         return self.where[0].kind
 
     @property
+    def ends_block(self) -> bool:
+        """Whether it scales the one map that the block returns."""
+        return all(reader.op == "output" for reader in self.where[0].readers)
+
+    @property
     def params(self) -> int:
         """Added parameters."""
         return self.cost.params

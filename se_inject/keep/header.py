@@ -11,10 +11,12 @@ from se_inject.graph.record import Arguments
 from se_inject.keep.fingerprint import dtype_name, hash_of, tensors_of
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.layers.variant import Variant
+from se_inject.sites.scaled import Where
 
 # The format that this version writes. Files of format 1 name no squeeze, gate and bias: their
-# blocks are the standard ones, which are the defaults.
-FORMAT = 2
+# blocks are the standard ones, which are the defaults. Files of formats 1 and 2 know residual
+# branches only.
+FORMAT = 3
 
 # The entry of the safetensors header that holds ours, as JSON.
 HEADER_KEY = "se_inject"
@@ -27,6 +29,7 @@ class SharedSettings:
     variant: Variant
     custom: bool  # whether a user's se_layer made the blocks
     example: int  # the index of the example, among the header's, that the forward was recorded with
+    where: Where = "residual"  # where the plan looked for sites
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def _site(
             else Variant(settings.variant.placement),
             custom=not ours,
             example=examples.index(example),
+            where=settings.where,
         ),
     )
 

@@ -156,6 +156,7 @@ def _plan(
                 Injection(
                     r={_literal(block): site.r for block, site in blocks.items()},
                     include=[_literal(block) for block in blocks],
+                    where=settings.where,
                     **vars(settings.variant),
                     attention=se_layer if settings.custom else None,
                 ),

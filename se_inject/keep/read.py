@@ -89,7 +89,8 @@ def _parse(text: str, path: Path) -> Header:
 def _parse_site(data: Any) -> SavedSite:
     own = dict(data["settings"])
     custom, example = own.pop("custom"), own.pop("example")
-    settings = SharedSettings(Variant(**own), custom, example)
+    where = own.pop("where", "residual")
+    settings = SharedSettings(Variant(**own), custom, example, where)
     site = SavedSite(**{**data, "settings": settings})
     if not isinstance(site.block, str) or not isinstance(site.child, str):
         raise TypeError(f"a name in {(site.block, site.child)}")
@@ -99,6 +100,8 @@ def _parse_site(data: Any) -> SavedSite:
     for option in fields(Variant):  # unknown names are refused where the blocks are planned
         if type(getattr(settings.variant, option.name)) is not type(option.default):
             raise TypeError(f"{option.name} {getattr(settings.variant, option.name)!r}")
+    if not isinstance(where, str):  # an unknown word is refused where the blocks are planned
+        raise TypeError(f"where {where!r}")
     if type(custom) is not bool:
         raise TypeError(f"custom {custom!r}")
     return site

@@ -10,8 +10,9 @@ from torch import nn
 from se_inject.errors import ArgumentError, UnsupportedModelError
 from se_inject.layers.variant import check_known
 from se_inject.names import block_label
-from se_inject.plan.injection import Injection, Where
+from se_inject.plan.injection import Injection
 from se_inject.sites.placements import PLACEMENTS
+from se_inject.sites.scaled import Where
 
 
 def check_injection(injection: Injection) -> None:

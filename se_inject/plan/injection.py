@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from se_inject.layers.attention import ATTENTIONS, Attention, SELayer
 from se_inject.layers.gates import Gate, Init
@@ -11,10 +11,9 @@ from se_inject.layers.squeezes import Squeeze
 from se_inject.layers.variant import Variant
 from se_inject.names import Patterns
 from se_inject.sites.placements import PLACEMENTS, Placement
+from se_inject.sites.scaled import Where
 
 Ratio = int | Mapping[str, int]
-# Which maps get SE blocks; plan_se explains the words.
-Where = Literal["auto", "residual", "units"]
 
 
 def option(default: Any, text: str, **command_line: Any) -> Any:

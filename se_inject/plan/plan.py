@@ -14,8 +14,9 @@ from se_inject.graph.trace import TracedBlock
 from se_inject.layers.attention import SELayer
 from se_inject.layers.cost import SECost, sum_costs
 from se_inject.layers.variant import Variant
-from se_inject.plan.injection import Ratio, Where
+from se_inject.plan.injection import Ratio
 from se_inject.reasons import Skipped
+from se_inject.sites.scaled import Where
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

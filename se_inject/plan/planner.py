@@ -21,7 +21,7 @@ from se_inject.layers.squeezes import Squeeze
 from se_inject.names import Patterns
 from se_inject.plan.candidates import Candidate, find_candidates
 from se_inject.plan.checks import check_injection, check_model
-from se_inject.plan.injection import Injection, Ratio, Where
+from se_inject.plan.injection import Injection, Ratio
 from se_inject.plan.layer_cost import layer_cost
 from se_inject.plan.messages import gaps_message, no_site_message, warn_of_floor, warn_of_gaps
 from se_inject.plan.plan import Plan
@@ -29,6 +29,7 @@ from se_inject.plan.select import ratios_of, selected
 from se_inject.plan.unit_candidates import with_units
 from se_inject.reasons import Reason, Skipped
 from se_inject.sites.placements import Placement
+from se_inject.sites.scaled import Where
 
 
 def plan_se(
@@ -129,6 +130,8 @@ def make_plan(model: nn.Module, injection: Injection, example_input: Any = None)
 
     blocks = [candidate.block for candidate in candidates.found]
     names = [*dict.fromkeys(blocks + [entry.block for entry in candidates.skipped])]
+    if not names:
+        raise NoSiteError(no_site_message(model, [], injection))
     wanted = selected(names, injection.include, injection.exclude)
     skipped = [
         *candidates.skipped,

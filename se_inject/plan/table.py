@@ -14,7 +14,7 @@ from se_inject.edit.site import Site
 from se_inject.layers.cost import sum_costs
 from se_inject.layers.layout import KINDS
 from se_inject.names import plural
-from se_inject.reasons import Reason, Skipped
+from se_inject.reasons import UNIT_REASONS, Reason, Skipped
 
 # How the block that is the model itself, whose name is empty, is shown.
 MODEL_ITSELF = "(model)"
@@ -63,12 +63,23 @@ def site_table(sites: Sequence[Site], *, by_stage: bool = True) -> Table:
 
 def _stages(sites: Sequence[Site]) -> list[list[Site]]:
     """Runs of sites with the same map and bottleneck."""
-    runs = groupby(sites, key=lambda site: (site.shape, site.bottleneck))
+    runs = groupby(sites, key=lambda site: (site.shape, site.bottleneck, site.kind))
     return [list(run) for _, run in runs]
 
 
 def _label(sites: Sequence[Site]) -> str:
-    """``layer3.0``, or ``layer3.0…22 ×23`` for a run; the part that differs is shown."""
+    """``layer3.0``, or ``layer3.0…22 ×23`` for a run; the part that differs is shown.
+
+    A unit is shown with where its SE block is: ``unit: after features.2``, where that scales what
+    the block returns, or ``unit: in stage2.0``.
+    """
+    names = _names(sites)
+    if sites[0].kind == "residual":
+        return names
+    return f"unit: {'after' if all(site.ends_block for site in sites) else 'in'} {names}"
+
+
+def _names(sites: Sequence[Site]) -> str:
     first, last = (site.block or MODEL_ITSELF for site in (sites[0], sites[-1]))
     if len(sites) == 1:
         number = re.sub(r"^\D+", "", sites[0].child)  # "2" of "se2", the block's second site
@@ -83,10 +94,13 @@ def _label(sites: Sequence[Site]) -> str:
 
 
 def skipped_table(skipped: Sequence[Skipped], *, verbose: bool = False) -> Table:
-    """The additions that get no SE block: counted by reason, or each of them."""
+    """The additions and units that get no SE block: counted by reason, or each of them."""
     table = Table(box=None, pad_edge=False, title_justify="left", title_style="bold")
-    additions = sum(entry.reason != Reason.NOT_REACHED for entry in skipped)
-    table.title = f"{plural(additions, 'addition')} left alone"
+    units = sum(entry.reason in UNIT_REASONS for entry in skipped)
+    additions = sum(entry.reason != Reason.NOT_REACHED for entry in skipped) - units
+    counted = [plural(additions, "addition")] if additions or not units else []
+    counted += [plural(units, "unit")] if units else []
+    table.title = f"{' and '.join(counted)} left alone"
     if verbose:
         table.add_column("block", overflow="fold")
         table.add_column("reason", overflow="fold")

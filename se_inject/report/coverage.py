@@ -23,6 +23,10 @@ _SHORT = {
     Reason.CHANNELS_UNKNOWN: "channels unknown",
     Reason.UNTRACED: "untraced",
     Reason.NOT_REACHED: "not reached",
+    Reason.UNIT_GATED: "gated unit",
+    Reason.ONE_POSITION: "one position",
+    Reason.NOTHING_LEARNS: "last unit",
+    Reason.SHARED_ACTIVATION: "shared activation",
 }
 
 
@@ -69,7 +73,7 @@ def failures(surveys: Sequence[Survey]) -> list[str]:
     return [f"- {s.model}: {' '.join(str(s.error).split())}" for s in failed] or ["None."]
 
 
-_HEADERS = ("family", "models", "injectable", "sites", "seconds", "additions left alone")
+_HEADERS = ("family", "models", "injectable", "sites", "of them units", "seconds", "left alone")
 
 
 def _cells(row: Family) -> list[str]:
@@ -83,6 +87,7 @@ def _cells(row: Family) -> list[str]:
         str(row.models),
         str(row.injectable),
         str(row.sites),
+        str(row.units),
         f"{row.seconds:.1f}",
         "; ".join(filter(None, [reasons, failed])),
     ]
@@ -94,6 +99,7 @@ def _total(rows: Sequence[Family]) -> Family:
         models=sum(row.models for row in rows),
         injectable=sum(row.injectable for row in rows),
         sites=sum(row.sites for row in rows),
+        units=sum(row.units for row in rows),
         skipped=sum((row.skipped for row in rows), Counter()),
         failed=sum(row.failed for row in rows),
         seconds=sum(row.seconds for row in rows),

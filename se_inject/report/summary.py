@@ -61,6 +61,7 @@ def report_dict(
     report = {
         "model": name,
         "r": data["r"],
+        "where": data["where"],
         "variant": data["variant"],
         "input_size": plan.input_size,
         "base": costs.base.to_dict(),
@@ -100,6 +101,11 @@ def _notes(plan: Plan, costs: Costs) -> Iterable[str]:
             f" {2 * costs.base.macs / unit:.3f} → {2 * costs.augmented.macs / unit:.3f} {letter}."
         )
         yield "1 MAC = 2 FLOPs; the papers' GFLOPs are GMACs."
+    if plan.where == "auto" and any(site.kind == "unit" for site in plan.sites):
+        yield (
+            "The network has no residual additions: the SE blocks go on the ends of its other"
+            " units (--where auto)."
+        )
     if options := plan.variant.differing():
         said = ", ".join(f"{name}={value}" for name, value in options.items())
         yield f"The paper's variant with {said}."

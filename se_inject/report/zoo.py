@@ -30,7 +30,8 @@ class Survey:
     model: str
     family: str  # the library's file: "timm resnet"
     sites: int
-    skipped: Counter[str] = field(default_factory=Counter)  # additions by reason
+    units: int = 0  # of the sites
+    skipped: Counter[str] = field(default_factory=Counter)  # additions and units by reason
     error: str | None = None  # why it could not be planned; None also where there is no site
     build_seconds: float = 0.0
     inject_seconds: float = 0.0
@@ -87,6 +88,7 @@ def survey(name: str) -> Survey:
         name,
         family,
         sites=len(plan.sites) if isinstance(plan, Plan) else 0,
+        units=sum(s.kind == "unit" for s in plan.sites) if isinstance(plan, Plan) else 0,
         skipped=Counter(str(entry.reason) for entry in plan.skipped),
         error=error,
         build_seconds=built - start,
@@ -138,6 +140,7 @@ class Family:
     models: int
     injectable: int
     sites: int
+    units: int  # of the sites
     skipped: Counter[str]
     failed: int
     seconds: float
@@ -157,6 +160,7 @@ def families(surveys: Iterable[Survey]) -> list[Family]:
             models=len(entries),
             injectable=sum(entry.sites > 0 for entry in entries),
             sites=sum(entry.sites for entry in entries),
+            units=sum(entry.units for entry in entries),
             skipped=sum((entry.skipped for entry in entries), Counter()),
             failed=sum(entry.error is not None for entry in entries),
             seconds=sum(entry.inject_seconds for entry in entries),

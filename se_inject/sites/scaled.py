@@ -10,6 +10,8 @@ from se_inject.graph.record import Shape
 from se_inject.layers.layout import Layout
 
 SiteKind = Literal["residual", "unit"]
+# Which maps get SE blocks; plan_se explains the words.
+Where = Literal["auto", "residual", "units"]
 
 
 @dataclass(frozen=True)

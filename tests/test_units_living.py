@@ -1,0 +1,222 @@
+"""Networks with SE blocks on their units live on as their bases do: sliced, folded, exported."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from helpers import open_gates, randomize
+from torch import Tensor, nn
+
+from se_inject import (
+    CheckpointError,
+    ExportError,
+    inject_se,
+    load_se,
+    plan_se,
+    remove_se,
+    save_se,
+    to_stock,
+)
+from se_inject.keep.formats.onnx import write_onnx
+from se_inject.keep.formats.program import write_torch_export
+
+X = torch.randn(2, 3, 64, 64)
+
+
+def base(name: str, **kwargs: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(timm.create_model(name, num_classes=10, **kwargs)).eval()
+
+
+def opened(name: str, **kwargs: Any) -> nn.Module:
+    model = inject_se(base(name, **kwargs), example_input=X)
+    torch.manual_seed(1)
+    open_gates(model)
+    return model
+
+
+def output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(X)
+
+
+# --- what others do with a network ----------------------------------------------------------------
+
+
+def test_a_sliced_vgg_is_the_sum_of_its_parts() -> None:
+    model = opened("vgg11_bn")
+    features = model.features
+    assert [type(m).__name__ for m in features[:3]] == ["Conv2d", "BatchNorm2d", "SEReLU"]
+    with torch.no_grad():
+        parts = features[8:](features[:8](X))
+        assert torch.equal(parts, features(X))
+        assert not torch.equal(parts, base("vgg11_bn").features(X))
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "densenet121", "repvgg_a0", "vovnet39a"])
+def test_forward_intermediates(name: str) -> None:
+    model = opened(name)
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(X)
+        assert torch.equal(model.forward_head(final), model(X))
+    assert len(maps) == len(base(name).forward_intermediates(X)[1])
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "mobilenetv1_100", "repvgg_a0"])
+def test_gradient_checkpointing(name: str) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        plain = base(name)
+        for module in plain.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = False  # the base cannot be checkpointed otherwise either
+        model = inject_se(plain, example_input=X)
+        torch.manual_seed(1)
+        open_gates(model)
+        if checkpointed and name == "vgg11_bn":
+            from timm.models import checkpoint_seq
+
+            out = model.forward_head(checkpoint_seq(model.features, X))
+        else:
+            model.set_grad_checkpointing(checkpointed)
+            out = model(X)
+        out.square().sum().backward()
+        gradients.append([p.grad for n, p in model.named_parameters() if ".se" in n])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "densenet121", "inception_v4"])
+def test_features_only(name: str) -> None:
+    x = torch.randn(1, 3, 96, 96)
+    plain = base(name, features_only=True)
+    with torch.no_grad():
+        before = plain(x)
+        model = inject_se(plain, example_input=x)
+        after = model(x)
+    assert len(before) == len(after)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
+def test_folding_after_the_injection(name: str) -> None:
+    from timm.utils import reparameterize_model
+
+    model = opened(name)
+    folded = reparameterize_model(copy.deepcopy(model))
+    assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in model.parameters())
+    before, after = output(model), output(folded)
+    assert (after - before).abs().max() <= 1e-4 * before.abs().max()
+    keys = [key for key in model.state_dict() if ".se.fc1.weight" in key]
+    assert keys == [key for key in folded.state_dict() if ".se.fc1.weight" in key]
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "repvgg_a0"])
+def test_compiled_as_one_graph(name: str) -> None:
+    model = opened(name)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(torch.cat([X, X])), model(torch.cat([X, X])))
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "densenet121", "torchvision shufflenet"])
+def test_exports(name: str, tmp_path: Path) -> None:
+    if name.startswith("torchvision"):
+        from torchvision.models import shufflenet_v2_x0_5
+
+        model = inject_se(shufflenet_v2_x0_5(num_classes=10).eval(), example_input=X)
+        open_gates(model)
+    else:
+        model = opened(name)
+    write_torch_export(model, tmp_path / "net.pt2")  # which compares the outputs
+    assert torch.allclose(
+        torch.export.load(tmp_path / "net.pt2").module()(X), output(model), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    write_onnx(opened("vgg11_bn"), tmp_path / "net.onnx")  # which compares the outputs
+    assert (tmp_path / "net.onnx").stat().st_size > 0
+
+
+def test_no_stock_network_has_them() -> None:
+    with pytest.raises(ExportError, match="timm has no network like vgg11_bn"):
+        to_stock(opened("vgg11_bn"))
+
+
+UNPICKLE = """
+import sys, torch
+model, x, expected = torch.load(sys.argv[1], weights_only=False)
+assert torch.equal(model(x), expected)
+print(type(model.features[2]).__name__)
+"""
+
+
+def test_a_pickle_in_another_process(tmp_path: Path) -> None:
+    model = opened("vgg11_bn")
+    with torch.no_grad():
+        torch.save((model, X, model(X)), tmp_path / "net.pt")
+    command = [sys.executable, "-c", UNPICKLE, str(tmp_path / "net.pt")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "SEReLU", result.stderr
+    assert torch.equal(output(pickle.loads(pickle.dumps(model))), output(model))
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "densenet121", "repvgg_a0"])
+def test_a_file_of_the_se_blocks(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "se.safetensors"
+    model = opened(name)
+    save_se(model, path)
+    assert torch.equal(output(load_se(base(name), path)), output(model))
+
+
+def test_two_injections_come_back(tmp_path: Path) -> None:
+    """The second plan sees the network as it was: a unit beside one that has its SE block."""
+    model = inject_se(base("vgg11_bn"), 4, include="features.2", example_input=X)
+    inject_se(model, 16, exclude="features.2", example_input=X)
+    assert len([m for m in model.modules() if type(m).__name__ == "SEReLU"]) == 8
+    open_gates(model)
+    save_se(model, tmp_path / "se.safetensors")
+    again = load_se(base("vgg11_bn"), tmp_path / "se.safetensors")
+    assert torch.equal(output(again), output(model))
+    remove_se(model)
+    assert torch.equal(output(model), output(base("vgg11_bn")))
+
+
+def test_units_in_a_file_are_found_by_the_same_where(tmp_path: Path) -> None:
+    """Files of formats 1 and 2 say nothing of it: they are of residual branches."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = tmp_path / "se.safetensors"
+    save_se(opened("vgg11_bn"), path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["se_inject"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert header["format"] == 3
+    assert {site["settings"]["where"] for site in header["sites"]} == {"auto"}
+    header["format"] = 2
+    for site in header["sites"]:
+        del site["settings"]["where"]
+    save_file(tensors, path, metadata={"se_inject": json.dumps(header)})
+    with pytest.raises(CheckpointError, match="adds no two maps"):
+        load_se(base("vgg11_bn"), path)
+
+
+def test_a_plan_says_what_each_site_is() -> None:
+    data = plan_se(base("vgg11_bn"), example_input=X).to_dict()
+    assert data["where"] == "auto"
+    assert {site["kind"] for site in data["sites"]} == {"unit"}
+    json.dumps(data)
