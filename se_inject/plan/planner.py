@@ -14,7 +14,13 @@ from torch import nn
 
 from se_inject.edit.block_class import edit_of
 from se_inject.edit.site import Site
-from se_inject.errors import ArgumentError, NoSiteError, SEInjectError, first_line
+from se_inject.errors import (
+    ArgumentError,
+    NoSiteError,
+    SEInjectError,
+    UnsupportedModelError,
+    first_line,
+)
 from se_inject.graph.meta import meta_copy, on_meta
 from se_inject.graph.trace import Trace, TracedBlock, UntracedBlock, trace_blocks
 from se_inject.layers.attention import Attention, SELayer
@@ -283,11 +289,13 @@ def _free_name(module: nn.Module, number: int) -> str:
     """
     suffix = "" if number == 1 else str(number)
     stems = itertools.chain(("se", "se_inject"), (f"se_inject_{i}_" for i in itertools.count(1)))
-    names = (f"{stem}{suffix}" for stem in stems)
-    return next(
-        name
-        for name in names
-        if not hasattr(type(module), name) and getattr(module, name, None) is None
+    for stem in itertools.islice(stems, 100):
+        name = f"{stem}{suffix}"
+        if not hasattr(type(module), name) and getattr(module, name, None) is None:
+            return name
+    raise UnsupportedModelError(
+        f"{type(module).__name__} has an attribute of every name (its __getattr__ answers to all),"
+        " so none is free for the SE block. Exclude such blocks."
     )
 
 
@@ -310,7 +318,8 @@ def _layer_cost(
     if not isinstance(layer, nn.Module):
         raise ArgumentError(f"{text} returned {type(layer).__name__}; return an nn.Module.")
     # The layer itself may be in use elsewhere; a norm in it may want more than one image to learn.
-    layer = meta_copy(layer).to(dtype).eval()
+    layer = meta_copy(layer)  # in eval mode
+    layer.to(dtype)
     flops = 0
     for space in spaces:
         x = torch.empty(1, channels, *space, dtype=dtype, device="meta")
