@@ -43,7 +43,8 @@ class Edit:
     # For each SE block, the child of the block whose output it alone reads. None means that the
     # map comes from an operation or that others read it too.
     producers: tuple[str | None, ...]
-    # How each attribute was before: "absent", None in "__dict__", or None in "_modules".
+    # How each attribute was before: "absent", or None in "__dict__", "_modules", "_parameters" or
+    # "_buffers".
     before: tuple[str, ...]
     eval: ForwardSource
     train: ForwardSource | None  # None means that the forward does not read the mode
@@ -72,13 +73,38 @@ class Edit:
             "_se_inject": self,
             "forward": forward,
         }
-        return type(f"SE{self.base.__name__}", (self.base,), members)
+        return _subclass(self.base, members)
 
 
 def edit_of(module: nn.Module) -> Edit | None:
     """What se_inject did to a block, or None if it did nothing."""
-    edit: Edit | None = getattr(type(module), "_se_inject", None)
-    return edit
+    for kind in type(module).__mro__:  # and not getattr, which a metaclass may answer
+        if isinstance(edit := vars(kind).get("_se_inject"), Edit):
+            return edit
+    return None
+
+
+# What each class has of its own, so that deleting it would give the class that of its base.
+_OF_EACH_CLASS = ("__dict__", "__weakref__", "__abstractmethods__", "_abc_impl")
+
+
+def _subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
+    """A subclass that differs from ``base`` in ``members`` and in nothing else.
+
+    An ``__init_subclass__`` or a metaclass may wrap the methods of each new class. The block runs
+    the methods of ``base``, which are wrapped already, so what was wrapped anew is taken off again.
+    """
+    known = set(type.__subclasses__(base))
+    made = type(f"SE{base.__name__}", (base,), dict(members))
+    if not isinstance(made, type) or made in known or base not in made.__bases__:
+        raise TypeError("its metaclass makes no new subclass")
+    for name, value in members.items():
+        if vars(made).get(name) is not value:
+            type.__setattr__(made, name, value)
+    inherited = {name for kind in base.__mro__ for name in vars(kind)}
+    for name in inherited & set(vars(made)) - set(members) - set(_OF_EACH_CLASS):
+        type.__delattr__(made, name)
+    return made
 
 
 def _by_mode(in_eval: Callable[..., Any], in_train: Callable[..., Any]) -> Callable[..., Any]:

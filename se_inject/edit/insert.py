@@ -14,7 +14,8 @@ from torch import nn
 from se_inject.edit.block_class import Edit, Settings, edit_of
 from se_inject.edit.rewrite import edit_graph
 from se_inject.edit.site import Site, make_layer
-from se_inject.errors import UnsupportedModelError
+from se_inject.edit.whole import ModuleState, all_or_nothing, attributes_of
+from se_inject.errors import UnsupportedModelError, first_line
 from se_inject.graph.facts import TracedForward
 from se_inject.graph.record import Arguments
 from se_inject.graph.source import ForwardSource
@@ -23,6 +24,10 @@ from se_inject.layers.attention import SELayer
 from se_inject.layers.variant import Variant
 from se_inject.names import block_label
 from se_inject.sites.scaled import Where
+
+# What Python and torch raise where a class does not take an attribute or another __class__. Other
+# errors of a user's class are the user's and go through as they are.
+_REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def insert(
@@ -47,8 +52,8 @@ def insert(
         example: what the forward was recorded with, on meta; a checkpoint has to repeat it.
 
     Raises:
-        UnsupportedModelError: a block is not the one that was planned any more, or its class
-            cannot be subclassed.
+        UnsupportedModelError: a block is not the one that was planned any more, its class cannot
+            be subclassed, or the block does not take its SE block.
     """
     by_block: dict[str, list[Site]] = {}
     for site in sites:
@@ -61,14 +66,13 @@ def insert(
             )
     # Everything that can fail is made before the model is touched.
     edits: dict[tuple[Any, ...], Edit] = {}
-    prepared: list[tuple[nn.Module, Edit, dict[str, nn.Module]]] = []
+    prepared: list[tuple[str, nn.Module, Edit, dict[str, nn.Module]]] = []
     with torch.inference_mode(False):  # Weights made in inference mode could never learn.
         for name, own in by_block.items():
             module, block = modules[name], blocks[name]
-            layers = {
-                site.child: make_layer(site, variant, se_layer).train(module.training)
-                for site in own
-            }
+            layers = {site.child: make_layer(site, variant, se_layer) for site in own}
+            for layer in layers.values():
+                layer.train(module.training)
             settings = Settings(
                 r=tuple(site.r for site in own),
                 variant=variant,
@@ -83,26 +87,19 @@ def insert(
             key = (type(module), graphs, maps, tuple(layers), before, settings.r)
             if key not in edits:
                 edits[key] = _edit(type(module), block, own, before, settings)
-            prepared.append((module, edits[key], layers))
-    done = 0
-    try:
-        for module, edit, layers in prepared:
-            done += 1
-            for child, layer in layers.items():
-                setattr(module, child, layer)
-            module.__class__ = edit.block_class
-    except BaseException:  # A Ctrl-C must not leave half a network either.
-        for module, edit, _ in prepared[:done]:
-            _restore(module, edit)
-        raise
+            prepared.append((name, module, edits[key], layers))
+
+    def edit_all() -> None:
+        for name, module, edit, layers in prepared:
+            _edit_block(name, module, edit, layers)
+
+    all_or_nothing(edit_all, [ModuleState.of(module) for _, module, _, _ in prepared])
     return model
 
 
 def withdraw(modules: Mapping[str, nn.Module]) -> None:
     """Take the SE blocks out of these modules again, and out of no other module."""
-    for module in modules.values():
-        if edit := edit_of(module):
-            _restore(module, edit)
+    _restore_all([(module, edit) for module in modules.values() if (edit := edit_of(module))])
 
 
 def injected(model: nn.Module) -> Iterator[tuple[str, nn.Module, Edit]]:
@@ -133,8 +130,17 @@ def restore(model: nn.Module) -> None:
                 f"a block has become {type(module).__name__} since inject_se (sharded?)."
                 " Remove the SE blocks before that step."
             )
-    for _, module, edit in blocks:
-        _restore(module, edit)
+    _restore_all([(module, edit) for _, module, edit in blocks])
+
+
+def _restore_all(blocks: Sequence[tuple[nn.Module, Edit]]) -> None:
+    """Undo the edits of all blocks, or of none of them if that is interrupted."""
+
+    def restore_each() -> None:
+        for module, edit in blocks:
+            _restore(module, edit)
+
+    all_or_nothing(restore_each, [ModuleState.of(module) for module, _ in blocks])
 
 
 def _edit(
@@ -184,18 +190,50 @@ def _producer(site: Site) -> str | None:
 
 def _state_of(module: nn.Module, child: str) -> str:
     """Where the module keeps the attribute that is to become the child: see ``Edit.before``."""
-    if child in vars(module):
+    own = attributes_of(module)
+    if child in own:
         return "__dict__"
-    return "_modules" if child in module._modules else "absent"
+    return next(
+        (key for key in ("_modules", "_parameters", "_buffers") if child in own[key]), "absent"
+    )
+
+
+def _edit_block(name: str, module: nn.Module, edit: Edit, layers: Mapping[str, nn.Module]) -> None:
+    """Give one block its SE blocks and its new class, and see that it really has them."""
+    try:
+        for child, layer in layers.items():
+            setattr(module, child, layer)
+        module.__class__ = edit.block_class
+        fault = _fault(module, edit, layers)
+    except _REFUSALS as error:
+        fault = f"{type(error).__name__}: {first_line(error)}"
+    if fault:
+        raise UnsupportedModelError(
+            f"{block_label(name)} ({edit.base.__name__}) does not take its SE block ({fault})."
+            f" Leave it out: exclude={name!r}."
+        )
+
+
+def _fault(module: nn.Module, edit: Edit, layers: Mapping[str, nn.Module]) -> str:
+    """What is not as it should be after the edit of a block, or an empty text."""
+    if type(module) is not edit.block_class:
+        return "its class refuses another __class__"
+    for child, layer in layers.items():
+        if module._modules.get(child) is not layer or getattr(module, child, None) is not layer:
+            return f"its class hides or drops the attribute {child!r}"
+    if getattr(module.forward, "__func__", None) is not vars(edit.block_class)["forward"]:
+        return "it has another forward than its class"
+    return ""
 
 
 def _restore(module: nn.Module, edit: Edit) -> None:
-    """Undo the edit of one block, or the part of it that was done."""
+    """Undo the edit of one block."""
     if type(module) is edit.block_class:
-        module.__class__ = edit.base
+        object.__setattr__(module, "__class__", edit.base)
+    own = attributes_of(module)
     for child, before in zip(edit.children, edit.before, strict=True):
-        module._modules.pop(child, None)
+        own["_modules"].pop(child, None)
         if before == "__dict__":
-            vars(module)[child] = None
-        elif before == "_modules":
-            module._modules[child] = None
+            own[child] = None
+        elif before != "absent":
+            own[before][child] = None

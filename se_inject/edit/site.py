@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from se_inject.errors import ArgumentError
 from se_inject.layers.attention import SELayer
 from se_inject.layers.cost import SECost
 from se_inject.layers.layout import Layout
@@ -73,7 +74,13 @@ class Site:
 def make_layer(site: Site, variant: Variant, se_layer: SELayer | None) -> nn.Module:
     """A new SE block (or the user's ``se_layer``) for a site, on its device and in its dtype."""
     if se_layer is not None:
-        return se_layer(site.channels).to(device=site.device, dtype=site.dtype)
+        layer = se_layer(site.channels)
+        if not isinstance(layer, nn.Module):
+            raise ArgumentError(
+                f"se_layer({site.channels}) returned {type(layer).__name__}; return an nn.Module."
+            )
+        layer.to(device=site.device, dtype=site.dtype)
+        return layer
     assert site.bottleneck is not None
     return SqueezeExcite(
         site.channels,

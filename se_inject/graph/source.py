@@ -1,18 +1,29 @@
 """Block graph -> the Python text of its forward, which can be compiled and pickled."""
 
+import hashlib
 import importlib
-import itertools
 import keyword
 import linecache
 import re
 import types
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-_numbers = itertools.count(1)
+# How many living functions each entry of linecache shows.
+_shown: Counter[str] = Counter()
+
+
+def _forget(filename: str) -> None:
+    """Take an entry out of linecache when the last of its functions is gone."""
+    _shown[filename] -= 1
+    if not _shown[filename]:
+        del _shown[filename]
+        linecache.cache.pop(filename, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,17 +45,17 @@ class ForwardSource:
 
     def compile(self, *, show: bool = True) -> Callable[..., Any]:
         """The function; with ``show``, tracebacks and ``inspect.getsource`` have its text."""
-        filename = f"<se_inject {next(_numbers)} {self.label}>"
-        if show:
-            linecache.cache[filename] = (
-                len(self.text),
-                None,
-                self.text.splitlines(True),
-                filename,
-            )
+        # Named after the text, so that equal forwards share one entry of linecache.
+        digest = hashlib.sha256(self.text.encode()).hexdigest()[:12]
+        filename = f"<se_inject {digest} {self.label}>"
         namespace = dict(self.names)
         exec(compile(self.text, filename, "exec", dont_inherit=True), namespace)
         function: Callable[..., Any] = namespace["forward"]
+        if show:
+            _shown[filename] += 1
+            lines = self.text.splitlines(True)
+            linecache.cache[filename] = (len(self.text), None, lines, filename)
+            weakref.finalize(function, _forget, filename).atexit = False
         return function
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject.edit.insert import is_injected, restore
+from se_inject.edit.insert import is_injected
+from se_inject.edit.whole import ModuleState, run_or_undo
 from se_inject.errors import CheckpointError, SEInjectError
 from se_inject.keep.fingerprint import dtype_name, module_hashes, se_keys, tensors_of
 from se_inject.keep.header import Header, SavedSite, SharedSettings
@@ -61,18 +62,23 @@ def load_se(
     ]
     own = {key: tensor for key, tensor in tensors_of(base).items() if key in tensors}
     before = {key: tensor.clone() for key, tensor in own.items()}
-    try:
+    states = [ModuleState.of(module) for module in base.modules()]
+
+    def load() -> None:
         for settings, sites in header.groups().items():
             plan = _plan(base, settings, sites, examples[settings.example], se_layer, path)
             plan.apply()
         _fill(base, tensors, path)
-    except BaseException:
-        if is_injected(base):
-            restore(base)
+
+    def undo() -> None:
+        for state in states:
+            state.put_back()
         with torch.no_grad():
             for key, tensor in before.items():
-                own[key].copy_(tensor)
-        raise
+                if not _same(own[key], tensor):  # An untouched tensor keeps its version.
+                    own[key].copy_(tensor)
+
+    run_or_undo(load, undo)
     return base
 
 
@@ -215,5 +221,6 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Any) -> None:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have equal values, NaN being equal to NaN."""
-    return torch.equal(a.detach().cpu().nan_to_num(), b.nan_to_num())
+    """Whether two tensors have the same bytes, so that NaN is equal to NaN."""
+    mine, others = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(mine, others)

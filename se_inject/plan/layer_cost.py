@@ -39,7 +39,8 @@ def layer_cost(
         raise ArgumentError(f"{text} returned {type(layer).__name__}; return an nn.Module.")
     # A copy is run: the layer itself may be in use elsewhere. It is in eval mode because a norm in
     # it may want more than one image in train mode.
-    layer = meta_copy(layer).to(dtype).eval()
+    layer = meta_copy(layer)  # in eval mode
+    layer.to(dtype)
     macs = 0
     for space in spaces:
         x = torch.empty(1, channels, *space, dtype=dtype, device="meta")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from se_inject.edit.site import Site
-from se_inject.errors import NoSiteError
+from se_inject.errors import NoSiteError, UnsupportedModelError
 from se_inject.layers.attention import SELayer
 from se_inject.layers.cost import se_cost
 from se_inject.layers.gates import Gate, Init
@@ -218,9 +218,11 @@ def _free_name(module: nn.Module, number: int) -> str:
     """
     suffix = "" if number == 1 else str(number)
     stems = itertools.chain(("se", "se_inject"), (f"se_inject_{i}_" for i in itertools.count(1)))
-    names = (f"{stem}{suffix}" for stem in stems)
-    return next(
-        name
-        for name in names
-        if not hasattr(type(module), name) and getattr(module, name, None) is None
+    for stem in itertools.islice(stems, 100):
+        name = f"{stem}{suffix}"
+        if not hasattr(type(module), name) and getattr(module, name, None) is None:
+            return name
+    raise UnsupportedModelError(
+        f"{type(module).__name__} has an attribute of every name (its __getattr__ answers to all),"
+        " so none is free for the SE block. Exclude such blocks."
     )

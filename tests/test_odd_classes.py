@@ -1,0 +1,355 @@
+"""Classes that get in the way of an edit: they are served rightly or refused whole."""
+
+import abc
+import functools
+import gc
+import linecache
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import pytest
+import torch
+from test_whole import state
+from torch import Tensor, nn
+
+from se_inject import (
+    SEInjectError,
+    SqueezeExcite,
+    UnsupportedModelError,
+    inject_se,
+    remove_se,
+    se_parameters,
+)
+from se_inject.edit.block_class import edit_of
+
+X = torch.randn(2, 4, 6, 6)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
+def doubled(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return 2 * method(*args, **kwargs)
+
+    return call
+
+
+class Doubling(nn.Module):
+    """Its hook wraps the forward of each new class once more."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.forward = doubled(cls.forward)
+
+
+class Doubled(Doubling, Plain):
+    pass
+
+
+class DoublingCalls(nn.Module):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__call__ = doubled(cls.__call__)
+
+
+class DoubledCall(DoublingCalls, Plain):
+    pass
+
+
+class DoublingMeta(type):
+    """It wraps in ``__new__`` and in ``__init__``, and answers to every name."""
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
+        if "forward" in members:
+            members["forward"] = doubled(members["forward"])
+        return super().__new__(mcs, name, bases, members)
+
+    def __init__(cls, name: str, bases: tuple[type, ...], members: dict[str, Any]) -> None:
+        super().__init__(name, bases, members)
+        cls.half = doubled(cls.half)
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("_se_inject"):
+            return object()
+        raise AttributeError(name)
+
+
+class OfMeta(Plain, metaclass=DoublingMeta):
+    def half(self, x: Tensor) -> Tensor:
+        return x / 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.half(x) + self.conv(x)
+
+
+class ReadOnlyMeta(type):
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise TypeError(f"{cls.__name__} is read-only")
+
+
+class OfReadOnlyMeta(Plain, metaclass=ReadOnlyMeta):
+    pass
+
+
+class Counting(nn.Module):
+    """A hook that keeps a count on each class and a list on the first."""
+
+    level = 0
+    known: list[type] = []  # noqa: RUF012
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.level = cls.level + 1
+        Counting.known.append(cls)
+
+
+class Counted(Counting, Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.level * self.conv(x)
+
+
+class Abstract(abc.ABC, Plain):
+    @abc.abstractmethod
+    def width(self) -> int: ...
+
+
+class Concrete(Abstract):
+    def width(self) -> int:
+        return 4
+
+
+T = TypeVar("T")
+
+
+class Generic_(Plain, Generic[T]):  # noqa: N801
+    pass
+
+
+class Slots(Plain):
+    __slots__ = ("extra",)
+
+
+class SilentTrain(Plain):
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+
+
+class Answers(Plain):
+    """Its ``__getattr__`` has an answer to most names, and None is one."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return None
+
+
+class OwnClass(Plain):
+    """``__class__`` is a property, as mocks have it."""
+
+    __class__ = property(lambda self: Plain)  # type: ignore[assignment]
+
+
+SERVED = [
+    Doubled,
+    DoubledCall,
+    OfMeta,
+    OfReadOnlyMeta,
+    Counted,
+    Concrete,
+    Generic_,
+    Slots,
+    SilentTrain,
+    Answers,
+]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", SERVED)
+def test_served(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(kind(), Plain())
+    y, before = model(X), state(model)
+    inject_se(model, 1, divisor=1, example_input=X)
+    assert edit_of(model[0])
+    assert torch.equal(model(X), y)
+    for p in se_parameters(model):
+        p.normal_()
+    assert not torch.equal(model(X), y)
+    if kind is Concrete:
+        assert isinstance(model[0], Abstract)
+        assert not isinstance(nn.Linear(1, 1), type(model[0]))
+    if kind not in (Doubled, OfMeta):  # whose own methods pickle cannot find either
+        again = pickle.loads(pickle.dumps(model))
+        assert torch.equal(again(X), model(X))
+    remove_se(model)
+    assert state(model) == before
+    assert torch.equal(model(X), y)
+
+
+class Drops(Plain):
+    """It ignores new children once it is made."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, nn.Module) and "conv" in vars(self).get("_modules", ())):
+            super().__setattr__(name, value)
+
+
+class KeepsElsewhere(Plain):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, SqueezeExcite):
+            vars(self)[name] = value
+        else:
+            super().__setattr__(name, value)
+
+
+class Frozen(Plain):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("training", "conv") and "conv" in vars(self).get("_modules", ()):
+            raise AttributeError(f"{name} is frozen")
+        super().__setattr__(name, value)
+
+
+class KeepsItsClass(Plain):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "__class__":
+            super().__setattr__(name, value)
+
+
+class Hides(Plain):
+    """Its ``__getattribute__`` shows another child than it has."""
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        return nn.Identity() if isinstance(found, SqueezeExcite) else found
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return nn.Identity() if isinstance(found, SqueezeExcite) else found
+
+
+class AnswersAll(Plain):
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__"):
+                raise
+            return 1
+
+
+class Loops(Plain):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, SqueezeExcite):
+            setattr(self, name, value)
+        super().__setattr__(name, value)
+
+
+class CachedMeta(type):
+    """It makes one class of each name."""
+
+    made: dict[str, type] = {}  # noqa: RUF012
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
+        key = name.removeprefix("SE")
+        if key not in mcs.made:
+            mcs.made[key] = super().__new__(mcs, name, bases, members)
+        return mcs.made[key]
+
+
+class Cached(Plain, metaclass=CachedMeta):
+    pass
+
+
+class Final(Plain):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("Final is final")
+
+
+REFUSED: dict[type[nn.Module], str] = {
+    Drops: r"'0' \(Drops\) does not take its SE block \(its class hides or drops.*exclude='0'",
+    KeepsElsewhere: "does not take its SE block",
+    Frozen: r"does not take its SE block \(AttributeError: se is frozen\)",
+    KeepsItsClass: "its class refuses another __class__",
+    Hides: "hides or drops the attribute 'se'",
+    AnswersAll: "has an attribute of every name",
+    Loops: r"does not take its SE block \(RecursionError",
+    Cached: "cannot be subclassed .*makes no new subclass",
+    Final: r"Final cannot be subclassed \(Final is final\): exclude '0'",
+    OwnClass: ".",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_whole(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(Plain(), kind(), Plain())
+    model[0], model[1] = model[1], model[0]
+    y, before = model(X), state(model)
+    with pytest.raises(SEInjectError, match=REFUSED[kind]) as caught:
+        inject_se(model, 1, divisor=1, example_input=X)
+    assert isinstance(caught.value, UnsupportedModelError) or kind is OwnClass
+    assert len(str(caught.value).splitlines()) <= 2
+    assert state(model) == before
+    assert torch.equal(model(X), y)
+    inject_se(model, 1, divisor=1, example_input=X, exclude="0")
+    assert edit_of(model[1])
+
+
+def test_an_error_of_the_users_own_kind_goes_through() -> None:
+    class OwnError(Exception):
+        pass
+
+    class Refuses(Plain):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if isinstance(value, SqueezeExcite):
+                raise OwnError
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(Plain(), Refuses())
+    before = state(model)
+    with pytest.raises(OwnError):
+        inject_se(model, 1, divisor=1, example_input=X)
+    assert state(model) == before
+
+
+def test_a_layer_whose_train_returns_nothing() -> None:
+    class Attention(nn.Identity):
+        def train(self, mode: bool = True) -> Any:
+            super().train(mode)
+
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            super().to(*args, **kwargs)
+
+    model = nn.Sequential(Plain())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inject_se(model, example_input=X, se_layer=lambda channels: Attention())
+    assert isinstance(model[0].se, Attention)
+
+
+def test_linecache_does_not_grow() -> None:
+    model = nn.Sequential(Plain())
+
+    def entries() -> int:
+        return sum(name.startswith("<se_inject") for name in linecache.cache)
+
+    gc.collect()
+    before, during = entries(), set()
+    for _ in range(100):
+        inject_se(model, 1, divisor=1, example_input=X)
+        during.add(entries())
+        remove_se(model)
+    assert max(during) <= before + 2
+    gc.collect()
+    assert entries() <= before
