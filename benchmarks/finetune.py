@@ -55,7 +55,7 @@ def main() -> None:
                 data,
                 pretrained=False,
                 epochs=options.epochs,
-                warmup_epochs=0,
+                freeze_epochs=0,
                 batch_size=options.batch_size,
                 img_size=options.img_size,
                 workers=options.workers,

@@ -29,17 +29,18 @@ from se_inject import ArgumentError, DataError, TrainingError, UnknownModelError
 from se_inject.finetune import config, network, results
 from se_inject.finetune import evaluate as use
 from se_inject.finetune import trainer as running
-from se_inject.finetune.data import NO_IMAGE, Images, loader, open_data, split
+from se_inject.finetune.data import NO_IMAGE, Images, loader, open_data
+from se_inject.finetune.images import to_rgb
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.settings import Settings
-from se_inject.finetune.sources import to_rgb
+from se_inject.finetune.split import split
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
 )
 
 SETTINGS = Settings(
-    "test_resnet", pretrained=False, epochs=2, warmup_epochs=1, img_size=32, workers=0, lr=3e-3
+    "test_resnet", pretrained=False, epochs=2, freeze_epochs=1, img_size=32, workers=0, lr=3e-3
 )
 BEFORE_ROOMS = Path(__file__).parent / "data" / "before_rooms"
 QUIET = Console(quiet=True)
@@ -245,7 +246,7 @@ try:
         resume(folder, Console(stderr=True))
     else:
         start(
-            Settings("test_resnet", pretrained=False, epochs=3, warmup_epochs=1, img_size=32,
+            Settings("test_resnet", pretrained=False, epochs=3, freeze_epochs=1, img_size=32,
                      workers=2, # they resume in another way than workers=0
                      lr=3e-3, aa="rand-m9-mstd0.5", val_split=0.5),
             folder, Console(stderr=True),
@@ -314,6 +315,7 @@ def test_settings_are_in_the_file_as_before(tmp_path: Path) -> None:
     assert settings.include is None
     config.write_config(settings, tmp_path)
     new = json.loads((tmp_path / "config.json").read_text())
+    old["freeze_epochs"] = old.pop("warmup_epochs")
     assert new | old == new
     assert list(new)[:2] == ["model", "data"]
     config.write_config(replace(settings, include="a.*", exclude=("b", "c")), tmp_path)
@@ -324,7 +326,7 @@ def test_settings_are_in_the_file_as_before(tmp_path: Path) -> None:
 def test_the_best_network_evaluates_as_in_training_and_predicts(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     summary = running.start(
-        replace(SETTINGS, epochs=6, warmup_epochs=0, base_lr_scale=1.0, batch_size=16),
+        replace(SETTINGS, epochs=6, freeze_epochs=0, base_lr_scale=1.0, batch_size=16),
         folder,
         QUIET,
     )
@@ -612,7 +614,7 @@ def test_each_image_is_validated_once_by_some_process() -> None:
 
 def test_wrong_settings_and_folders_are_clear_errors(tmp_path: Path) -> None:
     for change, message in (
-        ({"warmup_epochs": 3}, "--warmup-epochs 3 are the first of --epochs 2"),
+        ({"freeze_epochs": 3}, "--freeze-epochs 3 are the first of --epochs 2"),
         ({"val_split": 1.5}, "--val-split 1.5 is a share"),
         ({"lr": 0.0}, "--lr 0.0 must be above 0"),
         ({"control": True, "train": "se"}, "nothing to train"),
@@ -650,6 +652,7 @@ def test_weights_that_cannot_be_fetched_name_both_ways_out(tmp_path: Path) -> No
 def test_the_command_trains_and_says_so(tmp_path: Path) -> None:
     result = command(
         *("finetune", "test_resnet", "--no-pretrained", "--epochs", "1", "--warmup-epochs", "0"),
+        *("--data", "digits"),
         *("--img-size", "32", "--workers", "0", "--output", str(tmp_path / "run")),
     )
     assert result.returncode == 0, result.stderr

@@ -20,6 +20,7 @@ def evaluate(
 ) -> None:
     """Measure the best network of RUN: top-1, top-5, each class; confusion matrix in the folder."""
     need_lightning()
+    run = run.expanduser()
     from se_inject.finetune import evaluate as use
 
     result = use.evaluate(use.load_run(run), run, data)

@@ -52,17 +52,19 @@ def finetune(
             f" {', '.join(map(flag, ON_RESUME))} may be others than before, not"
             f" {', '.join(map(flag, others))}"
         )
+    if resume is None and "data" not in given:
+        raise typer.BadParameter("give --data: a folder of images, ..., or digits to try it out")
     need_lightning()
     from se_inject.finetune import trainer
     from se_inject.finetune.machine import rank
 
     console = Console(stderr=True)
     if resume is not None:
-        folder = resume
+        folder = resume.expanduser()
         summary = trainer.resume(folder, console, **given)
     else:
         settings = _with_whole_paths(Settings(**given))
-        folder = output or _default_folder(settings)
+        folder = output.expanduser() if output else _default_folder(settings)
         summary = trainer.start(settings, folder, console)
     if rank() == 0:
         _print_summary(summary, folder)
@@ -71,16 +73,19 @@ def finetune(
 def _with_whole_paths(settings: Settings) -> Settings:
     """The run can then go on from another working directory."""
     paths = {"data_dir": settings.data_dir, "checkpoint": settings.checkpoint}
-    if Path(settings.data).is_dir():
+    if settings.data and Path(settings.data).expanduser().exists():
         paths["data"] = settings.data
     whole: dict[str, Any] = {
-        name: str(Path(path).resolve()) for name, path in paths.items() if path is not None
+        name: str(Path(path).expanduser().resolve())
+        for name, path in paths.items()
+        if path is not None
     }
     return replace(settings, **whole)
 
 
 def _default_folder(settings: Settings) -> Path:
-    name = f"{settings.model}-{Path(settings.data).name}"
+    data = Path(settings.data)
+    name = f"{settings.model}-{data.stem if data.suffix == '.csv' else data.name}"
     return Path("runs") / name.replace("/", "-").replace(":", "-")
 
 

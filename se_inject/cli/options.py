@@ -51,10 +51,11 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
     """The command as Typer takes it: each parameter of a dataclass becomes that class's options."""
     own = inspect.signature(command, eval_str=True).parameters
     groups = {name: group for name, p in own.items() if (group := _group_of(p.annotation))}
-    parameters = []
+    parameters: list[inspect.Parameter] = []
     for name, parameter in own.items():
         if name in groups:
-            parameters += [_parameter(field, hint) for field, hint in groups[name].options()]
+            for field, hint in groups[name].options():
+                parameters += _parameters(field, hint)
         else:
             parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
     parameters.append(
@@ -94,9 +95,9 @@ class _Group:
         """The object, or what was given; its values are taken out of ``values``."""
         own: dict[str, Any] = {}
         for field, hint in self.options():
-            value = values.pop(field.name)
-            if not self.given or _is_given(context, field.name):
-                own[field.name] = _in_python(hint, value)
+            value, alias = values.pop(field.name), values.pop(_alias_of(field), None)
+            if not self.given or _is_given(context, field.name) or alias is not None:
+                own[field.name] = _in_python(hint, value if alias is None else alias)
         return Given(own) if self.given else self.kind(**own)
 
 
@@ -120,9 +121,27 @@ def _is_given(context: typer.Context, name: str) -> bool:
 # --- one field -----------------------------------------------------------------------------------
 
 
+def _alias_of(field: "Field[Any]") -> str:
+    return f"{field.name}_by_its_old_name"
+
+
+def _parameters(field: "Field[Any]", hint: Any) -> Iterator[inspect.Parameter]:
+    """The option of a field, and a hidden one where it had another name once."""
+    yield _parameter(field, hint)
+    if "alias" in field.metadata:
+        hidden = typer.Option(field.metadata["alias"], hidden=True)
+        yield inspect.Parameter(
+            _alias_of(field),
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=Annotated[hint | None, hidden],
+            default=None,
+        )
+
+
 def _parameter(field: "Field[Any]", hint: Any) -> inspect.Parameter:
     extra = dict(field.metadata)
     extra["rich_help_panel"] = extra.pop("panel", None)
+    extra.pop("alias", None)
     default: Any = None if field.default is MISSING else field.default
     if extra.pop("argument", False):
         info: Any = typer.Argument(**extra)

@@ -18,6 +18,7 @@ def predict(
 ) -> None:
     """Ask the best network of RUN about images: the likeliest classes with their probabilities."""
     need_lightning()
+    run = run.expanduser()
     from se_inject.finetune import evaluate as use
 
     trained = use.load_run(run)

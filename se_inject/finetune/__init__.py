@@ -3,7 +3,8 @@
     Settings ──▶ data ──▶ arms (with SE, control) × seeds ──▶ Lightning ──▶ run folder ──▶ summary
 
     settings.py   all options of a run; config.py keeps them in ``config.json``
-    sources.py    folders, ``torch/``, ``hfds/``, shards, the embedded digits -> labelled images
+    sources.py    what ``--data`` names -> labelled images (folders, tables, shards, hub, images)
+    split.py      which image is trained on, validated on or kept for the test
     data.py       a source -> training and validation set, the same in every run
     network.py    MODEL -> the base with its weights, a head for the classes
     recipe.py     the LightningModule: what is frozen when, rates, loss, metrics

@@ -12,26 +12,33 @@ from rich.console import Console
 from se_inject.api import remove_se, se_parameters
 from se_inject.errors import ArgumentError
 from se_inject.finetune.callbacks import RunFolder
-from se_inject.finetune.data import Data, loader, open_data
+from se_inject.finetune.data import Data, data_of, loader
 from se_inject.finetune.machine import check_space, epochs_done, ranks_of, stoppable, trainer_of
 from se_inject.finetune.network import base_of, blocks_of, head_of, size_of, with_head
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.settings import Settings
+from se_inject.finetune.split import Split
 from se_inject.plan.planner import make_plan
 
 
 class Arm:
     def __init__(
-        self, settings: Settings, arm: str, seed: int, folder: Path, console: Console
+        self,
+        settings: Settings,
+        split: Split,
+        arm: str,
+        seed: int,
+        folder: Path,
+        console: Console,
     ) -> None:
-        self.settings, self.arm, self.seed = settings, arm, seed
+        self.settings, self.split, self.arm, self.seed = settings, split, arm, seed
         self.folder, self.console = folder, console
 
     def train(self, run: Path) -> dict[str, Any]:
         settings = self.settings
         pl.seed_everything(self.seed, workers=True, verbose=False)
         network, config = base_of(settings)
-        data = open_data(settings, config, self.seed)
+        data = data_of(self.split, settings, config, self.seed)
         old = head_of(network)
         network = with_head(network, len(data.classes))
         if settings.train == "se" and head_of(network) is not old:
@@ -106,7 +113,7 @@ class Arm:
         ]
         phases = [(settings.epochs, " and ".join(parts), new)]
         if settings.train == "all":
-            first = settings.warmup_epochs
+            first = settings.frozen_epochs
             phases = [(first, " and ".join(parts), new), (settings.epochs - first, "all", total)]
         begin = 1
         for epochs, what, count in phases:

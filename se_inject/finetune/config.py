@@ -15,6 +15,9 @@ CONFIG = "config.json"
 # "No glob" is None in Python and an empty list in the file.
 _GLOBS = ("include", "exclude")
 
+# Names that older versions wrote.
+_RENAMED = {"warmup_epochs": "freeze_epochs"}
+
 
 def write_config(settings: Settings, folder: Path) -> None:
     """Write the settings in the order of the command line: the model and its data come first."""
@@ -38,6 +41,7 @@ def read_config(folder: Path) -> Settings:
     path = folder / CONFIG
     try:
         data: Mapping[str, Any] = json.loads(path.read_text())
+        data = {_RENAMED.get(name, name): value for name, value in data.items()}
         globs = {name: tuple(data[name]) or None for name in _GLOBS}
         return Settings(**{**data, **globs})
     except FileNotFoundError:

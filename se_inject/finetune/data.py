@@ -2,8 +2,7 @@
 
 import random
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,8 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-from se_inject.errors import DataError
 from se_inject.finetune.settings import Settings
-from se_inject.finetune.sources import Source, open_sources
+from se_inject.finetune.split import Part, Split, open_split
 
 NO_IMAGE = -1  # the label of what is no image
 Sample = tuple[Tensor, int, str]  # image, label, and what is wrong with it
@@ -27,11 +25,12 @@ Batch = tuple[Tensor, Tensor, list[str]]  # images, labels, and what was unreada
 
 @dataclass(frozen=True)
 class Data:
-    """A training and a validation set with the same classes."""
+    """The sets of a run, all with the same classes; the test set where the data have one."""
 
     classes: tuple[str, ...]
     train: "Images"
     val: "Images"
+    test: "Images | None"
 
 
 class Images(Dataset[Sample]):
@@ -41,9 +40,10 @@ class Images(Dataset[Sample]):
     was stopped sees, when it goes on, what it would have seen.
     """
 
-    def __init__(self, source: Source, indices: Sequence[int], transform: Any, seed: int) -> None:
-        self.source = source
-        self.indices = list(indices)
+    def __init__(self, part: Part, transform: Any, seed: int) -> None:
+        self.source = part.source
+        self.indices = list(part.indices)
+        self.labels = list(part.labels)
         self.transform = transform
         self.seed = seed
         self.epoch = 0
@@ -55,19 +55,18 @@ class Images(Dataset[Sample]):
         if index is None:
             return self._none("")
         try:
-            image, label = self.source[self.indices[index]]
+            image, _ = self.source[self.indices[index]]
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return self._none(f"{self.name(index)}: {error}")
         with seeded(self.seed, self.epoch, index):
-            return self.transform(image), int(label), ""
+            return self.transform(image), self.labels[index], ""
 
     def _none(self, why: str) -> Sample:
         with seeded(self.seed):
             return self.transform(Image.new("RGB", (64, 64))), NO_IMAGE, why
 
     def name(self, index: int) -> str:
-        names = getattr(self.source, "names", None)
-        return str(names[self.indices[index]]) if names else f"image {self.indices[index]}"
+        return self.source.names[self.indices[index]]
 
 
 def seed_of(*numbers: int) -> int:
@@ -137,60 +136,30 @@ def collate(samples: list[Sample]) -> Batch:
     return images, labels, unreadable
 
 
-# --- a run's two sets ---------------------------------------------------------------------------
+# --- the sets of a run ---------------------------------------------------------------------------
 
 
 def open_data(
     settings: Settings, config: dict[str, Any], seed: int, *, whole: bool = False
 ) -> Data:
-    """The sets of a run.
+    """The sets of a run that has not begun, as :func:`data_of` makes them."""
+    return data_of(open_split(settings, whole=whole), settings, config, seed)
+
+
+def data_of(split: Split, settings: Settings, config: dict[str, Any], seed: int) -> Data:
+    """The images of a run, prepared for its network.
 
     Args:
         config: how images are prepared for the network, as ``timm.data.resolve_model_data_config``
             says.
         seed: the order and the augmentation follow from it.
-        whole: validate on all images where there is no validation part, instead of a share.
-
-    Raises:
-        DataError: there are no images, one class only, or training and validation do not fit.
     """
-    train, val = open_sources(settings)
-    if len(train) == 0:
-        raise DataError(f"--data {settings.data}: there are no images.")
-    if len(train.classes) < 2:
-        raise DataError(
-            f"--data {settings.data}: one class only ({train.classes[0]}); give a folder that has a"
-            " folder for each class."
-        )
-    if val is None:
-        ours, theirs = split(train.labels, settings.val_split)
-        if whole:
-            theirs = list(range(len(train)))
-        val = train
-    else:
-        ours, theirs = list(range(len(train))), list(range(len(val)))
-        if unknown := set(val.classes) - set(train.classes):
-            raise DataError(
-                f"the validation set has classes that are not in the training set:"
-                f" {', '.join(sorted(unknown)[:3])}."
-            )
-        if missing := set(train.classes) - set(val.classes):
-            raise DataError(
-                f"the validation set lacks classes of the training set:"
-                f" {', '.join(sorted(missing)[:3])}. Add images, or leave out val/ and use"
-                " --val-split."
-            )
-    if not theirs:
-        raise DataError(
-            f"--data {settings.data}: no image is left to validate on. Raise --val-split or add"
-            " images."
-        )
     training, validation = transforms(settings, config)
-    return Data(
-        train.classes,
-        Images(train, ours, training, seed),
-        Images(val, theirs, validation, seed),
-    )
+    parts = {
+        name: Images(part, training if name == "train" else validation, seed)
+        for name, part in split.parts.items()
+    }
+    return Data(split.classes, parts["train"], parts["val"], parts.get("test"))
 
 
 def transforms(settings: Settings, config: dict[str, Any]) -> tuple[Any, Any]:
@@ -206,22 +175,3 @@ def transforms(settings: Settings, config: dict[str, Any]) -> tuple[Any, Any]:
         color_jitter=None,
     )
     return training, create_transform(**{**config, "crop_pct": 1.0}, is_training=False)
-
-
-def split(labels: Sequence[int], share: float) -> tuple[list[int], list[int]]:
-    """Indices for training and validation, the same share of each class, always the same ones."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
-    counts = Counter(labels)
-    wanted = {
-        label: min(count - 1, max(1, round(count * share))) for label, count in counts.items()
-    }
-    taken: Counter[int] = Counter()
-    train, val = [], []
-    for index in order:
-        label = labels[index]
-        if taken[label] < wanted[label]:
-            taken[label] += 1
-            val.append(index)
-        else:
-            train.append(index)
-    return sorted(train), sorted(val)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from se_inject.api import remove_se
 from se_inject.errors import ArgumentError, DataError
 from se_inject.finetune.config import read_config
-from se_inject.finetune.data import NO_IMAGE, loader, open_data, transforms
+from se_inject.finetune.data import NO_IMAGE, data_of, loader, transforms
+from se_inject.finetune.folders import Folder
+from se_inject.finetune.images import to_rgb
 from se_inject.finetune.network import base_of, blocks_of, with_head
 from se_inject.finetune.settings import Settings
-from se_inject.finetune.sources import to_rgb
+from se_inject.finetune.split import Split, open_split, trained_names
 from se_inject.keep.atomic import atomic_write
 from se_inject.keep.load import load_se
 from se_inject.keep.read import read_header
@@ -73,7 +76,10 @@ def evaluate(run: Trained, folder: Path, data: str | None = None) -> dict[str, A
     Where ``data`` is given, all its images count unless it has a validation part of its own.
     """
     settings = run.settings if data is None else replace(run.settings, data=data)
-    opened = open_data(settings, run.data_config, settings.seed, whole=data is not None)
+    split = open_split(settings, folder) if data is None else open_split(settings, whole=True)
+    opened = data_of(split, settings, run.data_config, settings.seed)
+    if data is not None and (known := _trained_on(run, folder, split)):
+        warnings.warn(f"{known} of these images were trained on in this run.", stacklevel=2)
     if opened.classes != run.classes:
         raise DataError(
             f"the classes of {settings.data} are not those of the run:"
@@ -106,6 +112,16 @@ def evaluate(run: Trained, folder: Path, data: str | None = None) -> dict[str, A
             for name, accuracy in zip(run.classes, by_class, strict=True)
         },
     }
+
+
+def _trained_on(run: Trained, folder: Path, split: Split) -> int:
+    """How many of the images that are now validated on the run was trained on."""
+    val = split.parts["val"]
+    if not isinstance(val.source, Folder):
+        return 0
+    root = Path(run.settings.data)
+    learnt = {(root / name).resolve() for name in trained_names(folder)}
+    return sum((val.source.root / name).resolve() in learnt for name in val.names)
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def trainer_of(
         callbacks.append(PlainLines(console))
     gpu = torch.cuda.is_available()
     world = processes(settings)
-    two_phases = settings.train == "all" and settings.warmup_epochs > 0
+    two_phases = settings.train == "all" and settings.frozen_epochs > 0
     strategy: Any = settings.strategy
     if strategy == "fsdp":
         strategy = Sharded(

@@ -78,7 +78,7 @@ class Recipe(pl.LightningModule):
 
     def set_phase(self, epoch: int) -> None:
         """What learns in this epoch (counted from 0) requires gradients, and nothing else does."""
-        all_learn = self.settings.train == "all" and epoch >= self.settings.warmup_epochs
+        all_learn = self.settings.train == "all" and epoch >= self.settings.frozen_epochs
         for name, p in self.network.named_parameters():
             p.requires_grad_(all_learn or name in self.new)
         self._base_frozen = not all_learn

@@ -36,12 +36,19 @@ class Settings(Injection):
     )
     data: str = option(
         "digits",
-        "A folder of class folders (or of train/ and val/), torch/NAME of torchvision, hfds/NAME of"
-        " Hugging Face, wds/FOLDER of WebDataset shards, or digits: scikit-learn's 1,797"
-        " handwritten digits.",
+        "The images to learn from: a folder of class folders (or of train/, val/ and test/), a"
+        " FILE.csv with path,label[,split], torch/NAME of torchvision, hfds/NAME of Hugging Face,"
+        " wds/FOLDER of WebDataset shards, or digits: scikit-learn's 1,797 handwritten digits.",
+        show_default=False,
     )
     data_dir: str | None = option(
         None, "The folder where torch/, hfds/ or wds/ data lie or go.", show_default="here"
+    )
+    image_column: str | None = option(
+        None, "The column of hfds/ data that has the images.", show_default="by its type"
+    )
+    label_column: str | None = option(
+        None, "The column of hfds/ data that has the classes.", show_default="by its type"
     )
 
     pretrained: bool = option(True, "Begin from the library's weights.", **_NETWORK)
@@ -54,10 +61,13 @@ class Settings(Injection):
     )
 
     epochs: int = option(10, "The number of epochs of the whole run.", min=1, **_TRAINING)
-    warmup_epochs: int = option(
-        2,
-        "The number of first epochs in which only the SE blocks and the head learn.",
+    freeze_epochs: int | None = option(
+        None,
+        "The number of first epochs in which the base is frozen: only the SE blocks and the head"
+        " learn.",
         min=0,
+        show_default="2, fewer in a short run, 0 with a random base",
+        alias="--warmup-epochs",
         **_TRAINING,
     )
     batch_size: int = option(
@@ -164,15 +174,27 @@ class Settings(Injection):
         return from_library or self.checkpoint is not None
 
     @property
+    def base_is_random(self) -> bool:
+        """Whether the base begins with random weights, as far as the options tell."""
+        return not self.pretrained and self.checkpoint is None
+
+    @property
+    def frozen_epochs(self) -> int:
+        """The first epochs, in which the base is frozen. To freeze a random one teaches nothing."""
+        if self.freeze_epochs is not None:
+            return self.freeze_epochs
+        return 0 if self.base_is_random else min(2, self.epochs - 1)
+
+    @property
     def statistics_frozen(self) -> bool:
         """Whether BatchNorms keep their statistics in phase 2 too; a random base has none yet."""
         return self.bn_stats == "frozen" or (self.bn_stats == "auto" and self.base_is_pretrained)
 
     def check(self) -> None:
         """Raise an :class:`ArgumentError` for values that cannot work together."""
-        if not 0 <= self.warmup_epochs <= self.epochs:
+        if not 0 <= self.frozen_epochs <= self.epochs:
             raise ArgumentError(
-                f"--warmup-epochs {self.warmup_epochs} are the first of --epochs {self.epochs},"
+                f"--freeze-epochs {self.freeze_epochs} are the first of --epochs {self.epochs},"
                 " so between 0 and that."
             )
         if not 0 < self.val_split < 1:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from se_inject.finetune.config import read_config, write_config
 from se_inject.finetune.machine import rank
 from se_inject.finetune.results import curves, summarize, write_rows
 from se_inject.finetune.settings import Settings
+from se_inject.finetune.split import SPLIT, Split, open_split, table_of, write_split
 from se_inject.keep.atomic import atomic_write
 
 
@@ -25,8 +27,10 @@ def start(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
         DataError, UnknownModelError, CheckpointError, TrainingError: as the parts raise them.
     """
     settings.check()
+    # A run that goes on for longer keeps the epochs of its frozen base.
+    settings = dataclasses.replace(settings, freeze_epochs=settings.frozen_epochs)
     if rank() != 0:  # torchrun's others: the first process writes
-        return _run(settings, folder, console)
+        return _run(settings, folder, console, begun=False)
     if any(folder.glob("**/last.ckpt")) or any(folder.glob("**/arm.json")):
         raise ArgumentError(
             f"{folder} holds a run already: --resume {folder} goes on with it, --output another"
@@ -37,7 +41,7 @@ def start(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
         write_config(settings, folder)
     except OSError as error:
         raise ArgumentError(f"--output {folder} cannot be written ({error}).") from error
-    return _run(settings, folder, console)
+    return _run(settings, folder, console, begun=False)
 
 
 def resume(folder: Path, console: Console, **machine: Any) -> dict[str, Any]:
@@ -51,10 +55,10 @@ def resume(folder: Path, console: Console, **machine: Any) -> dict[str, Any]:
     """
     settings = dataclasses.replace(read_config(folder), **machine)
     settings.check()
-    return _run(settings, folder, console)
+    return _run(settings, folder, console, begun=True)
 
 
-def _run(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
+def _run(settings: Settings, folder: Path, console: Console, *, begun: bool) -> dict[str, Any]:
     first = rank() == 0
     arms = [
         (arm, settings.seed + i)
@@ -62,6 +66,7 @@ def _run(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
         for arm in (("se", "control") if settings.control else ("se",))
     ]
     results = []
+    split: Split | None = None
     for arm, seed in arms:
         own = folder if len(arms) == 1 else folder / f"{arm}-{seed}"
         done = own / "arm.json"
@@ -69,7 +74,9 @@ def _run(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
             results.append(json.loads(done.read_text()))
             continue
         own.mkdir(parents=True, exist_ok=True)
-        results.append(Arm(settings, arm, seed, own, console).train(folder))
+        if split is None:
+            split = _split(settings, folder, console, begun=begun)
+        results.append(Arm(settings, split, arm, seed, own, console).train(folder))
         if first:
             with atomic_write(done) as part:
                 part.write_text(json.dumps(results[-1], indent=2) + "\n")
@@ -85,3 +92,21 @@ def _run(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
         write_rows(folder / "metrics.csv", [row for r in results for row in r["history"]])
     curves([row for r in results for row in r["history"]], folder / "curves.png")
     return summary
+
+
+def _split(settings: Settings, folder: Path, console: Console, *, begun: bool) -> Split:
+    """Which images are for what: as the run folder says, else as they are divided now."""
+    recorded = begun and (folder / SPLIT).exists()
+    if begun and not recorded:
+        warnings.warn(
+            f"{folder} has no {SPLIT}, as runs of older versions: if images came or went since it"
+            " began, others are validated than before.",
+            stacklevel=2,
+        )
+    split = open_split(settings, folder if recorded else None)
+    if rank() == 0:
+        if not recorded:
+            write_split(split, folder)
+        for line in table_of(split):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return split

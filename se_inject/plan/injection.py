@@ -23,7 +23,8 @@ def option(default: Any, text: str, **command_line: Any) -> Any:
         default: its value where nobody gives one.
         text: the help of the command line: a full sentence with the unit.
         command_line: what else ``typer.Option`` takes (metavar, min, max, show_default), ``panel``
-            for the part of the help, and ``argument=True`` for what has no name before it.
+            for the part of the help, ``argument=True`` for what has no name before it, ``alias``
+            for a name that it had once.
     """
     return dataclasses.field(default=default, metadata={"help": text, **command_line})
 
