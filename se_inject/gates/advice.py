@@ -50,12 +50,12 @@ def advice(statistics: GateStatistics) -> str:
             f"All {of} {verb} idle {over}: training has not moved them, so train them longer or"
             " take them out with remove_se."
         )
-    change = 100 * max(block.deviation for block in still)
+    deviation = max(block.deviation for block in still)
+    change = f"by more than {100 * deviation:.2g} % of its block's mean gate"
     where = ", ".join(globs([block.block for block in still], names))
     return (
         f"{len(still)} {of} {verb} idle or constant {over}: fold_se could fold {where} into the"
-        f" layers before, and no gate there would change by more than {change:.2g} % of the block's"
-        " mean gate."
+        f" layers before, and no gate there would change {change if deviation else 'at all'}."
     )
 
 
@@ -80,13 +80,16 @@ def globs(some: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def gates_table(statistics: GateStatistics) -> Table:
-    """One row an SE block, in the order of the network; shares are of channels."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    """One row an SE block, in the order of the network.
+
+    Shares are of the block's channels, but that of the class, which is of the variance.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("block", overflow="fold", min_width=8)
     headers = ["mean\ngate", "spread\nimages"]
     if statistics.classes is not None:
-        headers += ["between\nclasses", "within\na class", "class's\nshare"]
-    headers += ["idle", "const.", "near 0", "near\nmax."]
+        headers += ["betw.\nclass", "within\nclass", "class\n%"]
+    headers += ["idle\n%", "fixed\n%", "shut\n%", "max.\n%"]
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("gates", no_wrap=True)
@@ -117,4 +120,4 @@ def _number(value: float | None) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.0f} %"
+    return "–" if share is None else f"{100 * share:.0f}"
