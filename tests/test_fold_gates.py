@@ -34,6 +34,7 @@ from se_inject.gates import (
     verdict,
 )
 from se_inject.gates.advice import globs
+from se_inject.gates.pictures import class_curves, write_pictures
 
 X = torch.randn(2, 6, 16, 8, 8, generator=torch.Generator().manual_seed(0))  # two batches
 EXACT = torch.tensor([1.0, 0.5, 2.0, 0.25, 4.0, 0.0, 1.0, 8.0] * 2)
@@ -357,3 +358,47 @@ def test_some_se_blocks_are_removed() -> None:
     assert not list(
         itertools.chain.from_iterable(m.parameters() for m in model if hasattr(m, "se"))
     )
+
+
+# --- pictures ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [None, 3, 1000])
+def test_pictures_are_written_and_name_what_they_show(tmp_path: Any, classes: int | None) -> None:
+    model = network()
+    open_gates(model)
+    labels = torch.arange(12).view(2, 6) % 3
+    names = classes and [f"class number {i}" for i in range(classes)]
+    found = gate_statistics(model, list(zip(X, labels, strict=True)), names)
+    written = {path.name: path for path in write_pictures(found, tmp_path / "new")}
+    pictures = ["gates-heat-map", "gates-spread", *(["gates-classes"] if classes else [])]
+    assert set(written) == {f"{p}.{kind}" for p in pictures for kind in ("png", "svg")}
+    for name, path in written.items():
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml")
+    assert ">3<" in written["gates-heat-map.svg"].read_text()  # the last block
+    if classes:
+        text = written["gates-classes.svg"].read_text()
+        assert all(f">class number {i}<" in text for i in range(3))  # and none without images
+        assert ">class number 3<" not in text
+    again = write_pictures(found, tmp_path / "again")
+    assert all(path.read_bytes() == written[path.name].read_bytes() for path in again)
+
+
+def test_curves_of_chosen_classes() -> None:
+    model = network()
+    open_gates(model)
+    x, y = by_class()
+    found = gate_statistics(model, [(x, y)], ["ant", "bee", "cat", "dog"])
+    figure = class_curves(found, ["cat", "ant"])
+    assert len(figure.axes) == 4
+    for axes, block in zip(figure.axes, found.blocks, strict=True):
+        order = block.channel_mean.argsort()
+        cat, ant, every = (torch.as_tensor(line.get_ydata()) for line in axes.lines)
+        assert torch.equal(cat, block.class_means[2][order])
+        assert torch.equal(ant, block.class_means[0][order])
+        assert torch.equal(every, block.channel_mean[order])
+    with pytest.raises(ArgumentError, match=r"no class 'bea'; near: 'bee'"):
+        class_curves(found, ["bea"])
+    with pytest.raises(ArgumentError, match="by class"):
+        class_curves(gate_statistics(model, [x]))

@@ -96,7 +96,9 @@ def class_curves(statistics: GateStatistics, chosen: Sequence[str] | None = None
         positions = torch.arange(block.channels).numpy()
         for index, color in zip(picked, colors, strict=True):
             values = block.class_means[index][order].numpy()
-            axes.plot(positions, values, color=color, linewidth=0.8, alpha=0.9, label=names[index])
+            # Lines over 2,048 channels would paint the whole panel; points leave it readable.
+            points: Any = {"marker": ".", "markersize": 3, "linestyle": "none", "alpha": 0.7}
+            axes.plot(positions, values, color=color, label=names[index], **points)
         mean = block.channel_mean[order].numpy()
         axes.plot(positions, mean, color="black", linewidth=1.4, label="all")
         axes.set_title(block.block or MODEL_ITSELF, fontsize=9, loc="left")
@@ -105,7 +107,10 @@ def class_curves(statistics: GateStatistics, chosen: Sequence[str] | None = None
     panels[-1].set_xlabel("channels by mean gate")
     handles, labels = panels[0].get_legend_handles_labels()
     short = [label if len(label) <= 28 else label[:27] + "…" for label in labels]
-    figure.legend(handles, short, loc="outside upper center", ncols=min(5, len(short)))
+    columns = min(len(short), max(1, 90 // (6 + max(map(len, short)))))
+    figure.legend(
+        handles, short, loc="outside upper center", ncols=columns, markerscale=3, frameon=False
+    )
     return figure
 
 
