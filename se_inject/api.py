@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from se_inject.edit.insert import injected, is_injected, restore
+from se_inject.edit.insert import injected, restore
 from se_inject.errors import NoSiteError
 from se_inject.layers.attention import SELayer
 from se_inject.layers.gates import Gate, Init
@@ -14,6 +14,7 @@ from se_inject.layers.squeezes import Squeeze
 from se_inject.names import Patterns
 from se_inject.plan.injection import Ratio
 from se_inject.plan.planner import plan_se
+from se_inject.plan.select import selected
 from se_inject.sites.placements import Placement
 from se_inject.sites.scaled import Where
 
@@ -75,20 +76,26 @@ def inject_se(
     return plan.apply()
 
 
-def remove_se(model: nn.Module) -> nn.Module:
+def remove_se(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None) -> nn.Module:
     """Take the SE blocks out again, in place, and return the model.
 
     Every block gets back its class and forward; the ``<block>.se.*`` keys are gone and all other
     tensors stay as they are (trained, if they were trained).
 
+    Args:
+        include, exclude: glob or globs on the names of blocks that have SE blocks ("layer4.*");
+            exclude wins. By default all of them lose their SE blocks.
+
     Raises:
         SEInjectError: the model has no SE block that se_inject put there.
+        ArgumentError: a glob matches no block with an SE block.
     """
-    if not is_injected(model):
+    names = [name for name, _, _ in injected(model)]
+    if not names:
         raise NoSiteError(
             f"{type(model).__name__} has no SE block from inject_se, so there is none to remove."
         )
-    restore(model)
+    restore(model, selected(names, include, exclude, "block with an SE block"))
     return model
 
 

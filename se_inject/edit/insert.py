@@ -5,7 +5,7 @@ its class, whose forward calls them. Nothing else of the model changes. How the 
 changes is shown in :mod:`se_inject.edit.rewrite`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,13 +117,16 @@ def is_injected(model: nn.Module) -> bool:
     return any(True for _ in injected(model))
 
 
-def restore(model: nn.Module) -> None:
+def restore(model: nn.Module, names: Collection[str] | None = None) -> None:
     """Take all SE blocks out of a model; each block gets its class and forward back.
+
+    Args:
+        names: only out of the blocks of these names.
 
     Raises:
         UnsupportedModelError: a block was made an instance of another class since.
     """
-    blocks = list(injected(model))
+    blocks = [block for block in injected(model) if names is None or block[0] in names]
     for _, module, edit in blocks:
         if type(module) is not edit.block_class:
             raise UnsupportedModelError(

@@ -24,6 +24,7 @@ class GateFunctions:
 
     paper: Callable[[Tensor], Tensor]
     formulas: dict[Init, str]
+    maximum: dict[Init, float | None]  # that the gate can reach; None: there is no end
     identity: Callable[[Tensor], Tensor] | None = None
     factor: float | None = None
 
@@ -58,14 +59,28 @@ def _hard_sigmoid(z: Tensor) -> Tensor:
 
 
 GATES: dict[Gate, GateFunctions] = {
-    "sigmoid": GateFunctions(_sigmoid, {"paper": "sigmoid", "identity": "2 * sigmoid"}, factor=2.0),
+    "sigmoid": GateFunctions(
+        _sigmoid,
+        {"paper": "sigmoid", "identity": "2 * sigmoid"},
+        {"paper": 1.0, "identity": 2.0},
+        factor=2.0,
+    ),
     "tanh": GateFunctions(
-        _tanh, {"paper": "tanh", "identity": "1 + tanh"}, identity=_tanh_plus_one
+        _tanh,
+        {"paper": "tanh", "identity": "1 + tanh"},
+        {"paper": 1.0, "identity": 2.0},
+        identity=_tanh_plus_one,
     ),
     "relu": GateFunctions(
-        _relu, {"paper": "relu", "identity": "relu(1 + z)"}, identity=_relu_of_one_plus
+        _relu,
+        {"paper": "relu", "identity": "relu(1 + z)"},
+        {"paper": None, "identity": None},
+        identity=_relu_of_one_plus,
     ),
     "hard_sigmoid": GateFunctions(
-        _hard_sigmoid, {"paper": "hard_sigmoid", "identity": "2 * hard_sigmoid"}, factor=2.0
+        _hard_sigmoid,
+        {"paper": "hard_sigmoid", "identity": "2 * hard_sigmoid"},
+        {"paper": 1.0, "identity": 2.0},
+        factor=2.0,
     ),
 }

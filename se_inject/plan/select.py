@@ -25,11 +25,16 @@ def ratios_of(wanted: Sequence[str], names: Sequence[str], r: Ratio) -> dict[str
     return ratios
 
 
-def selected(names: Sequence[str], include: Patterns, exclude: Patterns) -> set[str]:
+def selected(
+    names: Sequence[str],
+    include: Patterns,
+    exclude: Patterns,
+    what: str = "block with an addition",
+) -> set[str]:
     """The names that ``include`` matches (None: all of them) and ``exclude`` does not.
 
     Raises:
         ArgumentError: a glob matches no name.
     """
-    wanted = matching(names, include, "include") if include is not None else set(names)
-    return wanted - (matching(names, exclude, "exclude") if exclude is not None else set())
+    wanted = matching(names, include, "include", what) if include is not None else set(names)
+    return wanted - (matching(names, exclude, "exclude", what) if exclude is not None else set())

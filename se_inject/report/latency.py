@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from se_inject.errors import ArgumentError, BenchmarkError, first_line
 from se_inject.graph import example
+from se_inject.graph.record import Arguments
 from se_inject.plan.plan import Plan
 from se_inject.torch_private import pytree
 
@@ -77,13 +78,34 @@ def measure_latency(
     Raises:
         BenchmarkError: one of the two cannot run there, or not on that input.
     """
-    device = torch.device(device)
     before = copy.deepcopy(plan.model)
     plan.apply()
     try:
         after = copy.deepcopy(plan.model)
     finally:
         plan.withdraw()
+    return compare_latency(before, after, plan.example, batch_size=batch_size, device=device)
+
+
+def compare_latency(
+    before: nn.Module,
+    after: nn.Module,
+    arguments: Arguments,
+    *,
+    batch_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Latency:
+    """Run two networks in turns, in eval mode, and time both.
+
+    Args:
+        before, after: they are moved to ``device`` and stay there, in eval mode.
+        arguments: of the forward, on meta; what runs are random numbers in these shapes.
+        batch_size, device: as of :func:`measure_latency`.
+
+    Raises:
+        BenchmarkError: one of the two cannot run there, or not on that input.
+    """
+    device = torch.device(device)
 
     def seconds(network: nn.Module) -> float:
         _synchronize(device)
@@ -92,13 +114,13 @@ def measure_latency(
         _synchronize(device)
         return time.perf_counter() - start
 
-    planned = example.batch_size(plan.example) if example.is_batched(plan.example) else None
+    planned = example.batch_size(arguments) if example.is_batched(arguments) else None
     pairs: list[tuple[float, float]] = []
     with torch.inference_mode():
         start = time.perf_counter()
         try:
             args, kwargs = pytree.tree_map_only(
-                Tensor, lambda t: _random_like(t, planned, batch_size, device), plan.example
+                Tensor, lambda t: _random_like(t, planned, batch_size, device), arguments
             )
             for network in (before, after):
                 network.to(device).eval()

@@ -32,10 +32,7 @@ def fold_gates(model: nn.Module) -> None:
             block reads something other than a norm, convolution or Linear that feeds it alone.
             Nothing is changed then.
     """
-    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    shared = Counter(
-        id(p) for m in model.modules() for p in (*m._parameters.values(), *m._buffers.values())
-    )
+    producers = Producers(model)
     folds: list[tuple[nn.Module, SqueezeExcite, float]] = []
     found = False
     for name, module in model.named_modules():
@@ -52,12 +49,8 @@ def fold_gates(model: nn.Module) -> None:
                     f" {GATES[layer.gate].formulas[layer.init]}, which is no multiple of"
                     f" {layer.gate}: there is no factor to fold."
                 )
-            source = None if producer is None else _last_affine(module.get_submodule(producer))
-            if (
-                source is None
-                or uses[id(source)] > 1
-                or any(shared[id(t)] > 1 for t in _affine(source))
-            ):
+            source = producers.of(module, producer)
+            if source is None:
                 raise ExportError(
                     f"the SE block of {block_label(name)} scales the output of"
                     f" {producer or 'an operation'}, which is no norm or convolution that feeds it"
@@ -68,23 +61,44 @@ def fold_gates(model: nn.Module) -> None:
         raise NoSiteError(f"{type(model).__name__} has no SE block; inject_se(model) makes them.")
     with torch.no_grad():
         for source, layer, factor in folds:
-            for tensor in _affine(source):
+            for tensor in affine(source):
                 tensor.mul_(factor)
             layer.fc1.weight.div_(factor)
             layer.to_literal_gate()
 
 
-def _affine(layer: nn.Module) -> list[Tensor]:
-    """The weight and the bias of a layer, whose output is linear in both together."""
+class Producers:
+    """The layers of a model that feed SE blocks alone, and whose weights can take a factor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = model.named_modules(remove_duplicate=False)
+        self._uses = Counter(id(module) for _, module in modules)
+        self._shared = Counter(
+            id(p) for m in model.modules() for p in (*m._parameters.values(), *m._buffers.values())
+        )
+
+    def of(self, block: nn.Module, producer: str | None) -> nn.Module | None:
+        """The norm, convolution or Linear that ends a block's producer (see ``Edit.producers``).
+
+        It is None where there is no such layer, or where others use it or its weights too.
+        """
+        source = None if producer is None else last_affine(block.get_submodule(producer))
+        if source is None or self._uses[id(source)] > 1:
+            return None
+        return None if any(self._shared[id(t)] > 1 for t in affine(source)) else source
+
+
+def affine(layer: nn.Module) -> list[Tensor]:
+    """Weight and bias: the output is linear in both together."""
     tensors = (getattr(layer, "weight", None), getattr(layer, "bias", None))
     return [t for t in tensors if isinstance(t, Tensor)]
 
 
-def _last_affine(module: nn.Module) -> nn.Module | None:
+def last_affine(module: nn.Module) -> nn.Module | None:
     """The layer whose weight and bias scale the whole output of ``module``, if there is one."""
     if type(module) is nn.Sequential:
         children = [child for child in module if type(child) is not nn.Identity]
-        return _last_affine(children[-1]) if children else None
+        return last_affine(children[-1]) if children else None
     plain = type(module) in _affine_layers() and not parametrize.is_parametrized(module)
     ends = [getattr(module, name) for name in ("drop", "act") if hasattr(module, name)]
     if not plain or any(type(end) is not nn.Identity for end in ends):

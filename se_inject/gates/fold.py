@@ -1,0 +1,292 @@
+"""SE blocks that act as a constant -> the weights of the layers before them.
+
+Where the gate of a block is the same c for every image, ``x * c`` is what a norm with ``c`` times
+its weight and bias gives at once. A block whose gates are powers of two is folded to the last bit,
+any other up to rounding, and a gate that is only nearly constant as far as it is constant: what
+that changes is measured.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from se_inject.edit.block_class import Edit
+from se_inject.edit.insert import injected, restore
+from se_inject.errors import ArgumentError, NoSiteError
+from se_inject.gates.advice import globs
+from se_inject.gates.change import Change, measure_change
+from se_inject.gates.statistics import NEAR, BlockGates, GateStatistics, gate_statistics
+from se_inject.keep.formats.fold import Producers, affine
+from se_inject.layers.squeeze_excite import SqueezeExcite
+from se_inject.names import Patterns, plural
+from se_inject.plan.checks import check_model
+from se_inject.plan.select import selected
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What :func:`fold_se` or :func:`prune_se` did."""
+
+    folded: tuple[str, ...]  # blocks without SE block now
+    kept: dict[str, str]  # block -> why it keeps its SE block
+    changed: tuple[str, ...]  # names of the tensors that have other values
+    params: int  # that there are fewer
+    change: Change  # of the outputs, measured
+
+    def __str__(self) -> str:
+        names = [*self.folded, *self.kept]
+        where = f": {', '.join(globs(self.folded, names))}" if self.folded else ""
+        return (
+            f"Folded {len(self.folded)} of {plural(len(names), 'block')} with SE{where};"
+            f" {self.params:,} parameters fewer; {self.change}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        return {**vars(self), "change": self.change.to_dict()}
+
+
+def fold_se(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    tolerance: float = NEAR,
+) -> Folding:
+    """Fold the SE blocks whose gate is constant over the given images, in place.
+
+    The mean gate of each channel goes into weight and bias of the norm or convolution before the
+    SE block, which is then taken out. A block without such a layer is taken out if its gates are
+    1. If anything fails, the model is as it was.
+
+    Args:
+        loader: as of :func:`gate_statistics`; it is gone through twice, so that no generator will
+            do: once for the gates, and once to measure how far the outputs change.
+        include, exclude: glob or globs on block names; exclude wins.
+        tolerance: how far a gate may be from its mean, as a share of the block's mean gate. 0 folds
+            only what is constant to the last bit.
+
+    Returns:
+        what was folded and what not, and the largest change of the output over the images. Save a
+        model that was folded in part with ``save_se(model, path, extra=[*folding.changed])``.
+
+    Raises:
+        NoSiteError: the model has no SE block.
+        ArgumentError: a glob matches no block, the loader can be used only once, tolerance < 0.
+        DataError, UnsupportedModelError: as of :func:`gate_statistics` and :func:`remove_se`.
+    """
+    if not tolerance >= 0:
+        raise ArgumentError(f"tolerance={tolerance!r} is not 0 or more, such as 0.01 for 1 %.")
+    groups, kept = _candidates(model, loader, include, exclude)
+    chosen = []
+    for name, deviation in _by_deviation(groups):
+        if deviation <= tolerance:
+            chosen.append(name)
+        else:
+            kept[name] = f"its gates leave their mean by up to {100 * deviation:.2g} %"
+    twin = _folded_copy(model, chosen, groups)
+    return _apply(model, chosen, kept, groups, measure_change(model, twin, loader))
+
+
+def prune_se(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    max_change: float,
+    include: Patterns = None,
+    exclude: Patterns = None,
+) -> Folding:
+    """Fold as many SE blocks as the outputs bear, in place, whether constant or not.
+
+    Each gate is replaced by its mean over the images, beginning with the blocks whose gates vary
+    least. How many of them can go is found by bisection; the change of the outputs is measured each
+    time. If anything fails, the model is as it was.
+
+    Args:
+        loader: as of :func:`fold_se`; it is gone through once more for each step of the bisection.
+        max_change: the largest change of any output over the images, as a share of the largest
+            output: 0.01 for 1 %.
+        include, exclude: as of :func:`fold_se`.
+
+    Raises:
+        As of :func:`fold_se`; ArgumentError: max_change < 0.
+    """
+    if not max_change >= 0:
+        raise ArgumentError(f"max_change={max_change!r} is not 0 or more, such as 0.01 for 1 %.")
+    groups, kept = _candidates(model, loader, include, exclude)
+    order = [name for name, _ in _by_deviation(groups)]
+
+    def tried(count: int) -> Change:
+        return measure_change(model, _folded_copy(model, order[:count], groups), loader)
+
+    good, best = 0, tried(0)
+    refused: dict[int, Change] = {}
+    bad = len(order) + 1
+    count = len(order)  # all of them at first
+    while bad - good > 1:
+        change = tried(count)
+        if change.relative <= max_change:
+            good, best = count, change
+        else:
+            bad, refused[count] = count, change
+        count = (good + bad) // 2
+    for name in order[good:]:
+        kept[name] = (
+            f"without it and those that vary less, outputs change by up to"
+            f" {100 * refused[good + 1].relative:.2g} %"
+        )
+    return _apply(model, order[:good], kept, groups, best)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block whose SE blocks can all be folded: of each, its gates, and whether a layer takes them
+    (otherwise they are 1).
+    """
+
+    gates: dict[str, BlockGates]  # by child
+    takes: dict[str, bool]
+
+    @property
+    def deviation(self) -> float:
+        return max(block.deviation for block in self.gates.values())
+
+
+def _candidates(
+    model: nn.Module, loader: Iterable[Any], include: Patterns, exclude: Patterns
+) -> tuple[dict[str, _Block], dict[str, str]]:
+    """The blocks that could be folded, and why the others cannot."""
+    check_model(model)
+    if iter(loader) is loader:
+        raise ArgumentError(
+            "the loader is an iterator, which can be gone through only once: pass a DataLoader or a"
+            " list of batches."
+        )
+    blocks = {name: (module, edit) for name, module, edit in injected(model)}
+    if not blocks:
+        raise NoSiteError(f"{type(model).__name__} has no SE block; inject_se(model) makes them.")
+    wanted = selected(list(blocks), include, exclude, "block with an SE block")
+    statistics = gate_statistics(model, loader)
+    producers = Producers(model)
+    groups: dict[str, _Block] = {}
+    kept: dict[str, str] = {}
+    for name, (module, edit) in blocks.items():
+        if name not in wanted:
+            kept[name] = "excluded by the user"
+            continue
+        found = _block(name, module, edit, statistics, producers)
+        if isinstance(found, str):
+            kept[name] = found
+        else:
+            groups[name] = found
+    return groups, kept
+
+
+def _block(
+    name: str, module: nn.Module, edit: Edit, statistics: GateStatistics, producers: Producers
+) -> _Block | str:
+    """The gates of a block, or why it cannot be folded."""
+    seen = {block.block: block for block in statistics.blocks}
+    gates: dict[str, BlockGates] = {}
+    takes: dict[str, bool] = {}
+    for child, producer in zip(edit.children, edit.producers, strict=True):
+        layer = getattr(module, child)
+        own = name if len(edit.children) == 1 else f"{name}.{child}".lstrip(".")
+        if not isinstance(layer, SqueezeExcite):
+            return f"{type(layer).__name__} is no SE block"
+        if own not in seen:
+            return "it did not run on these images"
+        gates[child] = seen[own]
+        source = producers.of(module, producer)
+        takes[child] = source is not None and _scales_channels(source, layer)
+        if not takes[child] and gates[child].idle < 1:
+            return (
+                f"it scales the output of {producer or 'an operation'}, which is no norm or"
+                " convolution that feeds it alone"
+            )
+    return _Block(gates, takes)
+
+
+def _scales_channels(source: nn.Module, layer: SqueezeExcite) -> bool:
+    """Whether dim 0 of the source's weight is the channel dim of the map that the block scales."""
+    if affine(source)[0].shape[0] != layer.channels:
+        return False
+    last = isinstance(source, nn.Linear | nn.LayerNorm) and not isinstance(source, LayerNorm2d)
+    return last == (-1 not in layer.space)
+
+
+def _by_deviation(groups: dict[str, _Block]) -> list[tuple[str, float]]:
+    """The blocks whose gates vary least come first."""
+    deviations = {name: block.deviation for name, block in groups.items()}
+    return sorted(deviations.items(), key=lambda item: item[1])
+
+
+def _folded_copy(model: nn.Module, names: Sequence[str], groups: dict[str, _Block]) -> nn.Module:
+    twin = copy.deepcopy(model)
+    _fold(twin, names, groups)
+    return twin
+
+
+def _apply(
+    model: nn.Module,
+    chosen: Sequence[str],
+    kept: dict[str, str],
+    groups: dict[str, _Block],
+    change: Change,
+) -> Folding:
+    before = _parameters(model)
+    changed = _fold(model, chosen, groups)
+    order = [name for name, _ in model.named_modules()]
+    return Folding(
+        folded=tuple(sorted(chosen, key=order.index)),
+        kept={name: kept[name] for name in sorted(kept, key=order.index)},
+        changed=tuple(changed),
+        params=before - _parameters(model),
+        change=change,
+    )
+
+
+def _fold(model: nn.Module, names: Sequence[str], groups: dict[str, _Block]) -> list[str]:
+    """Fold these blocks; the names of the tensors that have other values then."""
+    if not names:
+        return []
+    scaled: list[tuple[Tensor, Tensor]] = []
+    producers = Producers(model)
+    for name, module, edit in injected(model):
+        if name in names:
+            for child, producer in zip(edit.children, edit.producers, strict=True):
+                if groups[name].takes[child]:
+                    source = producers.of(module, producer)
+                    assert source is not None
+                    scaled += [(t, _factor(groups[name].gates[child], t)) for t in affine(source)]
+    restore(model, names)  # which may refuse; before any weight is changed
+    with torch.no_grad():
+        for tensor, factor in scaled:
+            tensor.mul_(factor)
+    return list(_names_of(model, [tensor for tensor, _ in scaled]))
+
+
+def _factor(gates: BlockGates, tensor: Tensor) -> Tensor:
+    """The constant of each channel, to be multiplied with weight or bias."""
+    # The mean of equal numbers may be one rounding beside them.
+    equal = gates.channel_low == gates.channel_high
+    constant = torch.where(equal, gates.channel_low, gates.channel_mean)
+    shape = (-1, *(1,) * (tensor.dim() - 1))
+    return constant.reshape(shape).to(device=tensor.device, dtype=tensor.dtype)
+
+
+def _names_of(model: nn.Module, tensors: Sequence[Tensor]) -> Iterator[str]:
+    wanted = {id(tensor) for tensor in tensors}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in wanted:
+            yield name
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,157 @@
+"""The gates of a model's SE blocks while it runs.
+
+A forward hook on ``fc2``, the last layer of an SE block, sees what the gate is computed from, and
+computes the gate once more. The block itself does what it always does, so no output changes.
+"""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from se_inject.edit.block_class import edit_of
+from se_inject.errors import NoSiteError, UnsupportedModelError
+from se_inject.layers.gates import GATES
+from se_inject.layers.scale_add import times
+from se_inject.layers.squeeze_excite import SqueezeExcite
+
+# The name of an SE block, the block, and its whole gate, such as [N, C, 1, 1], without gradient.
+Observer = Callable[[str, SqueezeExcite, Tensor], None]
+
+
+@contextlib.contextmanager
+def record_gates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collect the gates of every SE block while the model runs.
+
+    >>> import timm, torch
+    >>> from se_inject import inject_se
+    >>> model = inject_se(timm.create_model("resnet18"))
+    >>> with record_gates(model) as gates:
+    ...     _ = model(torch.randn(2, 3, 64, 64))
+    >>> gates["layer1.0"].shape
+    torch.Size([2, 64])
+
+    The dict has the name of each block that ran and its gate [N, C], without gradient, in the dtype
+    and on the device in which the block computed it. A block with several SE blocks has a name for
+    each of them (``layer1.0.se2``). Only the last call of an SE block is kept: each call replaces
+    what the one before left. With ``squeeze="none"`` the gate differs from position to position,
+    and the dict has its mean over the positions.
+
+    Outputs are the same to the last bit as without the recording, in eval and train mode and under
+    autocast, and no hook stays behind. In a model that is wrapped for distributed runs, each
+    process records the images that it sees. A compiled model runs uncompiled meanwhile, with a
+    warning, because compiled code ignores hooks.
+
+    Raises:
+        NoSiteError: the model has no SE block of ``inject_se``.
+        UnsupportedModelError: the model is in a ``DataParallel``, whose copies have no names.
+    """
+    gates: dict[str, Tensor] = {}
+
+    def keep(name: str, layer: SqueezeExcite, gate: Tensor) -> None:
+        gates[name] = mean_over_positions(layer, gate)
+
+    with observed(model, keep):
+        yield gates
+
+
+@contextlib.contextmanager
+def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """Call ``observer`` with the gate of every SE block each time that the block runs."""
+    layers = gated_layers(model)
+    if any(_is_compiled(module) for module in model.modules()):
+        warnings.warn(
+            "the model is compiled, and compiled code ignores hooks: while its gates are recorded,"
+            " it runs uncompiled.",
+            stacklevel=5,
+        )
+    with contextlib.ExitStack() as stack:
+        # Code can also be compiled around the model, where nothing of it is to be seen. PyTorch's
+        # compiler takes seconds to import, and where nobody has imported it nothing is compiled.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for name, layer in layers.items():
+            handle = layer.fc2.register_forward_hook(_hook(name, layer, observer))
+            stack.callback(handle.remove)
+        yield
+
+
+def gated_layers(model: nn.Module) -> dict[str, SqueezeExcite]:
+    """The SE blocks of a model by name: that of their block, or their own if it has several.
+
+    Raises:
+        NoSiteError: there is none.
+        UnsupportedModelError: the model is in a ``DataParallel``.
+    """
+    inner = _unwrapped(model)
+    names: dict[int, str] = {}
+    other = 0
+    for name, module in inner.named_modules():
+        if edit := edit_of(module):
+            for child in edit.children:
+                own = f"{name}.{child}".lstrip(".")
+                names[id(getattr(module, child))] = name if len(edit.children) == 1 else own
+                other += not isinstance(getattr(module, child), SqueezeExcite)
+        elif isinstance(module, SqueezeExcite):  # somebody has put it in by hand
+            names.setdefault(id(module), name)
+    layers = {
+        names[id(module)]: module
+        for module in inner.modules()
+        if isinstance(module, SqueezeExcite) and id(module) in names
+    }
+    if not layers:
+        why = (
+            f"its {other} layers of another se_layer are no SqueezeExcite, whose gates are known"
+            if other
+            else "inject_se(model) makes them"
+        )
+        raise NoSiteError(f"{type(inner).__name__} has no SE block with a gate: {why}.")
+    return layers
+
+
+def mean_over_positions(layer: SqueezeExcite, gate: Tensor) -> Tensor:
+    """A whole gate, such as [N, C, 1, 1], as [N, C]."""
+    if layer.squeeze == "none":
+        return gate.mean(layer.space)
+    return gate.flatten(1)
+
+
+def _hook(name: str, layer: SqueezeExcite, observer: Observer) -> Callable[..., None]:
+    function, factor = GATES[layer.gate].of(layer.init), layer.gate_scale or 1.0
+
+    def hook(fc2: nn.Module, args: Any, output: Tensor) -> None:
+        # Compiled code would keep the observer in it for good.
+        if torch.compiler.is_compiling():
+            return
+        with torch.no_grad():
+            observer(name, layer, times(function(output), factor).detach())
+
+    return hook
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what ``torch.compile`` or a distributed run put around it."""
+    inner: Any = model
+    while True:
+        kind = type(inner).__name__
+        if kind == "DataParallel":
+            raise UnsupportedModelError(
+                "the model is in a DataParallel, which runs copies of it. Record the gates of"
+                " `model.module`."
+            )
+        if kind == "OptimizedModule":
+            inner = inner._orig_mod
+        elif kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            inner = inner.module
+        else:
+            break
+    unwrapped: nn.Module = inner
+    return unwrapped

@@ -1,0 +1,172 @@
+"""One block before and after the injection, as boxes and arrows."""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from se_inject.edit.rewrite import edit_graph
+from se_inject.errors import ArgumentError, first_line
+from se_inject.gates.pictures import write_figure
+from se_inject.keep.atomic import replacing
+from se_inject.names import near_names
+from se_inject.plan.plan import Plan, layer_name
+from se_inject.plan.table import MODEL_ITSELF
+
+# Boxes of one graph: name -> (label, whether it is new), and the arrows between them.
+Boxes = tuple[dict[str, tuple[str, bool]], list[tuple[str, str]]]
+_NEW, _OLD = "#f4b183", "#dbe5f1"
+
+
+def draw_block(plan: Plan, block: str, path: Path) -> Path:
+    """Draw the forward of one block, in eval mode, before and after; SE blocks are orange.
+
+    Graphviz's ``dot`` draws it where it is installed, and matplotlib otherwise.
+
+    Args:
+        path: ends in .svg or .png.
+
+    Raises:
+        ArgumentError: the block gets no SE block, or the path ends in something else.
+    """
+    if path.suffix not in (".svg", ".png"):
+        raise ArgumentError(f"--output {path} must end in .svg or .png.")
+    block = "" if block == MODEL_ITSELF else block
+    sites = [site for site in plan.sites if site.block == block]
+    if not sites:
+        near = near_names(block, [site.block or MODEL_ITSELF for site in plan.sites])
+        raise ArgumentError(f"block {block!r} gets no SE block. Blocks that do: {near}.")
+    module = plan.model.get_submodule(block)
+    children = tuple(site.child for site in sites)
+    graph = plan.blocks[block].eval.graph
+    after = edit_graph(
+        graph, [site.where[0] for site in sites], children, fuse=plan.se_layer is None
+    )
+    new = "SqueezeExcite" if plan.se_layer is None else layer_name(plan.se_layer)
+    name = block or MODEL_ITSELF
+    parts = {
+        f"{name}: {type(module).__name__}": _boxes(graph, module, {}),
+        f"SE{type(module).__name__}": _boxes(after, module, dict.fromkeys(children, new)),
+    }
+    if dot := shutil.which("dot"):
+        return _by_dot(dot, dot_source(parts), path)
+    return _by_matplotlib(parts, path)
+
+
+def dot_source(parts: dict[str, Boxes]) -> str:
+    """The graphs, side by side, in the language of graphviz."""
+    lines = [
+        "digraph {",
+        'node [shape=box style="filled,rounded" fontname=Helvetica fontsize=11]',
+        "fontname=Helvetica",
+    ]
+    for number, (title, (boxes, arrows)) in enumerate(parts.items()):
+        lines += [f"subgraph cluster_{number} {{", f"label={_quoted(title)} color=gray"]
+        for name, (label, new) in boxes.items():
+            color = _NEW if new else _OLD
+            own = _quoted(f"{number} {name}")
+            lines.append(f'{own} [label={_quoted(label)} fillcolor="{color}"]')
+        lines += [f"{_quoted(f'{number} {a}')} -> {_quoted(f'{number} {b}')}" for a, b in arrows]
+        lines.append("}")
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _boxes(graph: fx.Graph, module: nn.Module, new: dict[str, str]) -> Boxes:
+    """What leads from the inputs to the output; checks of flags beside it are left out."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    wanted = {output}
+    for node in reversed(graph.nodes):
+        if node in wanted:
+            wanted.update(node.all_input_nodes)
+    nodes = [node for node in graph.nodes if node in wanted]
+    boxes = {node.name: (_label(node, module, new), str(node.target) in new) for node in nodes}
+    arrows = [(source.name, node.name) for node in nodes for source in node.all_input_nodes]
+    return boxes, arrows
+
+
+def _label(node: fx.Node, module: nn.Module, new: dict[str, str]) -> str:
+    target = str(node.target)
+    if node.op == "output":
+        return "output"
+    if node.op == "placeholder":
+        return target.removeprefix("*")
+    if node.op == "call_module":
+        kind = new.get(target)
+        if kind is None:
+            child: Any = module.get_submodule(target)
+            kind = type(child).__name__
+            if hasattr(child, "kernel_size") and hasattr(child, "out_channels"):
+                size = "×".join(map(str, child.kernel_size))
+                kind = f"{kind} {size}, {child.in_channels}→{child.out_channels}"
+        elif len(node.all_input_nodes) > 1:
+            kind = f"{kind} and sum"
+        return f"{target}\n{kind}"
+    return getattr(node.target, "__name__", target).strip("_")
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
+
+
+def _by_dot(dot: str, source: str, path: Path) -> Path:
+    with replacing(path) as part:
+        done = subprocess.run(
+            [dot, f"-T{path.suffix[1:]}"], input=source.encode(), capture_output=True, check=False
+        )
+        if done.returncode:
+            raise ArgumentError(f"dot cannot draw the block ({first_line(OSError(done.stderr))}).")
+        part.write_bytes(done.stdout)
+    return path
+
+
+def _by_matplotlib(parts: dict[str, Boxes], path: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    rows = {title: _rows(boxes) for title, boxes in parts.items()}
+    deepest = max(max(row for row, _ in places.values()) for places in rows.values())
+    widths = [1 + max(column for _, column in places.values()) for places in rows.values()]
+    figure = Figure(figsize=(2.6 * sum(widths) + 1.2, 0.75 * (deepest + 2)), layout="constrained")
+    panels = figure.subplots(1, len(parts), width_ratios=widths, sharey=True)
+    for axes, width, (title, (boxes, arrows)) in zip(panels, widths, parts.items(), strict=True):
+        places = rows[title]
+        axes.set_title(title)
+        axes.set(xlim=(-0.6, width - 0.4), ylim=(deepest + 0.6, -0.6))
+        axes.axis("off")
+        for start, end in arrows:
+            (y1, x1), (y2, x2) = places[start], places[end]
+            # An arrow that skips rows of its own column goes around the boxes between.
+            bend = 0.35 if x1 == x2 and y2 - y1 > 1 else 0.0
+            style = {"arrowstyle": "-|>", "color": "0.3", "shrinkA": 14, "shrinkB": 14}
+            style["connectionstyle"] = f"arc3,rad={bend}"
+            axes.annotate("", (x2, y2), (x1, y1), arrowprops=style, zorder=1)
+        for name, (label, new) in boxes.items():
+            row, column = places[name]
+            axes.text(
+                column,
+                row,
+                label,
+                ha="center",
+                va="center",
+                fontsize=8,
+                zorder=2,
+                bbox={"boxstyle": "round", "facecolor": _NEW if new else _OLD, "edgecolor": "0.4"},
+            )
+    return write_figure(figure, path.with_suffix(""), (path.suffix[1:],))[0]
+
+
+def _rows(boxes: Boxes) -> dict[str, tuple[int, int]]:
+    """Row and column of each box: below all that leads to it, the longest chain to the left."""
+    names, arrows = boxes
+    row = dict.fromkeys(names, 0)
+    for start, end in arrows:  # they are in the order of the graph
+        row[end] = max(row[end], row[start] + 1)
+    taken: dict[int, int] = {}
+    places = {}
+    for name in names:
+        column = taken.get(row[name], 0)
+        taken[row[name]] = column + 1
+        places[name] = (row[name], column)
+    return places
