@@ -9,7 +9,7 @@ from torch import Tensor
 
 from se_inject.errors import ArgumentError
 from se_inject.gates.statistics import BlockGates, GateStatistics
-from se_inject.keep.atomic import replacing
+from se_inject.keep.atomic import atomic_write
 from se_inject.names import near_names
 from se_inject.plan.table import MODEL_ITSELF
 
@@ -167,7 +167,7 @@ def write_figure(figure: "Figure", path: Path, formats: Sequence[str]) -> list[P
         # Without a salt, the ids in an SVG are random; without this, letters become outlines.
         settings: Any = {"svg.hashsalt": "se-inject", "svg.fonttype": "none"}
         metadata = {"Date": None} if kind == "svg" else {}
-        with matplotlib.rc_context(settings), replacing(target) as part:
+        with matplotlib.rc_context(settings), atomic_write(target) as part:
             figure.savefig(part, format=kind, dpi=120, metadata=metadata)
         paths.append(target)
     return paths

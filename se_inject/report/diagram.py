@@ -10,7 +10,7 @@ from torch import fx, nn
 from se_inject.edit.rewrite import edit_graph
 from se_inject.errors import ArgumentError, first_line
 from se_inject.gates.pictures import write_figure
-from se_inject.keep.atomic import replacing
+from se_inject.keep.atomic import atomic_write
 from se_inject.names import near_names
 from se_inject.plan.plan import Plan, layer_name
 from se_inject.plan.table import MODEL_ITSELF
@@ -112,7 +112,7 @@ def _quoted(text: str) -> str:
 
 
 def _by_dot(dot: str, source: str, path: Path) -> Path:
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         done = subprocess.run(
             [dot, f"-T{path.suffix[1:]}"], input=source.encode(), capture_output=True, check=False
         )

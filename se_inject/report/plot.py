@@ -13,6 +13,7 @@ from se_inject.errors import ArgumentError
 from se_inject.gates.pictures import write_figure
 from se_inject.plan.plan import Plan
 from se_inject.plan.table import MODEL_ITSELF
+from se_inject.sites.scaled import ResidualSite
 
 _ROUNDS = 15
 _SUFFIXES = (".svg", ".png")
@@ -77,7 +78,8 @@ def _time(site: Site, plan: Plan, batch_size: int, device: torch.device) -> floa
     if site.layout.channels_last:
         shape = [*shape[1:], shape[0]]
     x, residual = torch.randn(2, batch_size, *shape, device=device).to(layer_dtype(layer))
-    fused = site.where[0].fused and plan.se_layer is None
+    place = site.where[0]
+    fused = isinstance(place, ResidualSite) and place.fused and plan.se_layer is None
 
     def seconds(call: Any) -> float:
         if device.type != "cpu":
