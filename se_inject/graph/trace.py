@@ -49,6 +49,7 @@ class TracedBlock:
     name: str
     eval: TracedForward
     train: TracedForward
+    example: Arguments  # of its first recorded call, on meta
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _trace_twin(
             additions = max((call.additions for call in calls), key=len)
             blocks.append(UntracedBlock(name, result, tuple(additions)))
         else:
-            blocks.append(TracedBlock(name, *result))
+            blocks.append(TracedBlock(name, *result, (calls[0].args, calls[0].kwargs)))
     return Trace(tuple(blocks), recording.stopped, recording.guessed, recording.example)
 
 
