@@ -359,3 +359,37 @@ def test_an_injected_block_with_checks_compiles_and_exports() -> None:
 def test_a_device_error_is_ours() -> None:
     with pytest.raises(SEInjectError, match="takes its way by the device"):
         inject_se(block(by_device), example_input=X)
+
+
+class Sneaky(Body):
+    """Asks for the type of its input in a way that nobody sees, outside of its own source."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + sneaky_gain(x) * self.body(x)
+
+
+def sneaky_gain(x: Tensor, kind: Any = torch.FloatTensor) -> float:
+    return 0.5 if isinstance(x, kind) else 1.0
+
+
+def test_a_check_on_real_tensors_sees_what_nothing_else_sees() -> None:
+    root = Root(Sneaky()).eval()
+    keys, before = list(root.state_dict()), root(X)
+    state = torch.get_rng_state()
+    with pytest.raises(
+        SEInjectError, match="'block' would compute something else.*exclude='block'"
+    ):
+        inject_se(root, example_input=X)
+    assert list(root.state_dict()) == keys
+    assert torch.equal(root(X), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(inject_se(root, example_input=X, exclude="block")(X), before)
+
+
+def test_the_check_runs_no_hook_and_moves_no_statistics() -> None:
+    root = Root(block(fresh_dropout)).train()
+    seen: list[int] = []
+    root.block.norm.register_forward_hook(lambda *_: seen.append(1))
+    inject_se(root, example_input=X)
+    assert not seen
+    assert root.block.norm.num_batches_tracked == 0

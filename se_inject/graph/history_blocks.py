@@ -31,5 +31,8 @@ class HistoryBlocks:
             if key not in self.traced:
                 self.traced[key] = trace_block(name, self.modules[name], calls, self.device)
             result = self.traced[key]
-            self.blocks[name] = result if isinstance(result, str) else TracedBlock(name, *result)
+            first = (calls[0].args, calls[0].kwargs)
+            self.blocks[name] = (
+                result if isinstance(result, str) else TracedBlock(name, *result, first)
+            )
         return self.blocks[name]

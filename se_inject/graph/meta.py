@@ -125,6 +125,22 @@ def meta_copy(model: nn.Module, *, hooks: bool = False) -> nn.Module:
     return copy_with_twins(model, hooks=hooks)[0]
 
 
+def copy_without_hooks(module: nn.Module) -> nn.Module | None:
+    """A copy with its values and without the user's hooks; None where it cannot be copied."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if "_hooks" in name and isinstance(value, dict):
+                memo[id(value)] = _library_hooks(value)
+    try:
+        copied = copy.deepcopy(module, memo)
+    except Exception as error:  # whatever a foreign __deepcopy__ may raise
+        raise_interruption(error)
+        return None
+    own = {id(part) for part in module.modules()}
+    return None if any(id(part) in own for part in copied.modules()) else copied
+
+
 def copy_with_twins(
     model: nn.Module, *, hooks: bool = False
 ) -> tuple[nn.Module, dict[int, nn.Module], dict[int, Tensor]]:

@@ -53,6 +53,7 @@ class TracedBlock:
     name: str
     eval: TracedForward
     train: TracedForward
+    example: Arguments  # of its first recorded call, on meta
     adders: frozenset[str] = frozenset()  # children that only add what they are given
     # Where the tensors of each recorded call came from; None: the forward was not followed.
     pasts: tuple[tuple[Value | None, ...], ...] | None = None
@@ -168,7 +169,8 @@ def _trace_twin(
         else:
             pasts = tuple(call.past for call in calls if call.past is not None)
             adders = frozenset[str]().union(*(call.adders for call in calls))
-            blocks.append(TracedBlock(name, *result, adders, pasts or None))
+            first = (calls[0].args, calls[0].kwargs)
+            blocks.append(TracedBlock(name, *result, first, adders, pasts or None))
     return Trace(
         tuple(blocks),
         recording.stopped,

@@ -15,6 +15,7 @@ from se_inject.layers.attention import SELayer
 from se_inject.layers.cost import SECost, sum_costs
 from se_inject.layers.variant import Variant
 from se_inject.plan.injection import Ratio
+from se_inject.plan.verify import verify
 from se_inject.reasons import Skipped
 from se_inject.sites.scaled import Where
 
@@ -49,7 +50,14 @@ class Plan:
         return sum_costs(site.cost for site in self.sites)
 
     def apply(self) -> nn.Module:
-        """Insert the SE blocks into the model, in place, and return it."""
+        """Insert the SE blocks into the model, in place, and return it.
+
+        Where the weights are real, one block of each kind is tried on a copy first.
+
+        Raises:
+            UnsupportedModelError: a block would compute something else, or was replaced since.
+        """
+        verify(self.sites, self.modules, self.blocks, self.variant)
         return insert(
             self.model,
             self.sites,

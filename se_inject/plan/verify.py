@@ -1,0 +1,163 @@
+"""A check on real tensors before a model is edited: each kind of block computes what it did.
+
+Plans are made on meta tensors, which have no values, so a forward that asks for something that only
+a real tensor has would go unnoticed. Here a copy of the block runs before and after the edit.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from se_inject.edit.insert import insert
+from se_inject.edit.site import Site
+from se_inject.errors import UnsupportedModelError
+from se_inject.graph.meta import copy_without_hooks
+from se_inject.graph.record import Arguments
+from se_inject.graph.trace import TracedBlock
+from se_inject.layers.variant import Variant
+from se_inject.names import block_label
+from se_inject.torch_private import pytree
+
+# A block with more numbers than this is not copied, and a larger map is made smaller first.
+_MOST_WEIGHTS = 20_000_000
+_LARGEST_MAP = 200_000
+_SMALL_SIDE = 8
+
+
+def verify(
+    sites: Iterable[Site],
+    modules: Mapping[str, nn.Module],
+    blocks: Mapping[str, TracedBlock],
+    variant: Variant,
+) -> None:
+    """Compare each kind of block before and after its edit, on copies and to the bit.
+
+    The SE blocks of the check begin at a factor of 1, whatever is going to be inserted.
+
+    Raises:
+        UnsupportedModelError: a block would compute something else.
+    """
+    by_block: dict[str, list[Site]] = {}
+    for site in sites:
+        by_block.setdefault(site.block, []).append(site)
+    seen: set[tuple[Any, ...]] = set()
+    for name, own in by_block.items():
+        block = blocks[name]
+        key = (type(modules[name]), id(block.eval), id(block.train), variant.placement)
+        if key in seen:
+            continue
+        seen.add(key)
+        if not _is_kept(modules[name], own, block, variant):
+            raise UnsupportedModelError(
+                f"{block_label(name)} would compute something else after the injection: its forward"
+                " asks for what a copy without values cannot know. Leave it out with"
+                f" exclude={name!r}."
+            )
+
+
+def _is_kept(module: nn.Module, sites: list[Site], block: TracedBlock, variant: Variant) -> bool:
+    """Whether the outputs stay equal; also where this cannot be tried."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(t.is_meta for t in tensors) or sum(t.numel() for t in tensors) > _MOST_WEIGHTS:
+        return True
+    device = next((t.device for t in tensors), torch.device("cpu"))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        return _stays_equal(module, sites, block, variant, device)
+
+
+def _stays_equal(
+    module: nn.Module,
+    sites: list[Site],
+    block: TracedBlock,
+    variant: Variant,
+    device: torch.device,
+) -> bool:
+    modes = (False,) if block.train is block.eval else (False, True)
+    for training in modes:
+        for example in _examples(block.example):
+            inputs = _real(example, device)
+            copied = copy_without_hooks(module)
+            before = _outputs(copied, inputs, training)
+            if before is None:
+                continue  # it rejects maps of this size
+            # In train mode the first forward has moved the statistics of that copy.
+            edited = copy_without_hooks(module) if training else copied
+            if edited is not None:
+                _inject(edited, sites, block, variant)
+            after = _outputs(edited, inputs, training)
+            if after is not None and not _equal(before, after):
+                return False
+            break
+    return True
+
+
+def _inject(module: nn.Module, sites: list[Site], block: TracedBlock, variant: Variant) -> None:
+    insert(
+        module,
+        [dataclasses.replace(site, block="") for site in sites],
+        {"": module},
+        {"": block},
+        variant=dataclasses.replace(variant, init="identity"),
+        se_layer=None,
+        example=block.example,
+    )
+
+
+def _examples(example: Arguments) -> Iterator[Arguments]:
+    """The recorded call with small maps, and as it was if that is small itself."""
+    tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor)]
+    side = max((size for t in tensors if t.dim() >= 3 for size in t.shape[2:]), default=0)
+    if side > _SMALL_SIDE:
+
+        def smaller(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.dim() < 3:
+                return value
+            space = [max(1, -(-size * _SMALL_SIDE // side)) for size in value.shape[2:]]
+            return value.new_empty([*value.shape[:2], *space])
+
+        yield pytree.tree_map(smaller, example)
+    if sum(t.numel() for t in tensors) <= _LARGEST_MAP:
+        yield example
+
+
+def _real(example: Arguments, device: torch.device) -> Arguments:
+    generator = torch.Generator().manual_seed(0)
+
+    def real(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_floating_point():
+            return torch.zeros(value.shape, dtype=value.dtype, device=device)
+        return torch.randn(value.shape, generator=generator).to(device, value.dtype)
+
+    inputs: Arguments = pytree.tree_map(real, example)
+    return inputs
+
+
+def _outputs(module: nn.Module | None, inputs: Arguments, training: bool) -> list[Any] | None:
+    """What a copy of a block returns; None where it fails, as it does on too small maps."""
+    if module is None:
+        return None
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, inputs)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        try:
+            module.train(training)
+            output = module(*args, **kwargs)
+        except Exception:  # a foreign forward, on maps that it was not made for
+            return None
+    return pytree.tree_leaves((output, args, kwargs))
+
+
+def _equal(a: list[Any], b: list[Any]) -> bool:
+    def same(x: Any, y: Any) -> bool:
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+            return type(x) is type(y)
+        if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device:
+            return False
+        return torch.equal(x, y) or torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
+
+    return len(a) == len(b) and all(map(same, a, b))

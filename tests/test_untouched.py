@@ -1,0 +1,302 @@
+"""Planning changes nothing: not the user's model, not torch, not what other threads do."""
+
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from blocks import Plain, Root, X
+from torch import Tensor, nn
+
+from se_inject import NoSiteError, SEInjectError, inject_se, plan_se
+from se_inject.graph import planning, trace
+
+NAMES = (
+    "test_resnet",
+    "test_convnext",
+    "test_byobnet",
+    "test_efficientnet",
+    "dla34",
+    "mobilevit_xxs",
+)
+
+
+def state_of(model: nn.Module) -> Iterator[Any]:
+    """All that could change: flags, tensors with their versions, hooks, attributes, classes."""
+    for name, module in model.named_modules():
+        yield name, id(module), type(module), module.training
+        for key, value in vars(module).items():
+            if isinstance(value, dict):
+                yield name, key, [(k, id(v)) for k, v in value.items()]
+            else:
+                yield name, key, id(value)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        yield name, id(tensor), tensor._version, tensor.data_ptr(), tensor.requires_grad
+        yield tensor.device, tensor.dtype, tensor.detach().double().sum().item()
+
+
+def torch_state() -> list[Any]:
+    names = ("__call__", "__getattr__", "__setattr__", "training")
+    functions = [torch.arange, torch.full, torch.linspace, torch.autocast.__init__]
+    return [*(vars(nn.Module).get(name) for name in names), *functions, sys.getprofile()]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", [*NAMES, "torchvision/googlenet"])
+def test_a_dry_run_over_the_zoo_changes_nothing(name: str, training: bool) -> None:
+    if name.startswith("torchvision/"):
+        model: nn.Module = torchvision.models.googlenet(init_weights=False)
+    else:
+        model = timm.create_model(name)
+    model.train(training)
+    seen: list[Any] = []
+    next(model.children()).register_forward_hook(lambda *_: seen.append(1))
+    before, of_torch = list(state_of(model)), torch_state()
+    try:
+        plan_se(model)
+    except NoSiteError:
+        pass
+    assert list(state_of(model)) == before
+    assert torch_state() == of_torch
+    assert not seen
+
+
+# --- forwards that hold on to the user's own modules ---------------------------------------------
+
+
+def closure(root: Any) -> None:
+    old = root.block.forward
+    root.block.forward = lambda x: old(x)
+
+
+def closure_over_the_module(root: Any) -> None:
+    block = Plain().train()
+    block.load_state_dict(root.block.state_dict())
+    root.spare = [block]  # a list, so that it is no child; the copy has one of its own
+    root.block.forward = lambda x: block(x)
+
+
+def closure_over_weights(root: Any) -> None:
+    block = root.block
+    root.block.forward = lambda x: x + torch.conv2d(x, block.conv.weight, padding=1)
+
+
+@pytest.mark.parametrize("patch", [closure, closure_over_weights])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.Identity])
+def test_a_closure_over_the_original_module_runs_its_copy(patch: Any, norm: Any) -> None:
+    root = Root(Plain()).train()
+    root.block.norm = norm(16)
+    root.block.conv = torch.nn.utils.parametrizations.spectral_norm(root.block.conv)
+    root.block.conv(X)
+    patch(root)
+    seen: list[int] = []
+    root.block.norm.register_forward_hook(lambda *_: seen.append(1))
+    before = list(state_of(root))
+    plan = plan_se(root, example_input=X)
+    assert [s.block for s in plan.sites] == ["plain"]
+    assert [(s.block, s.detail) for s in plan.skipped] == [
+        ("block", "its forward is replaced on the instance")
+    ]
+    assert list(state_of(root)) == before
+    assert not seen
+
+
+def test_a_closure_that_writes_to_the_original_module_stops_there() -> None:
+    root = Root(Plain())
+    block = root.block
+
+    def forward(x: Tensor) -> Tensor:
+        block.last = x
+        return x + block.conv(x)
+
+    block.forward = forward
+    with pytest.raises(SEInjectError, match=r"'block' failed .*sets 'last' of your own Plain"):
+        plan_se(root, example_input=X)
+    assert not hasattr(block, "last")
+
+
+class Shared(Plain):
+    def __deepcopy__(self, memo: Any) -> "Shared":
+        return self
+
+
+def test_a_block_that_copies_to_itself_is_served_and_keeps_its_mode() -> None:
+    root = Root(Shared()).train()
+    before = list(state_of(root))
+    plan = plan_se(root, example_input=X)
+    assert list(state_of(root)) == before
+    assert [s.block for s in plan.sites] == ["plain", "block"]
+    root.eval()
+    y = root(X)
+    assert torch.equal(plan.apply()(X), y)
+
+
+# --- hooks of the model's own --------------------------------------------------------------------
+
+STORE: dict[str, Any] = {}
+
+
+class Captures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Conv2d(16, 16, 1), Plain(), nn.Conv2d(16, 4, 1)
+        self.captured: list[Tensor] = []
+        self.block.register_forward_hook(self.capture)
+        self.block.register_forward_hook(lambda m, a, o: STORE.__setitem__("mid", o))
+
+    def capture(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.captured.append(output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.block(self.stem(x))
+        return self.head(self.captured.pop() + STORE.pop("mid"))
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_hooks_that_the_forward_needs_are_kept(ran: bool) -> None:
+    model = Captures().eval()
+    if ran:
+        model(X)
+    before = list(state_of(model))
+    plan = plan_se(model, example_input=X)
+    assert "block" in [s.block for s in plan.sites]
+    assert list(state_of(model)) == before
+    y = model(X)
+    assert torch.equal(plan.apply()(X), y)
+
+
+# --- threads and interruptions -------------------------------------------------------------------
+
+
+def test_another_threads_models_go_on_and_are_not_traced() -> None:
+    model, other = timm.create_model("test_resnet"), nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    x, counts, done = torch.randn(1, 3, 8, 8), Counter[str](), threading.Event()
+
+    def serve() -> None:
+        while not done.is_set():
+            try:
+                fresh = nn.Dropout(0.5)
+                fresh.training = torch.arange(2).shape[0] == 2 and fresh.training
+                counts[type(fresh(other(x))).__name__] += 1
+            except Exception as error:
+                counts[repr(error)] += 1
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        for _ in range(3):
+            plan_se(model)
+    finally:
+        done.set()
+        thread.join()
+    assert set(counts) == {"Tensor"}
+
+
+def interrupted_at(line: int, code: Any) -> Any:
+    """A trace function that raises KeyboardInterrupt at the n-th line of some functions."""
+    count = 0
+
+    def follow(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.endswith(code):
+            return None
+        if event == "line":
+            count += 1
+            if count == line:
+                raise KeyboardInterrupt
+        return follow
+
+    return follow
+
+
+FILES = ("graph/patches.py", "graph/trace.py", "graph/watch.py", "graph/meta.py")
+
+
+@pytest.mark.parametrize("start", range(5))
+def test_ctrl_c_at_any_line_leaves_torch_as_it_was(start: int) -> None:
+    root = Root(Plain()).train()
+    before, of_torch = list(state_of(root)), torch_state()
+    finished = False
+    for line in range(1 + start, 3000, 23):
+        sys.settrace(interrupted_at(line, FILES))
+        try:
+            plan_se(root, example_input=X)
+            finished = True
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert torch_state() == of_torch
+        assert planning.THREAD.tracer is None
+        assert not planning.THREAD.modules
+        if finished:
+            break
+    assert finished
+    assert list(state_of(root)) == before
+    assert len(plan_se(root, example_input=X).sites) == 2
+
+
+class Swallows(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return x + self.norm(self.conv(x))
+        except BaseException as error:
+            raise RuntimeError("something went wrong") from error
+
+
+def test_an_interruption_that_became_another_error_is_no_site_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = Root(Swallows())
+    real = trace.BlockTracer.call_module
+
+    def call_module(self: Any, module: nn.Module, *args: Any) -> Any:
+        if isinstance(module, nn.BatchNorm2d) and self.name == "block":
+            raise KeyboardInterrupt
+        return real(self, module, *args)
+
+    monkeypatch.setattr(trace.BlockTracer, "call_module", call_module)
+    with pytest.raises(KeyboardInterrupt):
+        plan_se(root, example_input=X)
+
+
+# --- children that are no Python -----------------------------------------------------------------
+
+
+def scripted(module: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(module)
+
+
+def quantized() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        q = torch.ao.quantization
+        part = nn.Sequential(q.QuantStub(), nn.Conv2d(16, 16, 1), nn.ReLU(), q.DeQuantStub()).eval()
+        part.qconfig = q.get_default_qconfig("x86")
+        q.prepare(part, inplace=True)
+        part(X)
+        return q.convert(part)
+
+
+@pytest.mark.parametrize("make", [lambda: scripted(Plain()), quantized], ids=["script", "quant"])
+def test_a_child_that_is_no_float_python_is_skipped_and_the_rest_served(make: Any) -> None:
+    root = Root(nn.Sequential(make(), Plain())).eval()
+    y = root(X)
+    plan = plan_se(root, example_input=X)
+    assert [s.block for s in plan.sites] == ["plain", "block.1"]
+    assert any(s.block.startswith("block.0") and s.detail for s in plan.skipped)
+    plan.apply()
+    assert torch.equal(root(X), y)
+
+
+def test_a_model_that_is_scripted_itself_is_refused() -> None:
+    with pytest.raises(SEInjectError, match="is TorchScript"):
+        inject_se(scripted(Plain()), example_input=X)
