@@ -17,7 +17,7 @@ class Reason(StrEnum):
     INNER = "inside the branch of another residual addition"
     SCALED = "scaled addition (alpha is not 1)"
     LAYOUT = "se_layer takes [N, C, H, W], and this map has another layout"
-    IMAGE = "two or three channels: an image, no feature map"
+    IMAGE = "at most three channels: an image, no feature map"
     BLENDED = "two maps mixed by a function that is no sum of both (lerp, a mean, index_add, ...)"
     INSIDE_CHILD = "the place for this placement is inside a child that returns several maps"
     CHANNELS_UNKNOWN = "cannot tell which dim holds the channels"

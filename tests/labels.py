@@ -254,6 +254,30 @@ LABELS: dict[str, dict[str, Label]] = {
 }
 
 
+FAMILIES = """
+## Whole families of networks
+
+The same is done on every network, whatever its classes are called.
+
+| family | what is done |
+|---|---|
+| feature pyramid, hourglass, U-Net that adds its skips | Where one operand alone comes from a smaller map (interpolated, upsampled, pixel-shuffled, unpooled, a transposed convolution), the sum is fusion, however deep that operand is. Residual blocks in the stages keep their SE blocks. A branch that also has a path of full resolution is no decoder (U²-Net's blocks), and neither is attention that one child computes on a smaller map and brings back (LowFormer, CPUBone, EfficientFormerV2). |
+| up- and downsampling residual blocks | Both operands are resampled: one SE block (BigGAN, diffusers). |
+| CSP stages that add two paths | Fusion where the second path has an activation behind its last convolution, or where the first ends in two residual units or more. One unit beside a plain projection is a residual block. |
+| global residual of super-resolution and denoising | On at most three channels, reached from a wider map: an image, no SE block. EDSR's global residual on features gets one. |
+| one convolution beside a 1x1 projection | A residual block like its siblings with an identity: one SE block on the spatial convolution. Where the maps get smaller and the branch has an activation, the projection may be spatial (MONAI's strided units). Two 1x1 or two 3x3 convolutions are fusion. No network of timm or torchvision has such a block but re-parameterisable ones. |
+| re-parameterisable sums | All paths linear, and the class has a method that folds (its name or its text says so: it reads running variances, or makes a kernel and replaces layers); or RepVGG's three terms, of which one is a bare norm. `fuse_model` of quantizable networks folds no branch. |
+| conditioned blocks (time, mask, style) | The split point is the step that both operands come from; second inputs count as parameters. A scale that is computed from the condition alone is no channel attention. |
+| gates, depth and shortcuts in the caller | What the arguments of a block went through before the call counts. |
+| an addition in a module of its own | One SE block on the branch, in the caller, or in the adding module where the caller is an `nn.Sequential` or the module does more than add. |
+| zero-padded shortcuts | A concatenation is padding where no convolution or Linear is on the way to it. |
+| additions in other words | `addcmul` with a layer scale, `stack([x, h]).sum(0)`, `sub(alpha=-1)`, `h - (-x)`, `torch.ops.aten.add` are served. A weighted mean (`lerp`, `stack(...).mean(0)`), sums of more than two stacked maps, `einsum` over a stack, `index_add`, `_foreach_add`, `addcmul` of two maps and `torch.add(out=)` are listed with a reason: the SE block would scale more than the branch, or there is no place for it. |
+
+None of these changes a site of timm or torchvision. One reason changes: the head of
+`torchvision/lraspp_mobilenet_v3_large` is fusion, since only one of its maps is upsampled.
+"""
+
+
 def label_of(kind: str) -> Label | None:
     """The label of a class by its full name; None if nobody has looked at that class yet."""
     for package, labels in LABELS.items():
@@ -281,7 +305,7 @@ def page() -> str:
             for name, label in labels.items()
             if label.verdict == "arguable"
         ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + FAMILIES
 
 
 if __name__ == "__main__":

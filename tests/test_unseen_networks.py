@@ -356,6 +356,27 @@ def test_a_residual_onto_three_channels_is_left_alone() -> None:
     assert found(network) == (["body.1"], [Reason.IMAGE])
 
 
+def test_a_unit_of_three_channels_is_a_unit() -> None:
+    """MONAI's last unit on two classes: no image that wider maps are brought back to."""
+    unit = Block(lambda m, x: x + m.body(x), body=conv(3))
+    network = Net(nn.Sequential(Plain(), conv(16, 3), unit))
+    assert found(network) == (["block.0", "block.2"], [])
+
+
+def test_a_strided_convolution_beside_a_strided_projection() -> None:
+    """MONAI's strided units with one subunit: both convolutions are 3x3."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return F.relu(m.a(x)) + m.p(x)
+
+    strided = Block(forward, a=conv(stride=2), p=nn.Conv2d(16, 16, 3, 2, 1))
+    assert found(Net(strided)) == (["block"], [])
+    linear = Block(lambda m, x: m.a(x) + m.p(x), a=conv(stride=2), p=nn.Conv2d(16, 16, 3, 2, 1))
+    assert found(Net(linear)) == ([], [Reason.FUSION])
+    same_size = Block(forward, a=conv(), p=nn.Conv2d(16, 16, 3, 1, 1))
+    assert found(Net(same_size)) == ([], [Reason.FUSION])
+
+
 NOT_DECODED = {
     "both upsampled": Block(
         lambda m, x: m.b(up(m.a(x))) + m.p(up(x)), a=conv(), b=conv(), p=conv(k=1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from se_inject.graph.log import Value
+from se_inject.graph.ops import Op
 from se_inject.layers.layout import KINDS
 from se_inject.reasons import Reason
 from se_inject.sites.collapse import collapses
@@ -69,9 +70,7 @@ def _verdict_in(
     branch, shortcut = _by_depth(flow, split_point, a, b)
     if not any(op.is_convolution for op in flow.ops(flow.between(split_point, branch))):
         return Reason.NO_CONVOLUTION
-    shape = flow.facts[node].shape or ()
-    channel_dim = flow.facts[node].channel_dim
-    if channel_dim is not None and shape[channel_dim] in _IMAGE_CHANNELS:
+    if _is_image(flow, split_point, node, branch):
         return Reason.IMAGE
     if _is_decoded(flow, split_point, a, b) or _is_second_path(flow, split_point, branch, shortcut):
         return Reason.FUSION
@@ -84,9 +83,16 @@ def _verdict_in(
     return Residual(split_point, branch, shortcut, flow)
 
 
-# A map of so many channels is an image, such as the output of super-resolution with its global
-# residual: there are no features to weigh.
-_IMAGE_CHANNELS = (2, 3)
+def _is_image(flow: Flow, split_point: Step | None, node: fx.Node, branch: fx.Node) -> bool:
+    """Whether the sum is an image, as in super-resolution with its global residual.
+
+    Its channels are few, and the branch has more on the way. There are no features to weigh.
+    """
+    shape, channel_dim = flow.facts[node].shape or (), flow.facts[node].channel_dim
+    if channel_dim != 1 or shape[1] > 3:
+        return False
+    ops = flow.ops(flow.between(split_point, branch))
+    return any(op.is_convolution and op.shape[1] > 3 for op in ops)
 
 
 def _by_depth(
@@ -94,7 +100,7 @@ def _by_depth(
 ) -> tuple[fx.Node, fx.Node]:
     """The operand that may be the branch, and the one that may be the shortcut."""
     depth = {n: flow.depth(split_point, n) for n in (a, b)}
-    if depth[a] == depth[b] and _is_projection(flow, split_point, a):
+    if depth[a] == depth[b] and _is_projection(flow, split_point, a, b):
         return b, a
     return (a, b) if depth[a] >= depth[b] else (b, a)
 
@@ -113,17 +119,31 @@ def _is_deeper(flow: Flow, split_point: Step | None, branch: fx.Node, shortcut: 
         depths[0] == len(convolutions) == 1
         and convolutions[0].is_spatial_convolution
         and not convolutions[0].is_depthwise
-        and _is_projection(flow, split_point, shortcut)
+        and _is_projection(flow, split_point, shortcut, branch)
     )
 
 
-def _is_projection(flow: Flow, split_point: Step | None, end: fx.Node) -> bool:
-    """Whether the path is one 1x1 convolution with nothing non-linear behind it."""
+def _is_projection(flow: Flow, split_point: Step | None, end: fx.Node, branch: fx.Node) -> bool:
+    """Whether the path is one 1x1 convolution with nothing non-linear behind it.
+
+    Where the maps get smaller, it may see more than one position (MONAI's strided units), beside
+    a branch that has an activation.
+    """
     ops = list(flow.ops(flow.between(split_point, end)))
     convolutions = [i for i, op in enumerate(ops) if op.is_convolution]
-    if len(convolutions) != 1 or ops[convolutions[0]].is_spatial_convolution:
+    if len(convolutions) != 1 or _bends(ops[convolutions[0] :]):
         return False
-    return not any(op.is_activation or op.is_product for op in ops[convolutions[0] :])
+    if not ops[convolutions[0]].is_spatial_convolution:
+        return True
+    before = flow.facts[split_point].shape if isinstance(split_point, fx.Node) else None
+    after = flow.facts[end].shape
+    smaller = before is not None and after is not None and before[2:] != after[2:]
+    return smaller and _bends(list(flow.ops(flow.between(split_point, branch))))
+
+
+def _bends(ops: Sequence[Op]) -> bool:
+    """Whether there is anything non-linear among these."""
+    return any(op.is_activation or op.is_product for op in ops)
 
 
 def _is_decoded(flow: Flow, split_point: Step | None, a: fx.Node, b: fx.Node) -> bool:
