@@ -21,7 +21,8 @@ def _transform(draw: Draw, s: Source, c: int, out: int) -> str:
             layers.append(norm)
         if _chance(draw):
             layers.append(draw(st.sampled_from(["nn.ReLU()", "nn.ReLU(inplace=True)"])))
-    return f"{s.child('body', f'nn.Sequential({", ".join(layers)})')}(x)"
+    body = s.child("body", f"nn.Sequential({', '.join(layers)})")
+    return f"{body}(x)"
 
 
 def _inception(draw: Draw, c: int) -> tuple[Source, int]:
