@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from bn_inception import BNInception
 from helpers import open_gates
+from paper_units import rows_of_table_2, rows_of_table_3
 from torch import Tensor, nn
 
 from se_inject import inject_se, plan_se, remove_se, se_parameters
@@ -143,3 +145,26 @@ def test_function_keys_gradients_and_removal(name: str) -> None:
     model.load_state_dict(state)
     assert {name: type(module) for name, module in model.named_modules()} == classes
     assert torch.equal(run(model, x, training=False)[0], before[False][0])
+
+
+# --- the paper ------------------------------------------------------------------------------------
+
+
+def test_table_2_of_the_paper() -> None:
+    vgg, inception = rows_of_table_2()
+    assert vgg[1:6] == ("13", "15.47 → 15.48", "15.4703", "15.4840", "15.4976")
+    assert inception[1:6] == ("10", "2.03 → 2.04", "2.0326", "2.0344", "2.0356")
+
+
+def test_the_authors_bn_inception_has_as_many_parameters_in_its_se_blocks() -> None:
+    plan = plan_se(BNInception(), divisor=1, example_input=torch.empty(1, 3, 224, 224))
+    assert plan.added.params == 639_360 + 7_038
+
+
+def test_table_3_of_the_paper() -> None:
+    mobilenet, with_stem, shufflenet = rows_of_table_3()
+    assert mobilenet[1::2] == ("13", "4.232 → 4.712", "568.74", "574.64")
+    assert mobilenet[6] == "571.93"
+    assert with_stem[6] == "572.33"
+    assert shufflenet[1::2] == ("16", "1.866 → 2.477", "137.46", "141.28")
+    assert shufflenet[6] == "139.68"
