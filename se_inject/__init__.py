@@ -17,6 +17,7 @@ the same outputs to the last bit, until training moves the new weights.
     api          inject_se, remove_se, se_parameters
     models/      "resnet50", "torchvision/resnet50", "my_pkg.nets:build" -> nn.Module
     keep/        save_se, load_se; export to stock timm networks, torch.export, ONNX
+    gates/       what the gates do: record, statistics, pictures, folding the constant ones
     report/      parameters, MACs and latency; tables, JSON; the zoo's coverage
     finetune/    settings, data, recipe, trainer, results; imported by its commands only
     cli/         Typer: parse, call, print

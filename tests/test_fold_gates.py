@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ from se_inject.gates import (
     verdict,
 )
 from se_inject.gates.advice import globs
-from se_inject.gates.pictures import class_curves, write_pictures
+from se_inject.gates.pictures import class_curves, heat_map, write_pictures
 
 X = torch.randn(2, 6, 16, 8, 8, generator=torch.Generator().manual_seed(0))  # two batches
 EXACT = torch.tensor([1.0, 0.5, 2.0, 0.25, 4.0, 0.0, 1.0, 8.0] * 2)
@@ -402,3 +403,10 @@ def test_curves_of_chosen_classes() -> None:
         class_curves(found, ["bea"])
     with pytest.raises(ArgumentError, match="by class"):
         class_curves(gate_statistics(model, [x]))
+
+
+def test_pictures_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = gate_statistics(network(), list(X))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ArgumentError, match=r"se-inject\[viz\]"):
+        heat_map(found)

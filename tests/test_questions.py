@@ -377,7 +377,7 @@ def test_a_check_on_real_tensors_sees_what_nothing_else_sees() -> None:
     keys, before = list(root.state_dict()), root(X)
     state = torch.get_rng_state()
     with pytest.raises(
-        SEInjectError, match="'block' would compute something else.*exclude='block'"
+        SEInjectError, match=r"'block' would compute something else.*exclude='block'"
     ):
         inject_se(root, example_input=X)
     assert list(root.state_dict()) == keys

@@ -30,14 +30,12 @@ def heat_map(statistics: GateStatistics) -> "Figure":
     The channels of a block are in the order of their mean gate and stretched to one width. Where
     there are no classes, the spread is that over the images.
     """
-    from matplotlib.figure import Figure
-
     blocks = statistics.blocks
     rows = [_channels(block) for block in blocks]
     means = torch.stack([_stretched(mean) for mean, _ in rows])
     spreads = torch.stack([_stretched(spread) for _, spread in rows])
     height = 1.6 + min(0.3 * len(blocks), 9)
-    figure = Figure(figsize=(10, max(3.2, height)), layout="constrained")
+    figure = new_figure(10, max(3.2, height))
     left, right = figure.subplots(1, 2, sharey=True)
     # The scale is symmetric about 1, the gate that does nothing.
     reach = max(0.05, float((means - 1).abs().max()))
@@ -74,8 +72,6 @@ def class_curves(statistics: GateStatistics, chosen: Sequence[str] | None = None
     Raises:
         ArgumentError: there are no classes, or none of that name.
     """
-    from matplotlib.figure import Figure
-
     names = statistics.classes
     if names is None:
         raise ArgumentError("curves by class need statistics by class: gate_statistics(classes=).")
@@ -87,7 +83,7 @@ def class_curves(statistics: GateStatistics, chosen: Sequence[str] | None = None
     else:
         picked = [names.index(name) for name in chosen]
     blocks = _depths(statistics.blocks)
-    figure = Figure(figsize=(10, 1.9 * len(blocks) + 0.8), layout="constrained")
+    figure = new_figure(10, 1.9 * len(blocks) + 0.8)
     panels = figure.subplots(len(blocks), 1, squeeze=False)[:, 0]
     colors = [f"C{i % 10}" for i in range(len(picked))]
     for axes, block in zip(panels, blocks, strict=True):
@@ -116,10 +112,8 @@ def class_curves(statistics: GateStatistics, chosen: Sequence[str] | None = None
 
 def spread_by_depth(statistics: GateStatistics) -> "Figure":
     """How much gates differ between classes and within a class, block by block."""
-    from matplotlib.figure import Figure
-
     blocks = statistics.blocks
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = new_figure(8, 4)
     axes = figure.subplots()
     depth = range(len(blocks))
     lines = [("over all images", "0.4", [block.spread for block in blocks])]
@@ -155,6 +149,21 @@ def write_pictures(
         for name, figure in figures.items()
         for path in write_figure(figure, folder / name, ("png", "svg"))
     ]
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches, which no window or notebook knows of.
+
+    Raises:
+        ArgumentError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ArgumentError(
+            "pictures need matplotlib, which is not installed: pip install 'se-inject[viz]'."
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def write_figure(figure: "Figure", path: Path, formats: Sequence[str]) -> list[Path]:

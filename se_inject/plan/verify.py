@@ -100,6 +100,7 @@ def _inject(module: nn.Module, sites: list[Site], block: TracedBlock, variant: V
         [dataclasses.replace(site, block="") for site in sites],
         {"": module},
         {"": block},
+        where="residual",  # no matter which: nothing is saved of this copy
         variant=dataclasses.replace(variant, init="identity"),
         se_layer=None,
         example=block.example,

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from se_inject.edit.rewrite import edit_graph
 from se_inject.errors import ArgumentError, first_line
-from se_inject.gates.pictures import write_figure
+from se_inject.gates.pictures import new_figure, write_figure
 from se_inject.keep.atomic import atomic_write
 from se_inject.names import near_names
 from se_inject.plan.plan import Plan, layer_name
@@ -123,37 +123,41 @@ def _by_dot(dot: str, source: str, path: Path) -> Path:
 
 
 def _by_matplotlib(parts: dict[str, Boxes], path: Path) -> Path:
-    from matplotlib.figure import Figure
-
     rows = {title: _rows(boxes) for title, boxes in parts.items()}
     deepest = max(max(row for row, _ in places.values()) for places in rows.values())
     widths = [1 + max(column for _, column in places.values()) for places in rows.values()]
-    figure = Figure(figsize=(2.6 * sum(widths) + 1.2, 0.75 * (deepest + 2)), layout="constrained")
+    figure = new_figure(2.6 * sum(widths) + 1.2, 0.75 * (deepest + 2))
     panels = figure.subplots(1, len(parts), width_ratios=widths, sharey=True)
     for axes, width, (title, (boxes, arrows)) in zip(panels, widths, parts.items(), strict=True):
         places = rows[title]
         axes.set_title(title)
         axes.set(xlim=(-0.6, width - 0.4), ylim=(deepest + 0.6, -0.6))
         axes.axis("off")
-        for start, end in arrows:
-            (y1, x1), (y2, x2) = places[start], places[end]
-            # An arrow that skips rows of its own column goes around the boxes between.
-            bend = 0.35 if x1 == x2 and y2 - y1 > 1 else 0.0
-            style = {"arrowstyle": "-|>", "color": "0.3", "shrinkA": 14, "shrinkB": 14}
-            style["connectionstyle"] = f"arc3,rad={bend}"
-            axes.annotate("", (x2, y2), (x1, y1), arrowprops=style, zorder=1)
+        patches = {}
         for name, (label, new) in boxes.items():
             row, column = places[name]
-            axes.text(
-                column,
-                row,
-                label,
-                ha="center",
-                va="center",
-                fontsize=8,
-                zorder=2,
-                bbox={"boxstyle": "round", "facecolor": _NEW if new else _OLD, "edgecolor": "0.4"},
+            color = _NEW if new else _OLD
+            frame = {"boxstyle": "round", "facecolor": color, "edgecolor": "0.4"}
+            text = axes.text(
+                column, row, label, ha="center", va="center", fontsize=8, zorder=2, bbox=frame
             )
+            patches[name] = text.get_bbox_patch()
+        for start, end in arrows:
+            (y1, x1), (y2, x2) = places[start], places[end]
+            begin: tuple[float, float] = (x1, y1)
+            style: dict[str, Any] = {
+                "arrowstyle": "-|>",
+                "color": "0.3",
+                "shrinkA": 0,
+                "shrinkB": 2,
+            }
+            style |= {"patchA": patches[start], "patchB": patches[end]}
+            if y2 - y1 > 1:  # past the boxes between: sideways, down, and back
+                beside = x1 + 0.5 if x1 == x2 else x1
+                axes.plot([x1, beside, beside], [y1, y1, y2], color="0.3", linewidth=1, zorder=0)
+                begin = (beside, y2)
+                style["patchA"] = None
+            axes.annotate("", (x2, y2), begin, arrowprops=style, zorder=1)
     return write_figure(figure, path.with_suffix(""), (path.suffix[1:],))[0]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from se_inject.edit.site import Site, make_layer
 from se_inject.errors import ArgumentError
-from se_inject.gates.pictures import write_figure
+from se_inject.gates.pictures import new_figure, write_figure
 from se_inject.plan.plan import Plan
 from se_inject.plan.table import MODEL_ITSELF
 from se_inject.sites.scaled import ResidualSite
@@ -31,15 +31,13 @@ def plot_costs(plan: Plan, path: Path, milliseconds: dict[str, float] | None = N
     Raises:
         ArgumentError: the path ends in something else.
     """
-    from matplotlib.figure import Figure
-
     if path.suffix not in _SUFFIXES:
         raise ArgumentError(f"--plot {path} must end in .svg or .png.")
     sites = plan.sites
     rows = list(range(len(sites)))
     height = max(2.5, 1.6 + 0.22 * min(len(sites), 100))
     panels = 2 if milliseconds is None else 3
-    figure = Figure(figsize=(4.2 * panels, height), layout="constrained")
+    figure = new_figure(4.2 * panels, height)
     axes = figure.subplots(1, panels, sharey=True)
     axes[0].barh(rows, [site.params / 1e3 for site in sites], color="C0")
     axes[0].set(xlabel="thousands of parameters", title="added parameters")
