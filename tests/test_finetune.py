@@ -304,7 +304,7 @@ def test_a_run_folder_of_before_the_rooms_goes_on(
     running.resume(folder, QUIET)
     rows = rows_of(folder)
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    assert rows[:1] == before
+    assert [{key: row[key] for key in before[0]} for row in rows[:1]] == before
     assert use.load_run(folder).classes == tuple("0123456789")
 
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from se_inject.cli.lightning import need_lightning
 
@@ -18,7 +20,10 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
 ) -> None:
-    """Measure the best network of RUN: top-1, top-5, each class; confusion matrix in the folder."""
+    """Measure the chosen network of RUN on the images that the run validated on.
+
+    The confusion matrix goes into the run folder, as a table and as a picture.
+    """
     need_lightning()
     run = run.expanduser()
     from se_inject.finetune import evaluate as use
@@ -28,14 +33,23 @@ def evaluate(
         print(json.dumps(result, indent=2))
         return
     console = Console()
+    top5 = "" if result["top5"] is None else f", top-5 {100 * result['top5']:.2f} %"
     console.print(
-        f"{result['images']} images: top-1 {100 * result['top1']:.2f} %,"
-        f" top-5 {100 * result['top5']:.2f} %",
+        f"{result['images']} images: top-1 {100 * result['top1']:.2f} %{top5}", highlight=False
+    )
+    console.print(
+        f"balanced accuracy {100 * result['balanced_accuracy']:.2f} %,"
+        f" macro F1 {100 * result['macro_f1']:.2f} %;"
+        f" the largest class has {100 * result['majority_share']:.2f} % of the images",
         highlight=False,
     )
-    for name, accuracy in result["classes"].items():
-        share = "no image" if accuracy is None else f"{100 * accuracy:6.2f} %"
-        console.print(f"  {share}  {name}", highlight=False, markup=False)
+    table = Table("class", "images", "precision", "recall", "F1", "AUROC", box=None)
+    for name, row in result["by_class"].items():
+        shares = (row["precision"], row["recall"], row["f1"])
+        cells = ["-" if share is None else f"{100 * share:.2f} %" for share in shares]
+        area = "-" if row["auroc"] is None else f"{row['auroc']:.4f}"
+        table.add_row(Text(name), f"{row['images']:,}", *cells, area)
+    console.print(table)
     if result["unreadable"]:
         console.print(f"{len(result['unreadable'])} images could not be read.", highlight=False)
     console.print(f"Confusion matrix: {run / 'confusion.png'}, .csv", highlight=False)

@@ -90,18 +90,42 @@ def _default_folder(settings: Settings) -> Path:
 
 
 def _print_summary(summary: dict[str, Any], folder: Path) -> None:
-    table = Table("arm", "validation accuracy", "parameters", "GMACs", "seconds", box=None)
-    for arm, row in summary["arms"].items():
-        spread = "" if row["sd"] is None else f" ± {100 * row['sd']:.2f}"
-        macs = "" if row["macs"] is None else f"{row['macs'] / 1e9:.3f}"
+    arms = summary["arms"]
+    tested = any(row.get("test") for row in arms.values())
+    columns = ["arm", "validation accuracy", *(["test accuracy"] if tested else []), "last epoch"]
+    table = Table(*columns, "parameters", "GMACs", "seconds", box=None)
+    for arm, row in arms.items():
+        shares = [row, *([row["test"]] if tested else []), row["last"]]
         table.add_row(
             arm,
-            f"{100 * row['mean']:.2f}{spread} %",
+            *map(_share, shares),
             f"{row['params']:,}",
-            macs,
+            "" if row["macs"] is None else f"{row['macs'] / 1e9:.3f}",
             f"{row['seconds']:.0f}",
         )
     console = Console()
     console.print(table)
-    console.print(summary["verdict"], highlight=False)
-    console.print(f"Best weights, metrics, curves: {folder}", highlight=False, soft_wrap=True)
+    for arm, row in arms.items():
+        for line in _about(arm, row):
+            console.print(line, highlight=False, soft_wrap=True)
+    console.print(summary["verdict"], highlight=False, soft_wrap=True)
+    console.print(f"Chosen weights, metrics, curves: {folder}", highlight=False, soft_wrap=True)
+
+
+def _share(spread: dict[str, Any]) -> str:
+    deviation = "" if spread["sd"] is None else f" ± {100 * spread['sd']:.2f}"
+    return f"{100 * spread['mean']:.2f}{deviation} %"
+
+
+def _about(arm: str, row: dict[str, Any]) -> list[str]:
+    """Which epoch the figures are of, and those that do not gain from a large class."""
+    chosen = ", ".join(map(str, row["best_epoch"]))
+    which = "the last" if row["select"] == "last" else "the best"
+    lines = [f"{arm}: validation accuracy of {which} of {row['epochs']} epochs, epoch {chosen}"]
+    if row["balanced_accuracy"] is not None:
+        lines.append(
+            f"  balanced accuracy {100 * row['balanced_accuracy']:.2f} %,"
+            f" macro F1 {100 * row['macro_f1']:.2f} %,"
+            f" largest class {100 * row['majority_share']:.2f} %"
+        )
+    return lines

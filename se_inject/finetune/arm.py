@@ -8,16 +8,27 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
+from torch import nn
 
 from se_inject.api import remove_se, se_parameters
 from se_inject.errors import ArgumentError
 from se_inject.finetune.callbacks import RunFolder
-from se_inject.finetune.data import Data, data_of, loader
+from se_inject.finetune.data import Data, Images, balanced_weights, data_of, loader
 from se_inject.finetune.machine import check_space, epochs_done, ranks_of, stoppable, trainer_of
-from se_inject.finetune.network import base_of, blocks_of, head_of, size_of, with_head
+from se_inject.finetune.measure import measure
+from se_inject.finetune.network import (
+    base_of,
+    blocks_of,
+    head_of,
+    size_of,
+    with_head,
+    zero_branches,
+)
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.settings import Settings
 from se_inject.finetune.split import Split
+from se_inject.names import few, plural
 from se_inject.plan.planner import make_plan
 
 
@@ -51,12 +62,20 @@ class Arm:
         if not blocks_of(network):
             make_plan(network, settings, example).apply()
         blocks = blocks_of(network)
+        if self.arm == "se" and (dead := self._dead_blocks(network, example)):
+            warnings.warn(
+                f"{plural(len(dead), 'block')} ({few(dead)}): the branch is multiplied by 0, so its"
+                " SE block learns nothing while the base is frozen. --freeze-epochs 0 trains the"
+                " base from the first epoch on.",
+                stacklevel=2,
+            )
         if self.arm == "control":
             remove_se(network)
         params, macs = size_of(network, example)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        recipe = Recipe(network, settings, len(data.classes), self.seed, blocks)
+        weights = balanced_weights(data.train) if settings.class_weights == "balanced" else None
+        recipe = Recipe(network, settings, len(data.classes), self.seed, blocks, weights)
         sharded = settings.strategy == "fsdp"
         plain = copy.deepcopy(network) if sharded else None
         history = RunFolder(self.folder, self.arm, self.seed, settings, plain)
@@ -82,10 +101,16 @@ class Arm:
                 stacklevel=2,
             )
         rows = history.rows
+        test = None
+        if data.test is not None and trainer.is_global_zero:
+            test = self._test(plain or network, data.test, len(data.classes))
         return {
             "arm": self.arm,
             "seed": self.seed,
-            "val_acc": max(row["val_acc"] for row in rows),
+            "val_acc": history.best,
+            "best_epoch": history.best_epoch,
+            "select": settings.select,
+            "test": test,
             "last_val_acc": rows[-1]["val_acc"],
             "params": params,
             "macs": macs,
@@ -96,6 +121,25 @@ class Arm:
             "input_size": [3, size, size],
             "history": rows,
         }
+
+    def _dead_blocks(self, network: nn.Module, example: torch.Tensor) -> list[str]:
+        """Blocks that learn nothing while the base is frozen, where it is and may begin so."""
+        settings = self.settings
+        frozen = settings.train != "all" or settings.frozen_epochs > 0
+        if not frozen or settings.base_is_pretrained:
+            return []
+        return zero_branches(network, example)
+
+    def _test(self, network: nn.Module, images: Images, classes: int) -> dict[str, Any]:
+        """The figures of the chosen weights on images that nothing was chosen by."""
+        chosen = load_file(self.folder / "best.safetensors")
+        network.load_state_dict(chosen, strict=False)  # a frozen base is not in the file
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        network.eval().to(device)
+        found = measure(
+            lambda x: network(x.to(device)).float().cpu(), images, self.settings, classes
+        )
+        return found.to_dict()
 
     def _say(self, data: Data, recipe: Recipe, trainer: pl.Trainer) -> None:
         settings, say = self.settings, self.console.print

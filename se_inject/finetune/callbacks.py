@@ -35,7 +35,7 @@ class RunFolder(Callback):
         self.settings = settings
         self.plain = plain  # a copy of the network, where the one that learns is sharded
         self.rows: list[dict[str, Any]] = []
-        self.best = -1.0
+        self.best, self.best_loss, self.best_epoch = -1.0, float("inf"), 0
         self.seconds = 0.0
         self.unreadable: dict[str, None] = {}  # in the order in which they were met
         self._since = time.perf_counter()
@@ -44,12 +44,18 @@ class RunFolder(Callback):
         return {
             "rows": self.rows,
             "best": self.best,
+            "best_loss": self.best_loss,
+            "best_epoch": self.best_epoch,
             "seconds": self.seconds,
             "unreadable": list(self.unreadable),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows, self.best = list(state_dict["rows"]), state_dict["best"]
+        # Older versions kept the accuracy alone: of equal ones, the first.
+        self.best_loss = state_dict.get("best_loss", float("-inf"))
+        first = next((r["epoch"] for r in self.rows if r["val_acc"] == self.best), 0)
+        self.best_epoch = state_dict.get("best_epoch", first)
         self.seconds = state_dict["seconds"]
         self.unreadable = dict.fromkeys(state_dict["unreadable"])
 
@@ -58,17 +64,24 @@ class RunFolder(Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Recipe)
-        accuracy = float(pl_module.top1.compute())
-        if accuracy <= self.best:
+        accuracy, loss = float(pl_module.top1.compute()), float(pl_module.val_loss.compute())
+        better = (accuracy, -loss) > (self.best, -self.best_loss)
+        if not better and self.settings.select == "best":
             return
-        self.best = accuracy
+        self.best, self.best_loss = accuracy, loss
+        self.best_epoch = trainer.current_epoch + 1
         network = pl_module.network
         if self.plain is not None:  # all processes take part in gathering what is sharded
             state = trainer.strategy.lightning_module_state_dict()
             network = self.plain
             if trainer.is_global_zero:
                 network.load_state_dict(
-                    {k.removeprefix("network."): v for k, v in state.items()}, strict=True
+                    {
+                        k.removeprefix("network."): v
+                        for k, v in state.items()
+                        if k.startswith("network.")
+                    },
+                    strict=True,
                 )
         if trainer.is_global_zero:
             path = self.folder / "best.safetensors"
@@ -85,7 +98,10 @@ class RunFolder(Callback):
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + now - self._since, now
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        names = ("train_loss_epoch", "train_acc", "val_loss", "val_acc", "val_top5", "images_per_s")
+        names = (
+            *("train_loss_epoch", "train_acc", "val_loss", "val_acc", "val_top5"),
+            *("val_balanced", "val_macro_f1", "val_majority", "images_per_s"),
+        )
         row = {"arm": self.arm, "seed": self.seed, "epoch": trainer.current_epoch + 1}
         self.rows.append(
             row | {n.removesuffix("_epoch"): metrics[n] for n in names if n in metrics}

@@ -93,6 +93,16 @@ class Order(DistributedSampler[Any]):
     nothing (None) in their place. Lightning calls ``set_epoch`` before it starts the workers.
     """
 
+    balanced = False  # draw as many images of each class, with repetition
+
+    def _drawn(self) -> Iterator[int]:
+        assert isinstance(self.dataset, Images)
+        labels = torch.tensor(self.dataset.labels)
+        weights = 1 / labels.bincount()[labels].double()
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        drawn = torch.multinomial(weights, self.total_size, replacement=True, generator=generator)
+        return iter(drawn[self.rank :: self.num_replicas].tolist())
+
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
         images = self.dataset
@@ -100,6 +110,8 @@ class Order(DistributedSampler[Any]):
         images.epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:
+        if self.balanced:
+            return self._drawn()
         if self.shuffle:
             return super().__iter__()
         own: list[int | None] = list(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]  # it has a length
@@ -111,6 +123,7 @@ def loader(
 ) -> DataLoader[Any]:
     """The batches of one process; all processes together see batches of ``settings.batch_size``."""
     order = Order(images, world, rank, shuffle=training, seed=images.seed, drop_last=False)
+    order.balanced = training and settings.sampler == "balanced"
     order.set_epoch(epoch)
     size = settings.batch_size // world
     return DataLoader(
@@ -123,6 +136,13 @@ def loader(
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def balanced_weights(images: Images) -> Tensor:
+    """A weight for each class, so that all classes weigh the same and the mean image 1."""
+    classes = max(images.labels) + 1
+    counts = torch.tensor(images.labels).bincount(minlength=classes).clamp(min=1)
+    return len(images) / (classes * counts.float())
 
 
 def collate(samples: list[Sample]) -> Batch:

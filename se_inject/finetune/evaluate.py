@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from se_inject.api import remove_se
 from se_inject.errors import ArgumentError, DataError
 from se_inject.finetune.config import read_config
-from se_inject.finetune.data import NO_IMAGE, data_of, loader, transforms
+from se_inject.finetune.data import data_of, transforms
 from se_inject.finetune.folders import Folder
 from se_inject.finetune.images import to_rgb
+from se_inject.finetune.measure import by_class, measure
 from se_inject.finetune.network import base_of, blocks_of, with_head
 from se_inject.finetune.settings import Settings
 from se_inject.finetune.split import Split, open_split, trained_names
@@ -85,31 +84,23 @@ def evaluate(run: Trained, folder: Path, data: str | None = None) -> dict[str, A
             f"the classes of {settings.data} are not those of the run:"
             f" {', '.join(opened.classes[:3])}, ... and {', '.join(run.classes[:3])}, ..."
         )
-    count = len(run.classes)
-    top1 = MulticlassAccuracy(count, average="micro")
-    top5 = MulticlassAccuracy(count, average="micro", top_k=min(5, count))
-    confusion = MulticlassConfusionMatrix(count)
-    images_read, unreadable = 0, []
-    for x, y, bad in loader(opened.val, settings, training=False, epoch=0, rank=0, world=1):
-        unreadable += bad
-        if y[0] != NO_IMAGE:
-            scores = run.scores(x)
-            for metric in (top1, top5, confusion):
-                metric.update(scores, y)
-            images_read += len(y)
-    if not images_read:
-        raise DataError(f"--data {settings.data}: no image can be read, such as {unreadable[0]}.")
-    matrix: Tensor = confusion.compute()
-    _write_matrix(matrix, run.classes, folder)
-    by_class = (matrix.diag() / matrix.sum(1)).tolist()  # nan: no image of that class
-    return {
-        "images": images_read,
-        "unreadable": unreadable,
-        "top1": top1.compute().item(),
-        "top5": top5.compute().item(),
-        "classes": {
-            name: None if math.isnan(accuracy) else accuracy
-            for name, accuracy in zip(run.classes, by_class, strict=True)
+    found = measure(run.scores, opened.val, settings, len(run.classes))
+    _write_matrix(found.matrix, run.classes, folder)
+    precision, recall, f1 = (column.tolist() for column in by_class(found.matrix))
+    counts = found.matrix.sum(1).tolist()
+    return found.to_dict() | {
+        "unreadable": found.unreadable,
+        # The accuracy of a class is its recall.
+        "classes": {name: recall[i] if counts[i] else None for i, name in enumerate(run.classes)},
+        "by_class": {
+            name: {
+                "images": counts[i],
+                "precision": precision[i],
+                "recall": recall[i] if counts[i] else None,
+                "f1": f1[i] if counts[i] else None,
+                "auroc": found.auroc[i],
+            }
+            for i, name in enumerate(run.classes)
         },
     }
 

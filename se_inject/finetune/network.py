@@ -88,3 +88,33 @@ def size_of(network: nn.Module, example: torch.Tensor) -> tuple[int, int | None]
     """Parameters, and multiply-accumulates for one image; None where they cannot be counted."""
     count = count_model(network, ((example.to("meta"),), {}))
     return count.params, count.macs
+
+
+def zero_branches(network: nn.Module, example: torch.Tensor) -> list[str]:
+    """Names of the blocks whose SE layers get a gradient of exactly 0, and so learn nothing.
+
+    timm's ResNets that begin at random have a zero scale in the last norm of each branch: nothing
+    comes through to the SE block while the base is frozen.
+    """
+    blocks = {
+        name: [
+            p
+            for child in edit.children
+            for p in module.get_submodule(child).parameters()
+            if p.requires_grad
+        ]
+        for name, module in network.named_modules()
+        if (edit := edit_of(module))
+    }
+    parameters = [p for own in blocks.values() for p in own]
+    modes = [(module, module.training) for module in network.modules()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        scores = network.eval()(torch.randn(example.shape, generator=generator))
+        aim = (scores * torch.randn(scores.shape, generator=generator)).sum()
+        found = torch.autograd.grad(aim, parameters, allow_unused=True)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    moved = {id(p) for p, g in zip(parameters, found, strict=True) if g is not None and g.any()}
+    return [name for name, own in blocks.items() if own and not any(id(p) in moved for p in own)]

@@ -8,16 +8,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from se_inject.api import se_parameters
 from se_inject.errors import TrainingError
 from se_inject.finetune.data import NO_IMAGE, Batch, seed_of, seeded
+from se_inject.finetune.measure import TOP5_FROM, figures_of
 from se_inject.finetune.network import head_of
 from se_inject.finetune.settings import Settings
 
@@ -34,6 +34,7 @@ class Recipe(pl.LightningModule):
         network: the network on the CPU, with its SE blocks and the head that is to be trained.
         classes: how many classes the data have.
         seed: dropout, stochastic depth and mixup follow from it.
+        weights: the weight of each class in the loss.
         blocks: names of the blocks that ``--strategy fsdp`` shards one by one.
 
     Raises:
@@ -47,6 +48,7 @@ class Recipe(pl.LightningModule):
         classes: int,
         seed: int,
         blocks: Sequence[str] = (),
+        weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -57,13 +59,15 @@ class Recipe(pl.LightningModule):
         self.settings = settings
         self.seed = seed
         self.blocks = blocks
+        self.classes = classes
         self.unreadable: dict[str, None] = {}  # in the order in which they were met
         self.new = new_parameters(network, settings)
-        self._smoothing = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
-        self._soft = SoftTargetCrossEntropy()
+        self._smoothing = nn.CrossEntropyLoss(weights, label_smoothing=settings.label_smoothing)
+        self._soft = nn.CrossEntropyLoss(weights)  # of mixed labels, smoothed already
         self._mixup = _mixup(settings, classes)
         self.top1 = MulticlassAccuracy(classes, average="micro")
         self.top5 = MulticlassAccuracy(classes, average="micro", top_k=min(5, classes))
+        self.confusion = MulticlassConfusionMatrix(classes)
         self.val_loss = MeanMetric()
         self._images, self._started = 0, 0.0
         self._statistics_frozen = settings.statistics_frozen
@@ -158,13 +162,19 @@ class Recipe(pl.LightningModule):
             return
         self.top1.update(scores, labels)
         self.top5.update(scores, labels)
+        self.confusion.update(scores, labels)
         self.val_loss.update(nn.functional.cross_entropy(scores, labels), weight=len(labels))
 
     def on_validation_epoch_end(self) -> None:
         """Log what all processes saw together, each image once."""
         self.log("val_loss", self.val_loss)
         self.log("val_acc", self.top1, prog_bar=True)
-        self.log("val_top5", self.top5)
+        if self.classes >= TOP5_FROM:
+            self.log("val_top5", self.top5)
+        figures = figures_of(self.confusion.compute())
+        self.confusion.reset()
+        for name in ("balanced", "macro_f1", "majority"):
+            self.log(f"val_{name}", getattr(figures, name))
 
     def _images_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images, labels, unreadable = batch

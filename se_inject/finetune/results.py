@@ -11,7 +11,9 @@ from se_inject.keep.atomic import atomic_write
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     with atomic_write(path) as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(
+            file, fieldnames=list(dict.fromkeys(name for row in rows for name in row))
+        )
         writer.writeheader()
         writer.writerows(rows)
 
@@ -24,8 +26,15 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
     table = {
         arm: {
             "val_acc": [r["val_acc"] for r in own],
-            "mean": statistics.fmean(r["val_acc"] for r in own),
-            "sd": statistics.stdev(r["val_acc"] for r in own) if len(own) > 1 else None,
+            **_spread([r["val_acc"] for r in own]),
+            "select": own[0].get("select", "best"),
+            "epochs": len(own[0]["history"]),
+            "best_epoch": [r.get("best_epoch") for r in own],
+            "last": _spread([r["last_val_acc"] for r in own]),
+            "test": _spread([r["test"]["top1"] for r in own]) if own[0].get("test") else None,
+            "balanced_accuracy": _mean_at_best(own, "val_balanced"),
+            "macro_f1": _mean_at_best(own, "val_macro_f1"),
+            "majority_share": _mean_at_best(own, "val_majority"),
             "params": own[0]["params"],
             "macs": own[0]["macs"],
             "seconds": statistics.fmean(r["seconds"] for r in own),
@@ -41,14 +50,39 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _spread(values: list[float]) -> dict[str, float | None]:
+    return {
+        "mean": statistics.fmean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def _mean_at_best(results: list[dict[str, Any]], name: str) -> float | None:
+    """The mean of a figure of the chosen epochs; None where an older version did not keep it."""
+    rows = [row for r in results for row in r["history"] if row["epoch"] == r.get("best_epoch")]
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return statistics.fmean(values) if values else None
+
+
 def verdict(arms: dict[str, list[dict[str, Any]]]) -> str:
-    """What the arms say, from a paired t-test: both arms of a seed saw the same batches."""
+    """What the arms say, from a paired t-test: both arms of a seed saw the same batches.
+
+    They are compared by figures on which no choice was made: those of the test images, else those
+    of the last epoch. The best of several epochs is better than its network is.
+    """
     if "control" not in arms:
         return "No control arm: --control says whether the SE blocks helped."
-    se, control = ([100 * r["val_acc"] for r in arms[arm]] for arm in ("se", "control"))
+    every = [*arms["se"], *arms["control"]]
+    where, key = "", "val_acc"
+    if all(r.get("test") for r in every):
+        where, key = " on the test images", "test_acc"
+        arms = {arm: [{key: r["test"]["top1"]} for r in own] for arm, own in arms.items()}
+    elif all("last_val_acc" in r for r in every):
+        where, key = " in the last epoch", "last_val_acc"
+    se, control = ([100 * r[key] for r in arms[arm]] for arm in ("se", "control"))
     mean = statistics.fmean(se) - statistics.fmean(control)
     if len(se) < 2:
-        return f"With SE {mean:+.2f} points; one seed says nothing of the noise (--seeds 3)."
+        return f"With SE {mean:+.2f} points{where}; one seed says nothing of the noise (--seeds 3)."
     from scipy.stats import ttest_rel
 
     with warnings.catch_warnings():  # of differences that are all the same
@@ -57,7 +91,8 @@ def verdict(arms: dict[str, list[dict[str, Any]]]) -> str:
     margin = (interval.high - interval.low) / 2
     beyond = "more than the noise" if abs(mean) > margin else "within the noise"
     return (
-        f"With SE {mean:+.2f} points, 95 % interval ±{margin:.2f} over {len(se)} seeds: {beyond}."
+        f"With SE {mean:+.2f} points{where}, 95 % interval ±{margin:.2f} over {len(se)} seeds:"
+        f" {beyond}."
     )
 
 

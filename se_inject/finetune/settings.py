@@ -11,6 +11,9 @@ from se_inject.plan.injection import Injection, option
 
 Train = Literal["se", "se+head", "all"]
 BNStats = Literal["auto", "frozen", "moving"]
+Select = Literal["best", "last"]
+ClassWeights = Literal["none", "balanced"]
+Sampler = Literal["shuffle", "balanced"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 
 _NETWORK, _TRAINING, _MACHINE = ({"panel": name} for name in ("Network", "Training", "Machine"))
@@ -140,6 +143,23 @@ class Settings(Injection):
     control: bool = option(
         False,
         "Also train the same network without SE blocks, with the same batches and head.",
+        **_TRAINING,
+    )
+
+    select: Select = option(
+        "best",
+        "Which epoch's weights are kept: the best on the validation images (of equal accuracies"
+        " that of the smaller loss), or the last.",
+        **_TRAINING,
+    )
+    class_weights: ClassWeights = option(
+        "none",
+        "The weights of the classes in the loss: balanced gives each class the same sum.",
+        **_TRAINING,
+    )
+    sampler: Sampler = option(
+        "shuffle",
+        "How an epoch draws its images: shuffle takes each once, balanced as many of each class.",
         **_TRAINING,
     )
 
