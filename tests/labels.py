@@ -288,7 +288,7 @@ def page() -> str:
         "## Units",
         "",
         "Networks without residual additions get their SE blocks on these classes (`where=`), from",
-        "`tests/unit_labels.py`. *Not all*: only where a convolution comes before, or no gate is in it.",
+        "`tests/unit_labels.py`. *Not all*: only after a convolution, and without a gate.",
         "",
         "| class | on the output of its last | why |",
         "|---|---|---|",

@@ -17,6 +17,9 @@ class UnitLabel:
 
 
 INCEPTION = UnitLabel(("cat",), why="the paper has the SE block after the concatenation")
+BESIDE_POOLED = UnitLabel(
+    RELU, why="one convolution beside the pooled input: on that branch, as in ShuffleNet"
+)
 ACTIVATION = UnitLabel(RELU, False, "the paper on VGG: after the non-linearity of each convolution")
 
 UNIT_LABELS: dict[str, UnitLabel] = {
@@ -30,10 +33,9 @@ UNIT_LABELS: dict[str, UnitLabel] = {
     **{f"torchvision.models.inception.Inception{letter}": INCEPTION for letter in "ABCDE"},
     **{f"timm.models.inception_v3.Inception{letter}": INCEPTION for letter in "ABCDE"},
     **{f"timm.models.inception_v4.Inception{letter}": INCEPTION for letter in "ABC"},
-    "timm.models.inception_v4.Mixed3a": UnitLabel(
-        RELU, why="one convolution beside the pooled input: on that branch, as in ShuffleNet"
-    ),
-    **{f"timm.models.inception_v4.Mixed{number}a": INCEPTION for number in "45"},
+    "timm.models.inception_v4.Mixed3a": BESIDE_POOLED,
+    "timm.models.inception_v4.Mixed4a": INCEPTION,
+    "timm.models.inception_v4.Mixed5a": BESIDE_POOLED,
     **{f"timm.models.inception_v4.Reduction{letter}": INCEPTION for letter in "AB"},
     "timm.models.densenet.DenseLayer": UnitLabel(("convolution",), why="on the new maps"),
     "torchvision.models.densenet._DenseLayer": UnitLabel(("convolution",), why="on the new maps"),
