@@ -8,6 +8,8 @@ clearly something else; what we do is written down, and tested all the same.
 
 from dataclasses import dataclass
 
+from unit_labels import UNIT_LABELS
+
 
 @dataclass(frozen=True)
 class Label:
@@ -305,6 +307,20 @@ def page() -> str:
             for name, label in labels.items()
             if label.verdict == "arguable"
         ]
+    lines += [
+        "",
+        "## Units",
+        "",
+        "Networks without residual additions get their SE blocks on these classes (`where=`), from",
+        "`tests/unit_labels.py`. *Not all*: only after a convolution, and without a gate.",
+        "",
+        "| class | on the output of its last | why |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| `{name}` | {label.end[0]}{'' if label.always else ' (not all)'} | {label.why} |"
+        for name, label in UNIT_LABELS.items()
+    ]
     return "\n".join(lines) + "\n" + FAMILIES
 
 

@@ -177,6 +177,7 @@ def test_a_file_from_before_there_were_variants(tmp_path: Path) -> None:
     def as_format_1(header: dict[str, Any], _: dict[str, Tensor]) -> None:
         header["format"] = 1
         for site in header["sites"]:
+            assert site["settings"].pop("where") == "auto"
             assert site["settings"].pop("squeeze") == "avg"
             assert site["settings"].pop("gate") == "sigmoid"
             assert site["settings"].pop("bias") is True

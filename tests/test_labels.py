@@ -61,7 +61,7 @@ HIDDEN = {"timm.models.vision_transformer_sam.Attention"}
 def test_planned_are_the_blocks_that_the_labels_say(name: str) -> None:
     model = load_model(name, meta=True)
     try:
-        plan = plan_se(model)
+        plan = plan_se(model, where="residual")  # units have their own labels: unit_labels.py
         sites, skipped, examples = plan.sites, plan.skipped, [plan.example]
     except NoSiteError as error:
         sites, skipped, examples = (), error.skipped, list(example_inputs(model, None))
