@@ -1,6 +1,7 @@
 """save_se and load_se: the added weights in one small file, on the right base only."""
 
 import copy
+import functools
 import json
 import os
 import pickle
@@ -613,3 +614,30 @@ def test_another_dtype_in_the_file_is_an_error(tmp_path: Path) -> None:
     rewritten(path, lambda _, t: t.update({k: v.to(torch.int8) for k, v in t.items()}))
     with pytest.raises(CheckpointError, match=r"int8 in the file and .* float32 in the model"):
         load_se(again, path)
+
+
+class Cached(Block):
+    @functools.cached_property
+    def half(self) -> float:
+        return 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.half * self.norm(self.conv(x))
+
+
+class Assigns(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = 0.5
+        return x + self.last * self.norm(self.conv(x))
+
+
+def test_a_cached_property_that_was_never_read(tmp_path: Path) -> None:
+    """The saved model ran before it was injected, and the base did not."""
+    model, again = Cached().eval(), Cached().eval()
+    again.load_state_dict(model.state_dict())
+    model(Y)
+    save_se(opened(inject_se(model, example_input=Y)), tmp_path / "se.safetensors")
+    assert "half" not in vars(again)
+    assert torch.equal(load_se(again, tmp_path / "se.safetensors")(Y), model(Y))
+    with pytest.raises(NoSiteError, match=r"its forward sets self\.last"):
+        inject_se(Assigns(), example_input=Y)

@@ -153,8 +153,16 @@ class _Recorder(OpLog):
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module, its parameters, buffers and children among them."""
-    return {**vars(module), **module._parameters, **module._buffers, **module._modules}
+    """The attributes of a module, its parameters, buffers and children among them.
+
+    The values of cached properties are left out: reading one for the first time changes no state.
+    """
+    state = {**vars(module), **module._parameters, **module._buffers, **module._modules}
+    kinds = (vars(kind) for kind in reversed(type(module).__mro__))
+    for name, value in ((n, v) for members in kinds for n, v in members.items()):
+        if isinstance(value, functools.cached_property):
+            state.pop(name, None)
+    return state
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:

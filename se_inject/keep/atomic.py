@@ -2,43 +2,125 @@
 
 import contextlib
 import os
+import platform
+import stat
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from se_inject.errors import ArgumentError
+
+# What the name of every temporary file begins with: the machine, since others may share the disk.
+# The id of the process follows. The name of the file itself is not in it, so that a name of 255
+# bytes works.
+_PREFIX = f".se-inject-{zlib.crc32(platform.node().encode()):08x}-"
+
+# Temporary files end in .part, so that no glob for finished files (*.safetensors) finds them. Only
+# these keep their suffix at the end, because libraries tell the format by it.
+_TOLD_BY_SUFFIX = (".onnx", ".pdf", ".png", ".pt2", ".svg")
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, suffix: str = "") -> Iterator[Path]:
     """Yield a temporary file to write to, which becomes ``path`` at the end, flushed to the disk.
 
-    Whatever happens on the way, ``path`` is the old file or the new one and never half of one.
+    Whatever happens on the way, ``path`` is the old file or the new one and never half of one. A
+    file that is replaced keeps its mode, and its owner where the system allows that. A symbolic
+    link stays, and the file that it points to is replaced.
 
     Raises:
-        ArgumentError: ``path`` is a folder, its folder does not exist, or its name does not end in
-            ``suffix``.
+        ArgumentError: ``path`` is there and no regular file, its folder does not exist, or its
+            name does not end in ``suffix``.
     """
     if suffix and path.suffix != suffix:
         raise ArgumentError(f"{path}: its name must end in {suffix}, or it will not be read.")
-    if path.is_dir():
-        raise ArgumentError(f"{path} is a folder; give the name of a file.")
-    if not path.parent.is_dir():
-        raise ArgumentError(f"{path}: there is no folder {path.parent}.")
+    target, old = _target(path)
+    _sweep(target.parent)
     descriptor, name = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix
+        dir=target.parent,
+        prefix=f"{_PREFIX}{os.getpid()}-",
+        suffix=path.suffix if path.suffix in _TOLD_BY_SUFFIX else ".part",
     )
-    os.close(descriptor)
     part = Path(name)
     try:
+        os.close(descriptor)
         yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.chmod(0o666 & ~_umask())  # a temporary file is its owner's alone
-        part.replace(path)
+        _flush(part)
+        _take_mode_and_owner(part, old)
+        part.replace(target)
+        _flush(target.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _target(path: Path) -> tuple[Path, os.stat_result | None]:
+    """The file to replace, behind all symbolic links, and what it is now."""
+    try:
+        target = Path(os.path.realpath(path))
+        old = target.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        old = None
+    except (OSError, ValueError) as error:  # a name too long, a circle of links, a NUL in the name
+        raise ArgumentError(f"{str(path)!r} cannot be a file here ({error}).") from error
+    if old is not None and stat.S_ISDIR(old.st_mode):
+        raise ArgumentError(f"{path} is a folder; give the name of a file.")
+    if old is not None and stat.S_ISLNK(old.st_mode):
+        raise ArgumentError(f"{path} is a symbolic link that leads back to itself.")
+    if old is not None and not stat.S_ISREG(old.st_mode):
+        raise ArgumentError(f"{path} is no regular file (a device or a pipe); give another name.")
+    if not target.parent.is_dir():
+        raise ArgumentError(f"{path}: there is no folder {path.parent}.")
+    return target, old
+
+
+def _take_mode_and_owner(part: Path, old: os.stat_result | None) -> None:
+    if old is None:
+        part.chmod(0o666 & ~_umask())  # A temporary file is readable by its owner alone.
+        return
+    if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+        with contextlib.suppress(OSError):  # Only root may give a file away.
+            os.chown(part, old.st_uid, old.st_gid)
+    part.chmod(stat.S_IMODE(old.st_mode))
+
+
+def _flush(path: Path) -> None:
+    """Write a file, or the names in a folder, to the disk; not every system can flush folders."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete the temporary files of processes that were killed."""
+    for part in folder.glob(f"{_PREFIX}*"):
+        owner = part.name.removeprefix(_PREFIX).partition("-")[0]
+        if owner.isdecimal() and not _lives(int(owner)):
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+
+def _lives(process: int) -> bool:
+    if os.name != "posix":
+        return True  # Signal 0 would end the process there.
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _umask() -> int:

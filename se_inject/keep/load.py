@@ -18,7 +18,7 @@ from se_inject.edit.whole import ModuleState, run_or_undo
 from se_inject.errors import CheckpointError, SEInjectError
 from se_inject.keep.fingerprint import dtype_name, module_hashes, se_keys, tensors_of
 from se_inject.keep.header import Header, SavedSite, SharedSettings
-from se_inject.keep.read import read_file
+from se_inject.keep.read import printable, read_file
 from se_inject.layers.attention import SELayer
 from se_inject.names import block_label, few
 from se_inject.plan.checks import check_model
@@ -50,6 +50,7 @@ def load_se(
             the network that it was made for; the message names the first differences.
     """
     header, tensors = read_file(Path(path))
+    path = printable(path)
     _check_base(base, header, path)
     if None in header.examples and example_input is None:
         raise CheckpointError(
@@ -67,6 +68,8 @@ def load_se(
     def load() -> None:
         for settings, sites in header.groups().items():
             plan = _plan(base, settings, sites, examples[settings.example], se_layer, path)
+            if not settings.custom:
+                _check_there(plan, tensors, path)
             plan.apply()
         _fill(base, tensors, path)
 
@@ -96,17 +99,18 @@ def _check_base(base: nn.Module, header: Header, path: Any) -> None:
     unknown = [key for key in state if key not in header.base]
     if absent or unknown:
         kind, keys = ("has no", absent) if absent else ("also has", unknown)
-        raise CheckpointError(f"{made_for}: this {type(base).__name__} {kind} {few(keys)}.")
+        raise CheckpointError(f"{made_for}: this {type(base).__name__} {kind} {_few(keys)}.")
     for key, (dtype, shape, _) in header.base.items():
         own = state[key]
         if list(own.shape) != list(shape):
             raise CheckpointError(
-                f"{made_for}: {key} is {list(shape)} there and {list(own.shape)} here. Build the"
-                " base with the same arguments (num_classes, ...)."
+                f"{made_for}: {key} is {printable(list(shape))} there and {list(own.shape)} here."
+                " Build the base with the same arguments (num_classes, ...)."
             )
         if dtype_name(own) != dtype:
             raise CheckpointError(
-                f"{made_for}: {key} is {dtype} there and {dtype_name(own)} here. Convert the base."
+                f"{made_for}: {key} is {printable(dtype)} there and {dtype_name(own)} here."
+                " Convert the base."
             )
         if own.is_meta:
             raise CheckpointError(
@@ -116,13 +120,14 @@ def _check_base(base: nn.Module, header: Header, path: Any) -> None:
     if differing:
         raise CheckpointError(
             f"{path}: {len(differing)} of {len(state)} tensors of the base have other values:"
-            f" {few(differing)}. Load the base's own weights first; what was trained beside the"
+            f" {_few(differing)}. Load the base's own weights first; what was trained beside the"
             ' SE blocks must be in the file: save_se(..., extra="trained").'
         )
     modules = module_hashes(base)
     if changed := [name for name, said in header.modules.items() if modules.get(name) != said]:
+        label = printable(block_label(changed[0]))
         warnings.warn(
-            f"{path}: the weights fit, but {block_label(changed[0])} of this base has another class"
+            f"{path}: the weights fit, but {label} of this base has another class"
             f" or setting, such as eps ({len(changed)} modules have). Outputs may differ.",
             stacklevel=3,
         )
@@ -187,6 +192,18 @@ def _plan(
     return plan
 
 
+def _check_there(plan: Plan, tensors: Mapping[str, Tensor], path: Any) -> None:
+    """Raise unless the file has the tensors of each SE block: nothing is built in vain."""
+    missing = [key for s in plan.sites if (key := f"{s.name}.fc1.weight") not in tensors]
+    if missing:
+        raise CheckpointError(f"{path}: the file lacks {_few(missing)}.")
+
+
+def _few(names: Sequence[str]) -> str:
+    """A few names, which may come from a hostile file."""
+    return printable(few(names))
+
+
 def _literal(name: str) -> str:
     """A glob that matches only ``name``."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
@@ -199,9 +216,9 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Any) -> None:
     foreign = [key for key in tensors if key not in state]
     if missing or foreign:
         raise CheckpointError(
-            f"{path}: the file lacks {few(missing)}."
+            f"{path}: the file lacks {_few(missing)}."
             if missing
-            else f"{path}: the file has {few(foreign)}, which the model has not."
+            else f"{path}: the file has {_few(foreign)}, which the model has not."
         )
     for key, tensor in tensors.items():
         there, here = ((list(t.shape), dtype_name(t)) for t in (tensor, state[key]))
@@ -216,7 +233,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Any) -> None:
     after = tensors_of(model)
     if unset := [key for key, tensor in tensors.items() if not _same(after[key], tensor)]:
         raise CheckpointError(
-            f"{path}: {few(unset)} cannot be set: the model's state_dict() gives copies of it."
+            f"{path}: {_few(unset)} cannot be set: the model's state_dict() gives copies of it."
         )
 
 

@@ -4,6 +4,8 @@ Reading executes nothing: a safetensors file holds bytes and JSON.
 """
 
 import json
+import math
+import stat
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -29,61 +31,121 @@ def read_header(path: Path) -> Header:
 
 
 def read_file(path: Path, *, tensors: bool = True) -> tuple[Header, dict[str, Tensor]]:
+    """Read what a file says, and its tensors if they are wanted."""
+    shown = printable(path)
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would keep the reader waiting
+            raise CheckpointError(f"{shown} is no regular file.")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # A file of somebody else's may be large: its header tells before its tensors are read.
-            header = _parse(metadata[HEADER_KEY], path) if HEADER_KEY in metadata else None
-            keys = file.offset_keys() if header and tensors else ()
-            values = {key: file.get_tensor(key) for key in keys}
+            header = _parse(metadata[HEADER_KEY], shown) if HEADER_KEY in metadata else None
+            keys = file.offset_keys() if header else ()
+            if header:
+                shapes = {key: list(file.get_slice(key).get_shape()) for key in keys}
+                _check_widths(header, shapes, shown)
+            values = {key: file.get_tensor(key) for key in keys} if tensors else {}
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file.") from None
-    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{shown}: there is no such file.") from None
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: not a whole .safetensors file ({error}). It may be truncated, or no"
-            " checkpoint at all."
+            f"{shown}: not a whole .safetensors file ({printable(error)}). It may be truncated, or"
+            " no checkpoint at all."
         ) from error
     if header is None:
         raise ForeignFileError(
-            f"{path}: a .safetensors file, but not one of save_se. load_se reads SE blocks; whole"
+            f"{shown}: a .safetensors file, but not one of save_se. load_se reads SE blocks; whole"
             " networks load with safetensors.torch.load_model."
         )
     return header, values
 
 
-def _parse(text: str, path: Path) -> Header:
+def printable(value: object) -> str:
+    """A text from a file, or about one, that is safe to show: on one line, of bounded length."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+# What a header may say at most: far more than any network has, and little enough to be harmless.
+_MOST_SITES = 100_000
+_LARGEST = 2**31 - 1  # of a width, a ratio or a size
+_LARGEST_EXAMPLE = 2**40  # elements; examples are on meta and take no memory
+_LONGEST = 500  # characters of a name
+_DEEPEST = 50  # lists in lists of an example
+
+_DAMAGE = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RuntimeError,
+    OverflowError,
+    RecursionError,
+)
+
+
+def _damaged(shown: str, error: object) -> CheckpointError:
+    said = repr(error) if isinstance(error, BaseException) else str(error)
+    return CheckpointError(f"{shown}: its header is damaged ({printable(said)}).")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys each come once: of two values, no reader knows which one counts."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key comes twice")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _parse(text: str, shown: str) -> Header:
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
         version, number = data["version"], data["format"]
-        if type(number) is not int:
+        if type(number) is not int or not isinstance(version, str):
             raise TypeError(f"format {number!r}")
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its header is damaged ({error!r}).") from error
+    except _DAMAGE as error:
+        raise _damaged(shown, error) from error
     if not 1 <= number <= FORMAT:
         older = number < 1
         raise CheckpointError(
-            f"{path}: made by se-inject {version} in format {number}; this is"
-            f" {metadata.version('se-inject')}, format"
+            f"{shown}: made by se-inject {printable(version)} in format {printable(number)}; this"
+            f" is {metadata.version('se-inject')}, format"
             f" {FORMAT}. {'Load it with that version.' if older else 'Upgrade se-inject.'}"
         )
     try:
-        return Header(
+        if not isinstance(data["model"], str):
+            raise TypeError("the name of the model")
+        for name, kind in (("sites", list), ("examples", list), ("modules", dict), ("base", dict)):
+            if not isinstance(data[name], kind):
+                raise TypeError(f"{name} is no {kind.__name__}")
+        if len(data["sites"]) > _MOST_SITES:
+            raise ValueError(f"{len(data['sites'])} sites")
+        header = Header(
             version=version,
-            model=data["model"],
+            model=printable(data["model"]),
             sites=tuple(map(_parse_site, data["sites"])),
-            examples=tuple(None if e is None else _decode(e) for e in data["examples"]),
-            modules={str(k): str(v) for k, v in data["modules"].items()},
-            base={str(k): (str(v[0]), list(v[1]), v[2]) for k, v in data["base"].items()},
+            examples=tuple(None if e is None else _decode(e, 0) for e in data["examples"]),
+            modules={k: str(v) for k, v in data["modules"].items()},
+            base={k: _parse_tensor(v) for k, v in data["base"].items()},
         )
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-        RecursionError,
-    ) as error:
-        raise CheckpointError(f"{path}: its header is damaged ({error!r}).") from error
+        _check_sites(header)
+    except _DAMAGE as error:
+        raise _damaged(shown, error) from error
+    return header
+
+
+def _parse_tensor(entry: Any) -> tuple[str, list[int], str | None]:
+    dtype, shape, digest = entry
+    if not isinstance(dtype, str) or not (digest is None or isinstance(digest, str)):
+        raise TypeError(f"the entry {entry!r}")
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise TypeError(f"the shape {shape!r}")
+    return dtype, shape, digest
 
 
 def _parse_site(data: Any) -> SavedSite:
@@ -94,9 +156,11 @@ def _parse_site(data: Any) -> SavedSite:
     site = SavedSite(**{**data, "settings": settings})
     if not isinstance(site.block, str) or not isinstance(site.child, str):
         raise TypeError(f"a name in {(site.block, site.child)}")
-    numbers = (site.r, example, site.channels, site.bottleneck)
-    if not all(n is None or type(n) is int for n in numbers) or None in numbers[:2]:
-        raise TypeError(f"a number in {numbers}")
+    if not site.child.isidentifier():
+        raise ValueError(f"the child {site.child!r}")
+    texts = (site.block, site.child, *map(str, vars(settings.variant).values()))
+    if max(map(len, texts)) > _LONGEST:
+        raise ValueError("a name that is too long")
     for option in fields(Variant):  # unknown names are refused where the blocks are planned
         if type(getattr(settings.variant, option.name)) is not type(option.default):
             raise TypeError(f"{option.name} {getattr(settings.variant, option.name)!r}")
@@ -104,17 +168,64 @@ def _parse_site(data: Any) -> SavedSite:
         raise TypeError(f"where {where!r}")
     if type(custom) is not bool:
         raise TypeError(f"custom {custom!r}")
+    widths = [n for n in (site.channels, site.bottleneck) if n is not None]
+    for number in (site.r, settings.variant.divisor, *widths):
+        if type(number) is not int or not 1 <= number <= _LARGEST:
+            raise ValueError(f"the number {number!r}")
+    if not custom and len(widths) < 2:
+        raise TypeError("a block without widths")
     return site
 
 
-def _decode(value: Any) -> Any:
+def _check_sites(header: Header) -> None:
+    for site in header.sites:
+        example = site.settings.example
+        if type(example) is not int or not 0 <= example < len(header.examples):
+            raise ValueError(f"the example {example!r} of {len(header.examples)}")
+    if len({(site.block, site.child) for site in header.sites}) < len(header.sites):
+        raise ValueError("a site comes twice")
+    if not header.sites:
+        raise ValueError("no sites")
+
+
+def _check_widths(header: Header, shapes: dict[str, list[int]], shown: str) -> None:
+    """Compare what the header says with the tensors before anything of that size is built."""
+    for site in header.sites:
+        key = f"{site.block}.{site.child}.fc1.weight".lstrip(".")
+        shape = shapes.get(key)  # A missing tensor is an error once the sites are known to fit.
+        if site.settings.custom or shape is None or shape[:2] == [site.bottleneck, site.channels]:
+            continue
+        raise CheckpointError(
+            f"{shown}: its header says that the SE block of {site.block!r} has widths"
+            f" {(site.channels, site.bottleneck)}, and here it is {tuple(shape[1::-1])}."
+        )
+
+
+def _decode(value: Any, depth: int) -> Any:
+    if depth > _DEEPEST:
+        raise ValueError("an example nested too deeply")
+    if not isinstance(value, dict):
+        raise TypeError(f"the example {value!r}")
     if "tensor" in value:
-        dtype = getattr(torch, value["dtype"])
-        return torch.empty(value["tensor"], dtype=dtype, device="meta")
+        return _decode_tensor(value["tensor"], value["dtype"])
     if "list" in value:
-        return [_decode(v) for v in value["list"]]
+        return [_decode(v, depth + 1) for v in value["list"]]
     if "tuple" in value:
-        return tuple(_decode(v) for v in value["tuple"])
+        return tuple(_decode(v, depth + 1) for v in value["tuple"])
     if "dict" in value:
-        return {k: _decode(v) for k, v in value["dict"]}
-    return value["value"]
+        return {k: _decode(v, depth + 1) for k, v in value["dict"]}
+    found = value["value"]
+    if not (found is None or isinstance(found, bool | int | float | str)):
+        raise TypeError(f"the value {found!r}")
+    return found
+
+
+def _decode_tensor(shape: Any, name: Any) -> Tensor:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype) or not isinstance(shape, list):
+        raise TypeError(f"a tensor {shape!r} of {name!r}")
+    if not all(type(n) is int and 0 <= n <= _LARGEST for n in shape):
+        raise ValueError(f"the shape {shape!r}")
+    if math.prod(shape) > _LARGEST_EXAMPLE:
+        raise ValueError(f"the shape {shape!r}")
+    return torch.empty(shape, dtype=dtype, device="meta")
