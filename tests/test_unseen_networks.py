@@ -349,6 +349,14 @@ def test_a_csp_stage_keeps_its_units() -> None:
     assert found(Net(block)) == (["block.m.0", "block.m.1"], [Reason.FUSION])
 
 
+def test_units_in_a_row_beside_a_projection_are_a_branch() -> None:
+    """RoR's stages: the row begins at the split point, not at a projection of its own."""
+    block = Block(
+        lambda m, x: m.units(x) + m.p(x), units=nn.Sequential(Plain(), Plain()), p=conv(k=1)
+    )
+    assert found(Net(block)) == (["block", "block.units.0", "block.units.1"], [])
+
+
 def test_a_residual_onto_three_channels_is_left_alone() -> None:
     network = Block(
         lambda m, x: x + m.body(x), body=nn.Sequential(conv(3, 16), Plain(), conv(16, 3))

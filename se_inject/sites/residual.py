@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from se_inject.graph.log import Value
-from se_inject.graph.ops import Op
+from se_inject.graph.ops import CHANNELS_FIRST_NORM, Op
 from se_inject.layers.layout import KINDS
 from se_inject.reasons import Reason
 from se_inject.sites.collapse import collapses
@@ -118,7 +118,6 @@ def _is_deeper(flow: Flow, split_point: Step | None, branch: fx.Node, shortcut: 
     return (
         depths[0] == len(convolutions) == 1
         and convolutions[0].is_spatial_convolution
-        and not convolutions[0].is_depthwise
         and _is_projection(flow, split_point, shortcut, branch)
     )
 
@@ -157,29 +156,32 @@ def _is_second_path(
     """Whether a projected operand is a path of its own, as in the sums of CSP stages.
 
     A shortcut's projection has no activation behind it, and a branch beside one does not end in
-    several residual units.
+    several residual units on a projection of its own.
     """
     ops = list(flow.ops(flow.between(split_point, shortcut)))
     last = max((i for i, op in enumerate(ops) if op.is_convolution), default=None)
     if last is None:
         return False
-    return any(op.is_activation for op in ops[last + 1 :]) or _units_at_end(flow, branch) > 1
+    return any(op.is_activation for op in ops[last + 1 :]) or _is_stage(flow, branch)
 
 
-def _units_at_end(flow: Flow, branch: fx.Node) -> int:
-    """How many additions of an identity a path ends in, one after the other."""
+def _is_stage(flow: Flow, branch: fx.Node) -> bool:
+    """Whether a path is a 1x1 convolution and then two units or more that add an identity.
+
+    A row of units on the split point itself (RoR's stages) is a branch.
+    """
     value, units = flow.facts[branch].value, 0
     while value is not None and (op := value.op) is not None:
-        if op.is_activation:
+        if op.is_activation or op.name in CHANNELS_FIRST_NORM:
             value = value.inputs[0]
             continue
         if not op.adds_maps or len(value.inputs) != 2:
-            break
+            return units > 1 and op.is_convolution and not op.is_spatial_convolution
         a, b = value.inputs
         if not (_comes_from(a, b) or _comes_from(b, a)):
-            break
+            return False
         value, units = (b if _comes_from(a, b) else a), units + 1
-    return units
+    return False
 
 
 def _comes_from(value: Value, source: Value) -> bool:

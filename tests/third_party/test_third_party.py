@@ -63,14 +63,13 @@ def hf(name: str, **config: Any) -> Callable[[], nn.Module]:
     return build
 
 
-UNITS = ("features.stage*.unit*",)
 # The units of each: read from pytorchcv's source; 0 where each branch has a gate of its own.
 PYTORCHCV = {
     "preresnet10": 4, "preresnet18": 8, "preresnetbc14b": 4, "resnet10": 4, "resnet18": 8,
     "resnetbc14b": 4, "resnext14_16x4d": 4, "seresnet10": 0, "sepreresnet10": 0, "resneta10": 4,
     "resnetd50b": 16, "regnetx002": 13, "regnety002": 0, "senet16": 0,
-    "bamresnet18": 8, "cbamresnet18": 0, "mobilenetv2_wd4": 10, "igcv3_wd4": 10,
-    "proxylessnas_cpu": 15, "darknet53": 23, "ibn_resnet50": 16, "ibnb_resnet50": 16,
+    "bamresnet18": 8, "cbamresnet18": 0, "mobilenetv2_wd4": 10, "igcv3_wd4": 25,
+    "darknet53": 23, "ibn_resnet50": 16, "ibnb_resnet50": 16,
     "resattnet56": 33,
 }  # fmt: skip
 PYTORCHCV_CIFAR = {
@@ -78,7 +77,7 @@ PYTORCHCV_CIFAR = {
     "wrn28_10_cifar10": 12, "resnet20_cifar10": 9, "resnet56_cifar10": 27,
     "diapreresnet20_cifar10": 0, "diaresnet20_cifar10": 0, "seresnet20_cifar10": 0,
     "sepreresnet20_cifar10": 0, "resnext29_32x4d_cifar10": 9, "pyramidnet110_a48_cifar10": 54,
-    "ror3_56_cifar10": 27, "rir_cifar10": 8, "shakeshakeresnet20_2x16d_cifar10": 0,
+    "ror3_56_cifar10": 28, "shakeshakeresnet20_2x16d_cifar10": 0,
 }  # fmt: skip
 
 SMALL = {"block_out_channels": (32, 64), "layers_per_block": 1, "sample_size": 16}
@@ -111,7 +110,7 @@ CASES: dict[str, Case] = {
         "transformers", hf("EfficientNet", image_size=64, hidden_dim=1280), pixels(), (), 0,
     ),
     "transformers Bit": Case(
-        "transformers", hf("Bit", embedding_size=16, hidden_sizes=[32, 64], depths=[2, 2]),
+        "transformers", hf("Bit", embedding_size=32, hidden_sizes=[64, 128], depths=[2, 2]),
         pixels(), ("encoder.stages.*.layers.*",), 4,
     ),
     "smp Unet": Case(
@@ -244,11 +243,15 @@ def assert_gates_scale_the_branch(model: nn.Module, plan: Any, example: Any) -> 
     for site in plan.sites:
         model.get_submodule(site.name).fc2.bias.fill_(-1e4)
     left: dict[str, tuple[Any, ...]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            left.setdefault(name, (args, out.clone()))
+
+        return hook
+
     hooks = [
-        model.get_submodule(site.name).register_forward_hook(
-            lambda m, args, out, name=site.name: left.setdefault(name, (args, out.clone()))
-        )
-        for site in plan.sites
+        model.get_submodule(site.name).register_forward_hook(keep(site.name)) for site in plan.sites
     ]
     call(model, example)
     for hook in hooks:
