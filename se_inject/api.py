@@ -1,5 +1,6 @@
 """``inject_se``, ``remove_se`` and ``se_parameters``: what most users call."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,7 @@ def inject_se(
     init: Init = "identity",
     divisor: int = 8,
     se_layer: SELayer | None = None,
+    strict: bool = False,
 ) -> nn.Module:
     """Put an SE block on every residual branch of ``model``, in place, and return the model.
 
@@ -42,9 +44,10 @@ def inject_se(
     >>> model = inject_se(timm.create_model("resnet50", pretrained=True))
 
     The arguments (placement, squeeze, gate and bias make the paper's variants) and errors are
-    those of :func:`plan_se`, which only says what would be done.
+    those of :func:`plan_se`, which only says what would be done. Blocks that look residual and get
+    no SE block are a warning in one line, and an error with ``strict=True``.
     """
-    return plan_se(
+    plan = plan_se(
         model,
         r,
         example_input=example_input,
@@ -57,7 +60,11 @@ def inject_se(
         init=init,
         divisor=divisor,
         se_layer=se_layer,
-    ).apply()
+        strict=strict,
+    )
+    if plan.unserved:
+        warnings.warn(plan.unserved, stacklevel=2)
+    return plan.apply()
 
 
 def remove_se(model: nn.Module) -> nn.Module:

@@ -25,10 +25,24 @@ class Reason(StrEnum):
     CONVOLUTION_INSIDE = "3x3: a child has the spatial convolution and another one behind it"
     HIDDEN = "inside a function that fx does not enter"
     UNTRACED = "cannot be traced"
+    FOREIGN = "TorchScript or quantized, so its inside is not planned"
     MODES_DIFFER = "train and eval mode add different maps"
     INJECTED = "has an SE block of se_inject already"
     EXCLUDED = "excluded by the user"
     NOT_REACHED = "not reached by the recorded forward"
+
+
+# Of blocks that look residual: they would get an SE block if the forward were written otherwise.
+UNSERVED = frozenset(
+    {
+        Reason.HIDDEN,
+        Reason.UNTRACED,
+        Reason.MODES_DIFFER,
+        Reason.CHANNELS_UNKNOWN,
+        Reason.SHARED_IN_PLACE,
+        Reason.WIDTHS,
+    }
+)
 
 
 @dataclass(frozen=True)

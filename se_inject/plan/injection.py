@@ -81,6 +81,12 @@ class Injection:
         panel=_PANEL,
     )
 
+    strict: bool = option(
+        False,
+        "Make it an error where a block that looks residual gets no SE block.",
+        panel=_PANEL,
+    )
+
     @property
     def variant(self) -> Variant:
         """The SE block, and where at an addition it goes."""

@@ -14,9 +14,10 @@ from se_inject.graph.trace import TracedBlock
 from se_inject.layers.attention import SELayer
 from se_inject.layers.cost import SECost, sum_costs
 from se_inject.layers.variant import Variant
+from se_inject.names import block_label
 from se_inject.plan.injection import Ratio
 from se_inject.plan.verify import verify
-from se_inject.reasons import Skipped
+from se_inject.reasons import UNSERVED, Skipped
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,6 +36,20 @@ class Plan:
     example: Arguments = field(repr=False, compare=False)  # what the recorded forward was given
     blocks: Mapping[str, TracedBlock] = field(repr=False, compare=False)
     modules: Mapping[str, nn.Module] = field(repr=False, compare=False)  # that have a site
+
+    @property
+    def unserved(self) -> str:
+        """In one line how many blocks that look residual get no SE block; empty if none."""
+        left = [s for s in self.skipped if s.reason in UNSERVED]
+        if not left:
+            return ""
+        blocks = {s.block for s in left}
+        total = len(blocks | {site.block for site in self.sites})
+        reasons = ", ".join(dict.fromkeys(s.reason for s in left))
+        return (
+            f"{len(blocks)} of {total} residual blocks have no SE block ({reasons}; the first is"
+            f" {block_label(left[0].block)}); see plan_se(model).skipped."
+        )
 
     @property
     def input_size(self) -> list[int]:

@@ -14,7 +14,14 @@ from torch import nn
 
 from se_inject.edit.block_class import edit_of
 from se_inject.edit.site import Site
-from se_inject.errors import ArgumentError, NoSiteError, SEInjectError, first_line
+from se_inject.errors import (
+    ArgumentError,
+    NoSiteError,
+    SEInjectError,
+    UnsupportedModelError,
+    first_line,
+)
+from se_inject.graph.foreign import foreign_parts
 from se_inject.graph.meta import meta_copy, on_meta
 from se_inject.graph.trace import Trace, TracedBlock, UntracedBlock, trace_blocks
 from se_inject.layers.attention import Attention, SELayer
@@ -28,7 +35,7 @@ from se_inject.plan.checks import check_injection, check_model
 from se_inject.plan.injection import Injection, Ratio
 from se_inject.plan.plan import Plan
 from se_inject.plan.select import ratios_of, selected
-from se_inject.reasons import Reason, Skipped
+from se_inject.reasons import UNSERVED, Reason, Skipped
 from se_inject.sites.find import ResidualSite, find_sites
 from se_inject.sites.placements import Placement
 
@@ -49,6 +56,7 @@ def plan_se(
     init: Init = "identity",
     divisor: int = 8,
     se_layer: SELayer | None = None,
+    strict: bool = False,
 ) -> Plan:
     """Find the residual sites of ``model`` and say what SE blocks they would get.
 
@@ -84,10 +92,12 @@ def plan_se(
         se_layer: ``channels -> nn.Module`` in place of SE: a layer from [N, C, H, W] to the same
             shape. Whether the function is preserved is then up to that layer; r, squeeze, gate,
             bias and init are not for it.
+        strict: whether it is an error that a block that looks residual gets no SE block.
 
     Raises:
         ArgumentError: an argument cannot work, or a glob matches no block.
-        UnsupportedModelError: the model is compiled, scripted or wrapped for distributed runs.
+        UnsupportedModelError: the model is compiled, scripted or wrapped for distributed runs; or,
+            with ``strict``, a block that looks residual cannot be served.
         ForwardError: the forward fails on the example input.
         NoSiteError: there is no residual addition that can take an SE block.
     """
@@ -102,6 +112,7 @@ def plan_se(
         bias=bias,
         init=init,
         attention=se_layer,
+        strict=strict,
     )
     return make_plan(model, injection, example_input)
 
@@ -124,6 +135,12 @@ def make_plan(model: nn.Module, injection: Injection, example_input: Any = None)
     wanted = selected(names, injection.include, injection.exclude)
     skipped += [Skipped(name, Reason.EXCLUDED) for name, *_ in found if name not in wanted]
     found = [entry for entry in found if entry[0] in wanted]
+    skipped = [
+        Skipped(s.block, Reason.EXCLUDED, s.detail)
+        if s.reason in UNSERVED and s.block not in wanted
+        else s
+        for s in skipped
+    ]
     if not found:
         raise NoSiteError(_no_site_message(model, skipped), skipped)
 
@@ -140,7 +157,7 @@ def make_plan(model: nn.Module, injection: Injection, example_input: Any = None)
             )
         )
     _warn_of_floor(sites, injection.divisor)
-    return Plan(
+    plan = Plan(
         model=model,
         r=r,
         variant=injection.variant,
@@ -151,6 +168,9 @@ def make_plan(model: nn.Module, injection: Injection, example_input: Any = None)
         blocks={block.name: block for block in trace.blocks if isinstance(block, TracedBlock)},
         modules={site.block: modules[site.block] for site in sites},
     )
+    if injection.strict and plan.unserved:
+        raise UnsupportedModelError(f"{plan.unserved} Leave out strict, or rewrite these blocks.")
+    return plan
 
 
 def _warn_of_gaps(trace: Trace) -> None:
@@ -190,6 +210,7 @@ def _find(
         pairs, others = _sites_of(block, modules[block.name], placement, images_only)
         found += [(block.name, *pair) for pair in pairs]
         skipped += others
+    skipped += [Skipped(name, Reason.FOREIGN, why) for name, why in foreign_parts(model)]
     if trace.stopped:
         skipped.append(Skipped("", Reason.NOT_REACHED, trace.stopped))
     skipped += [Skipped(name, Reason.NOT_REACHED, _GUESSED) for name in trace.guessed]
