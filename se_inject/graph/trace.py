@@ -34,7 +34,7 @@ from se_inject.graph.planning import (
     raise_interruption,
     replacements,
 )
-from se_inject.graph.record import Arguments, Call, Shape, changed, record, state_of
+from se_inject.graph.record import Arguments, Call, Shape, changed, rebuilt, record, state_of
 from se_inject.graph.same import configuration
 from se_inject.graph.tracer import BlockTracer, holds_tensor, is_symbolic
 
@@ -59,6 +59,7 @@ class UntracedBlock:
     name: str
     why: str
     additions: tuple[Shape, ...]
+    gated: bool = False  # a map is gated before the last of them
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def trace_blocks(model: nn.Module, example_input: Any = None, *, follow: bool = 
                 except ForwardError:
                     raise error from None
 
-    return run_replaced(replacements(), plan)
+    return run_replaced(replacements, plan)
 
 
 def _has_hooks(model: nn.Module) -> bool:
@@ -138,7 +139,8 @@ def _trace_twin(
         result = traced[key]
         if isinstance(result, str):
             additions = max((call.additions for call in calls), key=len)
-            blocks.append(UntracedBlock(name, result, tuple(additions)))
+            gated = _gates_before_addition(module, calls[0], device)
+            blocks.append(UntracedBlock(name, result, tuple(additions), gated))
         else:
             blocks.append(TracedBlock(name, *result, (calls[0].args, calls[0].kwargs)))
     return Trace(tuple(blocks), recording.stopped, recording.guessed, recording.example)
@@ -183,6 +185,19 @@ def _trace_block(
         return f"its graph does not run ({type(error).__name__}: {first_line(error)})"
     finally:
         module.eval()
+
+
+def _gates_before_addition(module: nn.Module, call: Call, device: torch.device) -> bool:
+    """Whether the forward, run as it is, gates a map and adds maps after that."""
+    args, kwargs = rebuilt((call.args, call.kwargs))
+    try:
+        with on_meta(device), call.log() as log:
+            module(*args, **kwargs)
+    except Exception as error:  # a foreign forward
+        raise_interruption(error)
+    gates = [i for i, op in enumerate(log.ops) if op.gates]
+    additions = [i for i, op in enumerate(log.ops) if op.adds_maps]
+    return bool(gates and additions) and gates[0] < additions[-1]
 
 
 def _graphs(

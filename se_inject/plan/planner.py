@@ -264,6 +264,9 @@ def _untraced(block: UntracedBlock, module: nn.Module) -> list[Skipped]:
             and not kind.channels_last
             and not any(isinstance(m, kind.convolution) for m in module.modules())
         )
+        if block.gated:
+            skipped.append(Skipped(block.name, Reason.GATED, block.why))
+            continue
         reason = Reason.TOKENS if tokens else Reason.UNTRACED
         skipped.append(Skipped(block.name, reason, block.why))
     return skipped
