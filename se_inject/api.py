@@ -53,7 +53,8 @@ def inject_se(
     ('SEBasicBlock', 'SqueezeExcite')
 
     The arguments (placement, squeeze, gate and bias make the paper's variants) and errors are
-    those of :func:`plan_se`, which only says what would be done.
+    those of :func:`plan_se`, which only says what would be done. Blocks that look residual and get
+    no SE block are a warning in one line, and an error with ``strict=True``.
     """
     plan = plan_se(
         model,

@@ -28,6 +28,7 @@ class Reason(StrEnum):
     CONVOLUTION_INSIDE = "3x3: a child has the spatial convolution and another one behind it"
     HIDDEN = "inside a function that fx does not enter"
     UNTRACED = "cannot be traced"
+    FOREIGN = "TorchScript or quantized, so its inside is not planned"
     MODES_DIFFER = "train and eval mode add different maps"
     INJECTED = "has an SE block of se_inject already"
     UNIT_GATED = "the unit already has channel attention"
@@ -63,7 +64,7 @@ UNIT_REASONS = frozenset(
         Reason.NOTHING_LEARNS,
         Reason.SHARED_ACTIVATION,
         Reason.SEVERAL_ENDS,
-        Reason.INSIDE_CHILD,
+        Reason.UNIT_INSIDE_CHILD,
     }
 )
 

@@ -51,7 +51,10 @@ def training_property(read: Callable[[nn.Module], Any]) -> property:
     def write(module: nn.Module, value: bool) -> None:
         vars(module)["training"] = value
 
-    return property(read, write)
+    def delete(module: nn.Module) -> None:
+        del vars(module)["training"]
+
+    return property(read, write, delete)
 
 
 def wrapped_functions() -> list[tuple[str, dict[str, Any]]]:

@@ -47,11 +47,10 @@ X = torch.zeros(2, 3, 8, 8)
 
 def test_a_gap_is_one_warning_that_counts_and_says_why() -> None:
     model = net(Plain(), SetsAnAttribute(), SetsAnAttribute())
-    with pytest.warns(UserWarning, match="look residual") as caught:
+    with pytest.warns(UserWarning, match="residual blocks have no SE block") as caught:
         inject_se(model, example_input=X)
     assert [str(w.message) for w in caught] == [
-        "2 of 3 blocks that look residual have no SE block: cannot be traced;"
-        " see plan_se(model).skipped."
+        "2 of 3 residual blocks have no SE block: cannot be traced; see plan_se(model).skipped."
     ]
     assert caught[0].filename == __file__
     assert hasattr(model[1], "se")
@@ -60,7 +59,7 @@ def test_a_gap_is_one_warning_that_counts_and_says_why() -> None:
 def test_strict_makes_it_an_error_and_changes_nothing() -> None:
     model = net(Plain(), SetsAnAttribute())
     keys = list(model.state_dict())
-    with pytest.raises(NoSiteError, match="1 of 2 blocks that look residual have no SE block"):
+    with pytest.raises(NoSiteError, match="1 of 2 residual blocks have no SE block"):
         inject_se(model, example_input=X, strict=True)
     assert list(model.state_dict()) == keys
 

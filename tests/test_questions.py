@@ -393,3 +393,15 @@ def test_the_check_runs_no_hook_and_moves_no_statistics() -> None:
     inject_se(root, example_input=X)
     assert not seen
     assert root.block.norm.num_batches_tracked == 0
+
+
+def test_a_gate_is_named_even_where_the_block_cannot_be_traced() -> None:
+    def gated(self: Any, x: Tensor) -> Tensor:
+        out = self.body(x)
+        out = out * torch.sigmoid(self.conv(F.adaptive_avg_pool2d(out, 1)))
+        return x + (0.5 if x.is_cuda else 1.0) * out
+
+    plan = plan_se(Root(block(gated)), example_input=X)
+    ((skipped),) = plan.skipped
+    assert (skipped.block, skipped.reason) == ("block", "the branch already has channel attention")
+    assert not plan.gaps

@@ -217,28 +217,38 @@ def interrupted_at(line: int, code: Any) -> Any:
 FILES = ("graph/patches.py", "graph/trace.py", "graph/watch.py", "graph/meta.py")
 
 
-@pytest.mark.parametrize("start", range(5))
-def test_ctrl_c_at_any_line_leaves_torch_as_it_was(start: int) -> None:
-    root = Root(Plain()).train()
-    before, of_torch = list(state_of(root)), torch_state()
-    finished = False
-    for line in range(1 + start, 3000, 23):
+@pytest.mark.parametrize("part", range(4))
+def test_ctrl_c_at_any_line_leaves_torch_as_it_was(part: int) -> None:
+    model = nn.Sequential(Plain()).train()
+    plan_se(model, example_input=X)
+    before, of_torch = list(state_of(model)), torch_state()
+    count = 0
+
+    def counted(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return counted if frame.f_code.co_filename.endswith(FILES) else None
+
+    sys.settrace(counted)
+    plan_se(model, example_input=X)
+    sys.settrace(None)
+    interrupted = 0
+    # The first and last lines are those that replace and put back; the others are many.
+    lines = [*range(1, 40), *range(count - 60, count), *range(40, count - 60, max(1, count // 60))]
+    for line in lines[part::4]:
         sys.settrace(interrupted_at(line, FILES))
         try:
-            plan_se(root, example_input=X)
-            finished = True
+            plan_se(model, example_input=X)
         except KeyboardInterrupt:
-            pass
+            interrupted += 1
         finally:
             sys.settrace(None)
-        assert torch_state() == of_torch
-        assert planning.THREAD.tracer is None
-        assert not planning.THREAD.modules
-        if finished:
-            break
-    assert finished
-    assert list(state_of(root)) == before
-    assert len(plan_se(root, example_input=X).sites) == 2
+        assert torch_state() == of_torch, line
+        assert planning.THREAD.tracer is None, line
+        assert not planning.THREAD.modules, line
+    assert interrupted > 20
+    assert list(state_of(model)) == before
+    assert len(plan_se(model, example_input=X).sites) == 1
 
 
 class Swallows(Plain):
@@ -299,3 +309,21 @@ def test_a_child_that_is_no_float_python_is_skipped_and_the_rest_served(make: An
 def test_a_model_that_is_scripted_itself_is_refused() -> None:
     with pytest.raises(SEInjectError, match="is TorchScript"):
         inject_se(scripted(Plain()), example_input=X)
+
+
+# --- what is not served is said ------------------------------------------------------------------
+
+
+class ByDevice(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (0.5 if x.is_cuda else 1.0) * self.norm(self.conv(x))
+
+
+def test_inject_se_warns_in_one_line_and_strict_is_an_error() -> None:
+    text = r"1 of 2 residual blocks have no SE block: cannot be traced; see plan_se"
+    with pytest.raises(SEInjectError, match=text):
+        inject_se(Root(ByDevice()), example_input=X, strict=True)
+    with pytest.warns(UserWarning, match=text):
+        inject_se(Root(ByDevice()), example_input=X)
+    inject_se(Root(Plain()), example_input=X, strict=True)
+    inject_se(Root(ByDevice()), example_input=X, strict=True, exclude="block")

@@ -403,7 +403,9 @@ IN_PLACE: list[tuple[Callable[..., Tensor], Placement, Reason | None]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*look residual")  # said of those that are skipped
+@pytest.mark.filterwarnings(
+    "ignore:.*residual blocks have no SE block"
+)  # said of those that are skipped
 @pytest.mark.parametrize(
     ("forward", "placement", "reason"), IN_PLACE, ids=lambda v: getattr(v, "__name__", str(v))
 )

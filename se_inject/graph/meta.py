@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from se_inject.errors import ForwardError, first_line
+from se_inject.graph.foreign import StandIn, is_quantized, is_scripted
 from se_inject.graph.log import tensors_in
 from se_inject.graph.planning import THREAD, raise_interruption
 
@@ -148,6 +149,9 @@ def copy_with_twins(
     memo: dict[int, Any] = {}
     tensors: dict[int, Tensor] = {}
     for module in model.modules():
+        if is_scripted(module) or is_quantized(module):
+            memo[id(module)] = StandIn(module)
+            continue
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 memo[id(tensor)] = tensors[id(tensor)] = _to_meta(tensor)

@@ -43,21 +43,23 @@ class Replacement:
             delattr(self.owner, self.name)
 
 
-def run_replaced(replacements: Sequence[Replacement], body: Callable[[], T]) -> T:
+def run_replaced(replacements: Callable[[], Sequence[Replacement]], body: Callable[[], T]) -> T:
     """Run ``body`` with the replacements in place.
 
+    They are made under the lock, so that none takes another thread's replacement for the original.
     This is no context manager: a Ctrl-C between its ``__enter__`` and the ``with`` block would
     leave the replacements behind. Where the first putting back is interrupted, the second is not.
     """
-
-    def put_back() -> None:
-        for replacement in reversed(replacements):
-            replacement.put_back()
-
     with LOCK:
+        made = replacements()
+
+        def put_back() -> None:
+            for replacement in reversed(made):
+                replacement.put_back()
+
         try:
             try:
-                for replacement in replacements:
+                for replacement in made:
                     replacement.put()
                 return body()
             finally:

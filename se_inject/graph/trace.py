@@ -35,7 +35,7 @@ from se_inject.graph.planning import (
     raise_interruption,
     replacements,
 )
-from se_inject.graph.record import Arguments, Call, Shape, changed, record, state_of
+from se_inject.graph.record import Arguments, Call, Shape, changed, rebuilt, record, state_of
 from se_inject.graph.same import configuration
 from se_inject.graph.tracer import BlockTracer, holds_tensor, is_symbolic
 from se_inject.layers.layout import first_convolution
@@ -67,6 +67,7 @@ class UntracedBlock:
     why: str
     additions: tuple[Shape, ...]
     looks_residual: bool  # it convolves, and adds maps of the shape that it takes or returns
+    gated: bool = False  # a map is gated before the last of the additions
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def on_a_copy(
             finally:
                 THREAD.modules, THREAD.tensors = {}, {}
 
-    return run_replaced(replacements(), plan)
+    return run_replaced(replacements, plan)
 
 
 def _has_hooks(model: nn.Module) -> bool:
@@ -165,7 +166,8 @@ def _trace_twin(
             }
             convolves = first_convolution(module) is not None
             looks_residual = convolves and not shapes.isdisjoint(additions)
-            blocks.append(UntracedBlock(name, result, tuple(additions), looks_residual))
+            gated = _gates_before_addition(module, calls[0], device)
+            blocks.append(UntracedBlock(name, result, tuple(additions), looks_residual, gated))
         else:
             pasts = tuple(call.past for call in calls if call.past is not None)
             adders = frozenset[str]().union(*(call.adders for call in calls))
@@ -219,6 +221,19 @@ def trace_block(
         return f"its graph does not run ({type(error).__name__}: {first_line(error)})"
     finally:
         module.eval()
+
+
+def _gates_before_addition(module: nn.Module, call: Call, device: torch.device) -> bool:
+    """Whether the forward, run as it is, gates a map and adds maps after that."""
+    args, kwargs = rebuilt((call.args, call.kwargs))
+    try:
+        with on_meta(device), call.log() as log:
+            module(*args, **kwargs)
+    except Exception as error:  # a foreign forward
+        raise_interruption(error)
+    gates = [i for i, op in enumerate(log.ops) if op.gates]
+    additions = [i for i, op in enumerate(log.ops) if op.adds_maps]
+    return bool(gates and additions) and gates[0] < additions[-1]
 
 
 def _graphs(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from se_inject.edit.block_class import edit_of
+from se_inject.graph.foreign import foreign_parts
 from se_inject.graph.trace import Trace, TracedBlock, UntracedBlock, trace_blocks
 from se_inject.layers.layout import IMAGES, KINDS
 from se_inject.plan.injection import Injection
@@ -106,6 +107,7 @@ def _find(
     if trace.stopped:
         skipped.append(Skipped("", Reason.NOT_REACHED, trace.stopped))
     skipped += [Skipped(name, Reason.NOT_REACHED, _GUESSED) for name in trace.guessed]
+    skipped += [Skipped(name, Reason.FOREIGN, why) for name, why in foreign_parts(model)]
     blocks = {block.name: block for block in trace.blocks if isinstance(block, TracedBlock)}
     return Candidates(trace, tuple(found), tuple(skipped), blocks)
 
@@ -149,6 +151,9 @@ def _untraced(block: UntracedBlock, module: nn.Module) -> list[Skipped]:
     """Every addition of a block that has no graph, with the reason that fits its shape best."""
     skipped = []
     for shape in block.additions:
+        if block.gated:
+            skipped.append(Skipped(block.name, Reason.GATED, block.why))
+            continue
         kind = KINDS.get(len(shape))
         # Without a graph nobody knows which dim holds the channels; the layers tell what is meant.
         tokens = (

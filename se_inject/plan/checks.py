@@ -4,10 +4,10 @@ import operator
 from collections.abc import Mapping
 from typing import Any, get_args
 
-import torch
 from torch import nn
 
 from se_inject.errors import ArgumentError, UnsupportedModelError
+from se_inject.graph.foreign import is_quantized, is_scripted
 from se_inject.layers.variant import check_known
 from se_inject.names import block_label
 from se_inject.plan.injection import Injection
@@ -57,7 +57,17 @@ def check_model(model: Any) -> None:
     """Raise an :class:`UnsupportedModelError` for a model that cannot be edited as it is."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected an nn.Module, got {type(model).__name__}.")
+    if is_scripted(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is TorchScript. Inject into the Python model."
+        )
+    if is_quantized(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is quantized. Inject into the float model, then quantize."
+        )
     for name, module in model.named_modules():
+        if is_scripted(module):
+            continue
         kind = type(module).__name__
         label = f"{block_label(name)} ({kind})"
         if kind == "OptimizedModule" or module._compiled_call_impl is not None:
@@ -72,13 +82,6 @@ def check_model(model: Any) -> None:
             )
         if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
             raise UnsupportedModelError(f"{label} is sharded already. Inject before fully_shard.")
-        quantized = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quant"))
-        if quantized and kind != "FloatFunctional":  # that one waits for quantization
-            raise UnsupportedModelError(
-                f"{label} is quantized. Inject into the float model, then quantize."
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedModelError(f"{label} is TorchScript. Inject into the Python model.")
         if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
             raise UnsupportedModelError(
                 f"{label} has uninitialised lazy parameters. Run one forward first."

@@ -70,7 +70,7 @@ def gaps_message(blocks: int, skipped: Sequence[Skipped]) -> str | None:
         return None
     reasons = ", ".join(dict.fromkeys(reversed(gaps.values())))
     return (
-        f"{len(gaps)} of {plural(blocks + len(gaps), 'block')} that look residual have no SE block:"
+        f"{len(gaps)} of {plural(blocks + len(gaps), 'residual block')} have no SE block:"
         f" {reasons}; see plan_se(model).skipped."
     )
 

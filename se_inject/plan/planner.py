@@ -97,7 +97,8 @@ def plan_se(
 
     Raises:
         ArgumentError: an argument cannot work, or a glob matches no block.
-        UnsupportedModelError: the model is compiled, scripted or wrapped for distributed runs.
+        UnsupportedModelError: the model is compiled, scripted or wrapped for distributed runs; or,
+            with ``strict``, a block that looks residual cannot be served.
         ForwardError: the forward fails on the example input.
         NoSiteError: there is no residual addition, and no unit where those are wanted, that can
             take an SE block; or with ``strict`` one that cannot.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from se_inject.edit.insert import insert
 from se_inject.edit.site import Site
-from se_inject.errors import UnsupportedModelError
+from se_inject.errors import SEInjectError, UnsupportedModelError
 from se_inject.graph.meta import copy_without_hooks
 from se_inject.graph.record import Arguments
 from se_inject.graph.trace import TracedBlock
@@ -85,8 +85,8 @@ def _stays_equal(
                 continue  # it rejects maps of this size
             # In train mode the first forward has moved the statistics of that copy.
             edited = copy_without_hooks(module) if training else copied
-            if edited is not None:
-                _inject(edited, sites, block, variant)
+            if edited is None or not _inject(edited, sites, block, variant):
+                break
             after = _outputs(edited, inputs, training)
             if after is not None and not _equal(before, after):
                 return False
@@ -94,7 +94,16 @@ def _stays_equal(
     return True
 
 
-def _inject(module: nn.Module, sites: list[Site], block: TracedBlock, variant: Variant) -> None:
+def _inject(module: nn.Module, sites: list[Site], block: TracedBlock, variant: Variant) -> bool:
+    """Edit a copy of a block; False where that fails, as the edit itself will say."""
+    try:
+        _insert(module, sites, block, variant)
+    except SEInjectError:
+        return False
+    return True
+
+
+def _insert(module: nn.Module, sites: list[Site], block: TracedBlock, variant: Variant) -> None:
     insert(
         module,
         [dataclasses.replace(site, block="") for site in sites],
