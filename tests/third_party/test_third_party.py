@@ -70,7 +70,6 @@ PYTORCHCV = {
     "resnetd50b": 16, "regnetx002": 13, "regnety002": 0, "senet16": 0,
     "mobilenetv2_wd4": 10, "igcv3_wd4": 25,
     "darknet53": 23, "ibn_resnet50": 16, "ibnb_resnet50": 16,
-    "resattnet56": 33,
 }  # fmt: skip
 PYTORCHCV_CIFAR = {
     "preresnet20_cifar10": 9, "preresnet56_cifar10": 27, "wrn16_10_cifar10": 6,
