@@ -68,9 +68,8 @@ PYTORCHCV = {
     "preresnet10": 4, "preresnet18": 8, "preresnetbc14b": 4, "resnet10": 4, "resnet18": 8,
     "resnetbc14b": 4, "resnext14_16x4d": 4, "seresnet10": 0, "sepreresnet10": 0, "resneta10": 4,
     "resnetd50b": 16, "regnetx002": 13, "regnety002": 0, "senet16": 0,
-    "bamresnet18": 8, "cbamresnet18": 0, "mobilenetv2_wd4": 10, "igcv3_wd4": 25,
+    "mobilenetv2_wd4": 10, "igcv3_wd4": 25,
     "darknet53": 23, "ibn_resnet50": 16, "ibnb_resnet50": 16,
-    "resattnet56": 33,
 }  # fmt: skip
 PYTORCHCV_CIFAR = {
     "preresnet20_cifar10": 9, "preresnet56_cifar10": 27, "wrn16_10_cifar10": 6,
@@ -110,7 +109,7 @@ CASES: dict[str, Case] = {
         "transformers", hf("EfficientNet", image_size=64, hidden_dim=1280), pixels(), (), 0,
     ),
     "transformers Bit": Case(
-        "transformers", hf("Bit", embedding_size=32, hidden_sizes=[64, 128], depths=[2, 2]),
+        "transformers", hf("Bit", embedding_size=32, hidden_sizes=[128, 256], depths=[2, 2]),
         pixels(), ("encoder.stages.*.layers.*",), 4,
     ),
     "smp Unet": Case(
