@@ -282,7 +282,7 @@ REFUSED = {
     by_dtype_in_a_dict: "takes its way by the dtype",
     by_autocast: "asks whether autocast is on",
     by_inference_mode: "asks whether inference mode is on",
-    by_grad_mode: "asks whether gradients is on",
+    by_grad_mode: "asks whether gradient mode is on",
 }
 
 

@@ -24,7 +24,7 @@ _MODES = {
     torch.get_autocast_dtype: "autocast",
     torch.get_autocast_gpu_dtype: "autocast",
     torch.get_autocast_cpu_dtype: "autocast",
-    torch.is_grad_enabled: "gradients",
+    torch.is_grad_enabled: "gradient mode",
     torch.is_inference_mode_enabled: "inference mode",
 }
 _KINDS = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")

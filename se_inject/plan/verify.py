@@ -106,7 +106,8 @@ def _inject(module: nn.Module, sites: list[Site], block: TracedBlock, variant: V
 def _insert(module: nn.Module, sites: list[Site], block: TracedBlock, variant: Variant) -> None:
     insert(
         module,
-        [dataclasses.replace(site, block="") for site in sites],
+        # A user's layer has no bottleneck; an SE block stands for it in the check.
+        [dataclasses.replace(site, block="", bottleneck=site.bottleneck or 8) for site in sites],
         {"": module},
         {"": block},
         where="residual",  # no matter which: nothing is saved of this copy
