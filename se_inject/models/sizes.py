@@ -1,8 +1,13 @@
 """The size of the images that a network is planned with."""
 
+import math
 from collections.abc import Mapping
 
 from torch import nn
+
+from se_inject.errors import ArgumentError
+
+_LARGEST = 2**40  # elements; a plan needs no memory for them, and torch cannot count much further
 
 
 def input_size(
@@ -21,7 +26,10 @@ def input_size(
     channels, *space = size or (own_channels, 224, 224)
     if img_size is not None:
         space[-2:] = [img_size, img_size]
-    return (in_chans or channels, *space)
+    size = (in_chans or channels, *space)
+    if math.prod(size) > _LARGEST:
+        raise ArgumentError(f"an input of {' x '.join(map(str, size))} is too large to plan with.")
+    return size
 
 
 def _trained_size(name: str, model: nn.Module) -> tuple[int, ...] | None:
