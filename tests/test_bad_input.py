@@ -193,3 +193,23 @@ def test_an_unknown_model_gets_near_names(
 def test_input_channels_of_a_torchvision_model_cannot_be_changed() -> None:
     with pytest.raises(ArgumentError, match="torchvision's resnet18 takes 3 input channels"):
         load_model("torchvision/resnet18", in_chans=4)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--img-size", "99999999999"), ("--in-chans", "99999999999999")]
+)
+def test_an_input_that_no_machine_can_hold(
+    call: Callable[..., tuple[int, str, str]], arguments: tuple[str, ...]
+) -> None:
+    status, out, err = call("test_resnet", *arguments)
+    assert (status, out) == (1, "")
+    assert err.startswith("error: an input of ")
+    assert err.count("\n") == 1
+
+
+def test_warnings_that_are_errors_are_one_line(call: Callable[..., tuple[int, str, str]]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        status, out, err = call("test_resnet", "--r", "1000000")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: r=1000000 is more than the channels")

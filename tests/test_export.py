@@ -1,5 +1,6 @@
 """Networks that need no se_inject: stock timm, torch.export, ONNX."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 import se_inject.keep.formats.program
 from se_inject import ExportError, NoSiteError, inject_se, save_se, se_parameters, to_stock
+from se_inject.keep.formats import FORMATS
+from se_inject.keep.formats.compare import check_equal
 from se_inject.keep.formats.fold import fold_gates
 from se_inject.keep.formats.onnx import write_onnx
 from se_inject.keep.formats.program import write_torch_export
@@ -294,6 +297,78 @@ def test_a_file_that_computes_something_else_is_not_kept(
         write_torch_export(model, path)
     assert path.read_text() == "the old one"
     assert [p.name for p in tmp_path.iterdir()] == ["net.pt2"]
+
+
+class Amplifies(nn.Module):
+    """Each of its steps makes a difference about ten times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(5):
+            x = torch.sin(20 * (x + self.conv(x)))
+        return x
+
+
+class Rounds(nn.Module):
+    """The same function with one rounding more, or with another weight."""
+
+    def __init__(self, inner: nn.Module, change: float = 0.0) -> None:
+        super().__init__()
+        self.inner = copy.deepcopy(inner)
+        with torch.no_grad():
+            self.inner.conv.weight.add_(change)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x * 3 / 3)
+
+
+def test_one_rounding_that_a_network_amplifies_is_no_difference() -> None:
+    model = Amplifies()
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad(), pytest.raises(AssertionError):
+        torch.testing.assert_close(Rounds(model)(x), model(x), rtol=0, atol=1e-4)
+    check_equal(model, Rounds(model), (x,), "a module")
+    check_equal(model, lambda x: Rounds(model)(x), (x,), "a session")
+    program = torch.export.export(Rounds(model), (x,)).module()
+    check_equal(model, program, (x,), "a program")
+    for wrong in (Rounds(model, 1e-3), lambda x: Rounds(model, 1e-3)(x), lambda x: model(x)[:, :2]):
+        with pytest.raises(ExportError, match="gives other outputs than the model"):
+            check_equal(model, wrong, (x,), "it")
+
+
+def test_the_stock_file_itself_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    model = after_real_steps("resnet18")
+    save = safetensors.torch.save_file
+
+    def spoilt(tensors: dict[str, Tensor], path: Path) -> None:
+        save({**tensors, "conv1.weight": tensors["conv1.weight"] * 1.1}, path)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", spoilt)
+    with pytest.raises(ExportError, match="the stock file gives other outputs"):
+        FORMATS["stock"].write(model, tmp_path / "net.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.export and onnxscript, about themselves
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_says_what_loads_its_file(name: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    form = FORMATS[name]
+    model = after_real_steps("resnet18")
+    hint = form.write(model, tmp_path / f"net{form.suffix}")
+    loaded = eval(hint, {"timm": timm, "torch": torch, "onnxruntime": onnxruntime})
+    if name == "onnx":
+        (got,) = loaded.run(None, {loaded.get_inputs()[0].name: X.numpy()})
+        got = torch.from_numpy(got)
+    else:
+        got = (loaded.eval() if name == "stock" else loaded)(X)
+    torch.testing.assert_close(got, model(X), rtol=1e-4, atol=1e-4)
 
 
 # --- the command ---------------------------------------------------------------------------------

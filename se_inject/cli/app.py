@@ -82,6 +82,8 @@ def main() -> None:
         sys.stdout.flush()
     except SEInjectError as error:
         _fail(str(error))
+    except Warning as warning:  # python -W error makes errors of warnings
+        _fail(f"{warning} (a warning, which -W error makes an error)")
     except OSError as error:  # a full disk, a closed pipe
         _fail(f"cannot write: {error}")
 

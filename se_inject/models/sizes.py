@@ -1,10 +1,14 @@
 """The size of the images that a network is planned with."""
 
+import math
 from collections.abc import Mapping
 
 from torch import nn
 
+from se_inject.errors import ArgumentError
 from se_inject.layers.layout import first_convolution, kind_of
+
+_LARGEST = 2**40  # elements; a plan needs no memory for them, and torch cannot count much further
 
 
 def input_size(
@@ -23,7 +27,10 @@ def input_size(
     channels, *space = size or (own_channels, *kind_of(first).spaces[0])
     if img_size is not None:
         space[-2:] = [img_size] * len(space[-2:])
-    return (in_chans or channels, *space)
+    size = (in_chans or channels, *space)
+    if math.prod(size) > _LARGEST:
+        raise ArgumentError(f"an input of {' x '.join(map(str, size))} is too large to plan with.")
+    return size
 
 
 def _trained_size(name: str, model: nn.Module) -> tuple[int, ...] | None:
