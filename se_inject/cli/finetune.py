@@ -110,7 +110,7 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
         for line in _about(arm, row):
             console.print(line, highlight=False, soft_wrap=True)
     console.print(summary["verdict"], highlight=False, soft_wrap=True)
-    console.print(f"Chosen weights, metrics, curves: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"Best weights, metrics, curves: {folder}", highlight=False, soft_wrap=True)
 
 
 def _share(spread: dict[str, Any]) -> str:
