@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from se_inject.cli.lightning import need_lightning
+from se_inject.cli.lightning import TrustCode, need_lightning
 
 
 def evaluate(
@@ -19,6 +19,7 @@ def evaluate(
         typer.Option(help="Other data with the same classes.", show_default="those of the run"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Measure the chosen network of RUN on the images that the run validated on.
 
@@ -27,8 +28,9 @@ def evaluate(
     need_lightning()
     run = run.expanduser()
     from se_inject.finetune import evaluate as use
+    from se_inject.finetune.trust import printable
 
-    result = use.evaluate(use.load_run(run), run, data)
+    result = use.evaluate(use.load_run(run, trust_code=trust_code), run, data)
     if as_json:
         print(json.dumps(result, indent=2))
         return
@@ -48,7 +50,7 @@ def evaluate(
         shares = (row["precision"], row["recall"], row["f1"])
         cells = ["-" if share is None else f"{100 * share:.2f} %" for share in shares]
         area = "-" if row["auroc"] is None else f"{row['auroc']:.4f}"
-        table.add_row(Text(name), f"{row['images']:,}", *cells, area)
+        table.add_row(Text(printable(name)), f"{row['images']:,}", *cells, area)
     console.print(table)
     if result["unreadable"]:
         console.print(f"{len(result['unreadable'])} images could not be read.", highlight=False)

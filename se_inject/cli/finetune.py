@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from se_inject.cli.lightning import need_lightning
+from se_inject.cli.lightning import TrustCode, need_lightning
 from se_inject.cli.options import Given, expand, flag
 from se_inject.finetune.settings import ON_RESUME, Settings
 
@@ -28,6 +28,7 @@ def finetune(
             show_default=False,
         ),
     ] = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Fine-tune MODEL with SE blocks, and with --control also without them.
 
@@ -61,7 +62,7 @@ def finetune(
     console = Console(stderr=True)
     if resume is not None:
         folder = resume.expanduser()
-        summary = trainer.resume(folder, console, **given)
+        summary = trainer.resume(folder, console, trust_code=trust_code, **given)
     else:
         settings = _with_whole_paths(Settings(**given))
         folder = output.expanduser() if output else _default_folder(settings)
@@ -109,7 +110,7 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
         for line in _about(arm, row):
             console.print(line, highlight=False, soft_wrap=True)
     console.print(summary["verdict"], highlight=False, soft_wrap=True)
-    console.print(f"Chosen weights, metrics, curves: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"Best weights, metrics, curves: {folder}", highlight=False, soft_wrap=True)
 
 
 def _share(spread: dict[str, Any]) -> str:

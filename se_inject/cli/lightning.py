@@ -3,8 +3,18 @@
 import importlib.util
 import logging
 import warnings
+from typing import Annotated
+
+import typer
 
 from se_inject.errors import ArgumentError
+
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code", help="Import the module:callable that the run folder names as its network."
+    ),
+]
 
 
 def need_lightning() -> None:

@@ -85,6 +85,10 @@ class Arm:
             self._say(data, recipe, trainer)
         last = self.folder / "last.ckpt"
         done = epochs_done(last)
+        if not last.exists() and (self.folder / "metrics.csv").exists():
+            warnings.warn(
+                f"{last} is missing, so this arm begins anew at its first epoch.", stacklevel=2
+            )
         with stoppable(run, settings):
             trainer.fit(
                 recipe,

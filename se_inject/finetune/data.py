@@ -15,6 +15,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
+from se_inject.errors import ArgumentError
 from se_inject.finetune.settings import Settings
 from se_inject.finetune.split import Part, Split, open_split
 
@@ -186,12 +187,20 @@ def transforms(settings: Settings, config: dict[str, Any]) -> tuple[Any, Any]:
     """timm's transforms for the network, to train and to validate; digits are not mirrored."""
     size = settings.img_size
     config = {**config, **({"input_size": (3, size, size)} if size else {})}
-    training = create_transform(
-        **config,
-        is_training=True,
-        auto_augment=settings.aa,
-        scale=(0.7, 1.0),
-        hflip=0.0 if settings.data == "digits" else 0.5,
-        color_jitter=None,
-    )
+    try:
+        training = create_transform(
+            **config,
+            is_training=True,
+            auto_augment=settings.aa,
+            scale=(0.7, 1.0),
+            hflip=0.0 if settings.data == "digits" else 0.5,
+            color_jitter=None,
+        )
+    except Exception as error:  # timm reads the words with asserts and look-ups
+        if settings.aa is None:
+            raise
+        raise ArgumentError(
+            f"--aa {settings.aa} is no augmentation of timm; give one such as rand-m9-mstd0.5,"
+            " augmix-m3-w3 or original."
+        ) from error
     return training, create_transform(**{**config, "crop_pct": 1.0}, is_training=False)

@@ -21,6 +21,7 @@ from se_inject.finetune.measure import by_class, measure
 from se_inject.finetune.network import base_of, blocks_of, with_head
 from se_inject.finetune.settings import Settings
 from se_inject.finetune.split import Split, open_split, trained_names
+from se_inject.finetune.trust import check_code
 from se_inject.keep.atomic import atomic_write
 from se_inject.keep.load import load_se
 from se_inject.keep.read import read_header
@@ -42,14 +43,18 @@ class Trained:
         return scores.float().cpu()
 
 
-def load_run(folder: Path) -> Trained:
+def load_run(folder: Path, *, trust_code: bool = False) -> Trained:
     """The best network of a finished run.
 
+    Args:
+        trust_code: import the ``module:callable`` that the configuration names.
+
     Raises:
-        ArgumentError: the folder has no finished run.
+        ArgumentError: the folder has no finished run, or names code and is not trusted.
         CheckpointError: its files are damaged.
     """
     settings = read_config(folder)
+    check_code(settings.model, folder, trusted=trust_code)
     summary = folder / "summary.json"
     if not summary.exists():
         raise ArgumentError(f"{folder} is not finished: se-inject finetune --resume {folder}")

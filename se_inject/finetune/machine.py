@@ -10,12 +10,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from se_inject.errors import ArgumentError, TrainingError
+from se_inject.errors import ArgumentError, CheckpointError, TrainingError, first_line
 from se_inject.finetune.callbacks import PlainLines, RunFolder, WholeFiles, average_of
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.settings import Settings
@@ -87,24 +88,30 @@ def trainer_of(
     devices: Any = settings.devices
     if devices == "auto":
         devices = "auto" if gpu else 1
-    return pl.Trainer(
-        max_epochs=settings.epochs,
-        accelerator="gpu" if gpu else "cpu",
-        devices=int(devices) if str(devices).isdigit() else devices,
-        num_nodes=settings.nodes,
-        strategy=strategy,
-        precision=settings.precision or ("bf16-mixed" if gpu else "32-true"),  # type: ignore[arg-type]  # the user's words
-        gradient_clip_val=settings.clip,
-        callbacks=callbacks,
-        logger=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        enable_progress_bar=console.is_terminal,
-        deterministic=not gpu,
-        default_root_dir=folder,
-        plugins=[WholeFiles()],
-    )
+    try:
+        return pl.Trainer(
+            max_epochs=settings.epochs,
+            accelerator="gpu" if gpu else "cpu",
+            devices=int(devices) if str(devices).isdigit() else devices,
+            num_nodes=settings.nodes,
+            strategy=strategy,
+            precision=settings.precision or ("bf16-mixed" if gpu else "32-true"),  # type: ignore[arg-type]  # the user's words
+            gradient_clip_val=settings.clip,
+            callbacks=callbacks,
+            logger=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            enable_progress_bar=console.is_terminal,
+            deterministic=not gpu,
+            default_root_dir=folder,
+            plugins=[WholeFiles()],
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise ArgumentError(
+            f"--precision {settings.precision}, --devices {settings.devices}: Lightning cannot"
+            f" train so ({first_line(error)})."
+        ) from error
 
 
 class Sharded(ModelParallelStrategy):
@@ -129,8 +136,14 @@ def epochs_done(last: Path) -> int:
     """The whole epochs in a checkpoint. Lightning starts its workers before it says so."""
     if not last.exists():
         return 0
-    checkpoint = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
-    return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+    try:
+        checkpoint = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+        return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+    except Exception as error:  # a damaged file fails in many ways
+        raise CheckpointError(
+            f"{last} is damaged ({first_line(error)}). Remove it to train this arm from its first"
+            " epoch on."
+        ) from error
 
 
 def ranks_of(trainer: pl.Trainer) -> dict[str, int]:

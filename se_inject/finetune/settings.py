@@ -3,6 +3,8 @@
 The command line makes its options from these fields, ``config.json`` keeps them.
 """
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -219,8 +221,22 @@ class Settings(Injection):
             )
         if not 0 < self.val_split < 1:
             raise ArgumentError(f"--val-split {self.val_split} is a share between 0 and 1.")
-        if self.lr <= 0:
+        if not self.lr > 0:  # nor nan
             raise ArgumentError(f"--lr {self.lr} must be above 0.")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ArgumentError(f"--ema {self.ema} must be at least 0 and below 1.")
+        if not 0 <= self.seed <= 2**32 - self.seeds:
+            raise ArgumentError(f"--seed {self.seed} must be between 0 and {2**32 - self.seeds}.")
+        if not re.fullmatch(r"auto|-1|[1-9]\d*|\d+(,\d+)+,?|\d+,", self.devices):
+            raise ArgumentError(
+                f"--devices {self.devices} is no number of devices: give auto, 1, 2, ... or the"
+                " indices of GPUs, such as 0,2."
+            )
+        numbers = ("base_lr_scale", "weight_decay", "clip", "mixup", "cutmix", "label_smoothing")
+        for name in numbers:
+            if not 0 <= getattr(self, name) < math.inf:
+                option_name = "--" + name.replace("_", "-")
+                raise ArgumentError(f"{option_name} {getattr(self, name)} must be 0 or more.")
         if self.strategy == "fsdp" and (self.ema or self.compile):
             raise ArgumentError("--strategy fsdp goes with neither --ema nor --compile.")
         if self.control and self.train == "se":

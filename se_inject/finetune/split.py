@@ -19,6 +19,7 @@ from se_inject.errors import DataError
 from se_inject.finetune.folders import Folder
 from se_inject.finetune.settings import Settings
 from se_inject.finetune.sources import Source, open_sources
+from se_inject.finetune.trust import printable
 from se_inject.keep.atomic import atomic_write
 from se_inject.names import few, plural
 
@@ -306,7 +307,9 @@ def table_of(result: Split) -> list[str]:
     rows = [["class", *counts]]
     for i in shown:
         numbers = [f"{part[i]:,}" for part in counts.values()]
-        rows.append(["...", *("" for _ in counts)] if i < 0 else [result.classes[i], *numbers])
+        rows.append(
+            ["...", *("" for _ in counts)] if i < 0 else [printable(result.classes[i]), *numbers]
+        )
     rows.append([f"{total} classes", *(f"{sum(part):,}" for part in counts.values())])
     width = min(40, max(len(row[0]) for row in rows))
     return [

@@ -16,6 +16,7 @@ from se_inject.finetune.machine import rank
 from se_inject.finetune.results import curves, summarize, write_rows
 from se_inject.finetune.settings import Settings
 from se_inject.finetune.split import SPLIT, Split, open_split, table_of, write_split
+from se_inject.finetune.trust import check_code
 from se_inject.keep.atomic import atomic_write
 
 
@@ -44,16 +45,20 @@ def start(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
     return _run(settings, folder, console, begun=False)
 
 
-def resume(folder: Path, console: Console, **machine: Any) -> dict[str, Any]:
+def resume(
+    folder: Path, console: Console, *, trust_code: bool = False, **machine: Any
+) -> dict[str, Any]:
     """Go on with a run from the last whole epoch of each of its arms.
 
     Args:
+        trust_code: import the ``module:callable`` that the configuration names.
         machine: settings that may differ from those of the run: devices, nodes, strategy, workers.
 
     Raises:
-        ArgumentError: the folder has no run.
+        ArgumentError: the folder has no run, or names code and is not trusted.
     """
     settings = dataclasses.replace(read_config(folder), **machine)
+    check_code(settings.model, folder, trusted=trust_code)
     settings.check()
     return _run(settings, folder, console, begun=True)
 
