@@ -27,7 +27,7 @@ OLD_PATHS: dict[str, tuple[str, ...]] = {
     "scale_add": ("layers.scale_add",),
     "sites": ("reasons", "sites.find"),
     "squeeze_excite": ("layers.squeeze_excite", "layers.layout", "layers.cost"),
-    "trace": ("graph.tracer", "graph.trace", "graph.facts"),
+    "trace": ("graph.expect", "graph.tracer", "graph.trace", "graph.facts"),
     "variants": ("layers.variant", "layers.gates", "layers.squeezes"),
 }
 

@@ -118,20 +118,20 @@ def test_evaluate_and_predict_of_a_finished_run(tmp_path: Path) -> None:
 
     run = tmp_path / "run"
     shutil.copytree(OLD / "finished", run)
-    said = json.loads(command("evaluate", str(run), "--json"))
+    said = json.loads(command("evaluate", str(run), "--json", "--trust-code"))
     summary = json.loads((OLD / "finished" / "summary.json").read_text())
     assert said["top1"] == pytest.approx(summary["arms"]["se"]["mean"], rel=1e-3)
     from PIL import Image
 
     pixels = load_digits().images[0]
     Image.fromarray((pixels * 16).clip(0, 255).astype("uint8")).save(tmp_path / "digit.png")
-    assert "digit.png" in command("predict", str(run), str(tmp_path / "digit.png"))
+    assert "digit.png" in command("predict", str(run), str(tmp_path / "digit.png"), "--trust-code")
 
 
 def test_a_stopped_run_goes_on_as_the_old_version_did(tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(OLD / "stopped", run)
-    command("finetune", "--resume", str(run))
+    command("finetune", "--resume", str(run), "--trust-code")
     got, wanted = (
         list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
         for folder in (run, OLD / "went_on")

@@ -1,5 +1,6 @@
 """The paper's variants: which SE block is inserted, and where at an addition."""
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -45,7 +46,8 @@ def check_known(name: str, value: Any, known: Sequence[str]) -> None:
     """Raise an :class:`ArgumentError` unless ``value`` is one of the known ones."""
     if value not in known:
         *first, last = map(repr, known)
-        raise ArgumentError(f"{name}={value!r} is not known; use {', '.join(first)} or {last}.")
+        shown = reprlib.repr(value)  # a damaged file may bring a long one
+        raise ArgumentError(f"{name}={shown} is not known; use {', '.join(first)} or {last}.")
 
 
 _NAMED = {"squeeze": Squeeze, "gate": Gate, "init": Init}
