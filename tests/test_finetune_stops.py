@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_finetune import DATA, QUIET
+from test_finetune import BEFORE_ROOMS, QUIET
 from test_finetune_data import COMMAND, SETTINGS, command, settings_of, tree
 
 from se_inject import ArgumentError, CheckpointError
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
 def hostile(root: Path) -> Path:
     """A run folder that names code which lies beside its configuration."""
     run = root / "x"
-    shutil.copytree(DATA / "stopped_run", run)
+    shutil.copytree(BEFORE_ROOMS / "stopped", run)
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"model": "x.payload:build"}))
     (run / "summary.json").write_text(json.dumps({"classes": ["a", "b"]}))

@@ -519,9 +519,10 @@ def test_pre_of_a_unit_and_of_the_long_skip_above_it() -> None:
 
 
 def test_pre_is_refused_where_the_branch_reads_two() -> None:
-    root = Root(TwoBranchInputs(), lambda block, x: block(x, x, x))
-    plan = plan_se(root, example_input=torch.randn(2, 16, 8, 8), placement="pre")
-    assert [s.reason for s in plan.skipped if s.block == "block"] == [Reason.SEVERAL_INPUTS]
+    inputs = tuple(torch.randn(2, 16, 8, 8) for _ in range(3))
+    with pytest.raises(NoSiteError) as caught:
+        plan_se(TwoBranchInputs(), example_input=inputs, placement="pre")
+    assert [s.reason for s in caught.value.skipped] == [Reason.SEVERAL_INPUTS]
 
 
 SKIPPED: list[tuple[str, str]] = [
