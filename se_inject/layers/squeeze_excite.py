@@ -95,7 +95,17 @@ class SqueezeExcite(nn.Module):
         self.gate = GateLayer(gate, init)
         if init == "identity":
             self._close_fc2()
-        self._squeeze = SQUEEZES[squeeze].of  # an attribute, because TorchScript reads no table
+        self.set_plain(False)
+
+    def set_plain(self, plain: bool) -> None:
+        """Compute with mean, multiply and add from now on, or in one pass again.
+
+        See :func:`se_inject.set_plain_ops`.
+        """
+        self.plain = plain
+        kind = SQUEEZES[self.squeeze]
+        # The function is an attribute, because TorchScript reads no table.
+        self._squeeze = kind.plain if plain else kind.of
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch's
@@ -104,12 +114,13 @@ class SqueezeExcite(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A block that was pickled before there were variants does not say which one it is, and one
         # that was pickled before its gate was a module holds the name of the gate.
-        state = {"squeeze": "avg"} | state
-        name, init = state.pop("gate", "sigmoid"), state.pop("init", "identity")
+        old: dict[str, Any] = {"squeeze": "avg", "gate": "sigmoid", "init": "identity"}
+        state = old | {"plain": False} | state
+        name, init = state.pop("gate"), state.pop("init")
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
         if "gate" not in self._modules:
             self.gate = GateLayer(name, init)
-        self._squeeze = SQUEEZES[self.squeeze].of
+        self.set_plain(self.plain)
 
     def to_literal_gate(self) -> None:
         """Change to the gate as the paper writes it; the parameters stay as they are."""
@@ -150,7 +161,7 @@ class SqueezeExcite(nn.Module):
             return scaled
         if is_watched(self, x):
             scaled = super().__call__(x)
-            if in_place and isinstance(x, fx.Proxy):  # which knows no dtype to compare
+            if isinstance(x, fx.Proxy) and in_place:  # A tracer knows no dtype to compare.
                 return add(scaled, residual).type_as(scaled)
             return add(scaled, residual, residual_first, in_place)
         total: Tensor = super().__call__(x, residual, residual_first, in_place)
@@ -179,6 +190,8 @@ class SqueezeExcite(nn.Module):
             gate, factor = _gate_and_factor(self.gate, z)
         if residual is None:
             return x * times(gate, factor)
+        if self.plain:
+            return add(x * times(gate, factor), residual, residual_first, in_place)
         return scale_add(residual, x, gate, factor, residual_first, in_place)
 
     def extra_repr(self) -> str:
