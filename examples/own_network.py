@@ -199,7 +199,9 @@ def main() -> None:
     images = torch.randn(4, 3, 32, 32)
 
     # The head takes 32x32 images only; the plan finds that out by itself, or is told so:
-    warnings.filterwarnings("ignore", message=".*asks tensors for their values")  # the plan says so
+    # The plan says both:
+    warnings.filterwarnings("ignore", message=".*asks tensors for their values")
+    warnings.filterwarnings("ignore", message=".*residual blocks have no SE block")
     plan = plan_se(model, r=16, example_input=images)
     console.print(plan)
     console.print("Left alone:")

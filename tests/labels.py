@@ -214,7 +214,7 @@ LABELS: dict[str, dict[str, Label]] = {
         "tiny_vit.TinyVitBlock": NEVER,
         "tresnet.BasicBlock": MUST,
         "tresnet.Bottleneck": MUST,
-        "twins.PosConv": arguable(0, note=f"{POSITION}, but the class cannot be traced"),
+        "twins.PosConv": arguable(1, note=POSITION),
         "visformer.Block": arguable(1, 2, note=UNITS),
         "vision_transformer_sam.Attention": NEVER,
         "vision_transformer_sam.Block": NEVER,

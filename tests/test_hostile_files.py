@@ -151,7 +151,7 @@ def test_500_mutated_files(good: Path, tmp_path: Path) -> None:
     fuzz(good, tmp_path, 0, 500)
 
 
-@pytest.mark.zoo
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*the weights fit, but:UserWarning")
 def test_5000_mutated_files(good: Path, tmp_path: Path) -> None:
     fuzz(good, tmp_path, 500, 5000)

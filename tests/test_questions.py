@@ -79,7 +79,7 @@ def fresh_relu(self: Any, x: Tensor) -> Tensor:
 
 
 def fresh_pool(self: Any, x: Tensor) -> Tensor:
-    return x + nn.Upsample(scale_factor=2)(nn.AvgPool2d(2)(self.body(x)))
+    return x + nn.AvgPool2d(3, stride=1, padding=1)(self.body(x))
 
 
 def fresh_dropout(self: Any, x: Tensor) -> Tensor:

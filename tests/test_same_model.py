@@ -379,6 +379,8 @@ def test_a_fault_at_the_last_site_leaves_the_model_as_it_was(
     shape, keys, before = snapshot(model), list(model.state_dict()), run(model, x)
     plan = plan_se(model)
     with monkeypatch.context() as patch:
+        # The trial on copies, which comes first, would be what fails.
+        patch.setattr("se_inject.plan.plan.verify", lambda *_: None)
         fail_at(call, patch, owner, name)
         with pytest.raises(FaultError):
             plan.apply()

@@ -58,7 +58,7 @@ class Net(nn.Module):
 def found(network: nn.Module, *inputs: Tensor) -> tuple[list[str], list[str]]:
     """The blocks with a site, and the reasons of the others."""
     try:
-        plan = plan_se(network, example_input=inputs or (X,))
+        plan = plan_se(network, example_input=inputs or (X,), where="residual")
     except NoSiteError as error:
         return [], [s.reason for s in error.skipped]
     return [site.block for site in plan.sites], [s.reason for s in plan.skipped]
