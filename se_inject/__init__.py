@@ -14,7 +14,7 @@ the same outputs to the last bit, until training moves the new weights.
     sites/       block graph -> where a block can go; reads only
     edit/        site -> edited block; the only room that changes a graph or a class
     plan/        which sites get what: r, include/exclude; what is skipped and why
-    api          inject_se, remove_se, se_parameters
+    api          inject_se, remove_se, se_parameters, set_plain_ops
     models/      "resnet50", "torchvision/resnet50", "my_pkg.nets:build" -> nn.Module
     keep/        save_se, load_se; export to stock timm networks, torch.export, ONNX
     gates/       what the gates do: record, statistics, pictures, folding the constant ones
@@ -29,7 +29,7 @@ import importlib
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from se_inject.api import inject_se, remove_se, se_parameters
+from se_inject.api import inject_se, remove_se, se_parameters, set_plain_ops
 from se_inject.edit.site import Site
 from se_inject.errors import (
     ArgumentError,
@@ -97,5 +97,6 @@ __all__ = [
     "remove_se",
     "save_se",
     "se_parameters",
+    "set_plain_ops",
     "to_stock",
 ]

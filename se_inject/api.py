@@ -1,4 +1,4 @@
-"""``inject_se``, ``remove_se`` and ``se_parameters``: what most users call."""
+"""``inject_se``, ``remove_se``, ``se_parameters`` and ``set_plain_ops``: what most users call."""
 
 import warnings
 from collections.abc import Iterator
@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from se_inject.edit.insert import injected, restore
+from se_inject.edit.insert import injected, is_injected, restore
 from se_inject.errors import NoSiteError
 from se_inject.layers.attention import SELayer
 from se_inject.layers.gates import Gate, Init
+from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.layers.squeezes import Squeeze
 from se_inject.names import Patterns
 from se_inject.plan.injection import Ratio
@@ -97,6 +98,33 @@ def remove_se(model: nn.Module, *, include: Patterns = None, exclude: Patterns =
             f"{type(model).__name__} has no SE block from inject_se, so there is none to remove."
         )
     restore(model, selected(names, include, exclude, "block with an SE block"))
+    return model
+
+
+def set_plain_ops(model: nn.Module, plain: bool = True) -> nn.Module:
+    """Make the SE blocks compute with mean, multiply and add, in place, and return the model.
+
+    SE blocks squeeze with a sum and end in one pass of ``torch.addcmul``, which is faster.
+    Converters and quantizers for devices (Core ML, the quantizers of PT2E, fixed accelerators)
+    expect the operations that networks are usually written with. Outputs differ by roundings only,
+    and not at all while every gate is 1. Parameters, keys and files are the same.
+    ``set_plain_ops(model, False)`` goes back.
+
+    >>> import timm
+    >>> model = set_plain_ops(inject_se(timm.create_model("resnet18"))).eval()
+
+    A ``se_layer`` of the user's own stays as it is.
+
+    Raises:
+        NoSiteError: the model has no SE block.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, SqueezeExcite)]
+    if not blocks and not is_injected(model):
+        raise NoSiteError(
+            f"{type(model).__name__} has no SE block whose operations could be changed."
+        )
+    for block in blocks:
+        block.set_plain(plain)
     return model
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import operator
 import subprocess
 import sys
 import warnings
@@ -197,8 +198,14 @@ def test_tools_that_trace_with_fx(kind: str) -> None:
     model = inject_se(randomize(torchvision.models.resnet18()).eval(), example_input=X)
     open_gates(model)
     traced = FX_TOOLS[kind](model)
-    fx_nodes = [n for n in traced.graph.nodes if getattr(n.target, "__name__", "") == "scale_add"]
-    assert len(fx_nodes) == 8
+    # Each SE block ends in branch x gate, as timm's does; the sum with the shortcut comes after it.
+    scaled = [
+        n
+        for n in traced.graph.nodes
+        if n.target is operator.mul and all(isinstance(arg, fx.Node) for arg in n.args)
+    ]
+    assert len(scaled) == 8
+    assert all(user.target is operator.add for n in scaled for user in n.users if user.args[0] is n)
     for mode in (torch.enable_grad, torch.inference_mode):
         with mode():
             result = traced(X)

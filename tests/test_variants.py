@@ -237,14 +237,28 @@ def test_a_block_is_scripted_copied_and_pickled(squeeze: Squeeze, gate: Gate, in
         assert torch.equal(other(x, x.flip(0)), se(x, x.flip(0)))
 
 
-def test_a_block_pickled_before_there_were_variants() -> None:
-    se = SqueezeExcite(16, 8, init="paper")
+OLD_STATES = {
+    "before there were variants": ({"init": "paper", "gate_scale": 1.0}, {"init": "paper"}),
+    "when the gate was a name": (
+        {"squeeze": "max", "gate": "tanh", "init": "identity"},
+        {"squeeze": "max", "gate": "tanh"},
+    ),
+}
+
+
+@pytest.mark.parametrize("when", OLD_STATES)
+def test_a_block_of_an_old_pickle(when: str) -> None:
+    old_state, options = OLD_STATES[when]
+    se = SqueezeExcite(16, 8, **options)
+    torch.nn.init.normal_(se.fc2.weight)
     state = se.__getstate__()
-    del state["squeeze"], state["gate"]
+    del state["squeeze"]
+    modules = {name: layer for name, layer in state["_modules"].items() if name != "gate"}
     old = SqueezeExcite.__new__(SqueezeExcite)
-    old.__setstate__(state | {"gate_scale": 1.0})
+    old.__setstate__(state | {"_modules": modules} | old_state)
     x = torch.randn(2, 16, 5, 5)
     assert torch.equal(old(x), se(x))
+    assert old.gate.name == options.get("gate", "sigmoid")
 
 
 def test_what_is_planned_in_inference_mode_is_planned_alike() -> None:

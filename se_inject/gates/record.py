@@ -121,7 +121,7 @@ def mean_over_positions(layer: SqueezeExcite, gate: Tensor) -> Tensor:
 
 
 def _hook(name: str, layer: SqueezeExcite, observer: Observer) -> Callable[..., None]:
-    function, factor = GATES[layer.gate].of(layer.init), layer.gate_scale or 1.0
+    function, factor = GATES[layer.gate.name].of(layer.init), layer.gate_scale or 1.0
 
     def hook(fc2: nn.Module, args: Any, output: Tensor) -> None:
         # Compiled code would keep the observer in it for good.

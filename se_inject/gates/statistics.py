@@ -242,7 +242,7 @@ def _block(name: str, layer: SqueezeExcite, moments: GateMoments) -> BlockGates:
     def cpu(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.cpu()
 
-    gate = GATES[layer.gate]
+    gate = GATES[layer.gate.name]
     return BlockGates(
         block=name,
         formula=gate.formulas[layer.init],

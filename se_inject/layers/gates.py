@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Gate = Literal["sigmoid", "tanh", "relu", "hard_sigmoid"]
 
@@ -84,3 +84,57 @@ GATES: dict[Gate, GateFunctions] = {
         factor=2.0,
     ),
 }
+
+
+class GateLayer(nn.Module):
+    """The gate of an SE block as a module, so that hooks can watch it; it has no parameters.
+
+    A call returns what the branch is multiplied by, with the factor of the gate: ``2 * sigmoid(z)``
+    for a sigmoid that starts as the identity.
+
+    Args:
+        name: a row of :data:`GATES`.
+        init: the form of the gate (see :class:`GateFunctions`).
+    """
+
+    __jit_unused_properties__: ClassVar[list[str]] = ["scale"]
+
+    function: Callable[[Tensor], Tensor]  # the gate without its factor
+    factor: float  # a power of two
+
+    def __init__(self, name: Gate, init: Init = "identity") -> None:
+        super().__init__()
+        self.name: Gate = name
+        self.init: Init = init
+        self._choose()
+
+    def _choose(self) -> None:
+        """Keep the function as an attribute, because TorchScript reads no table."""
+        self.function = GATES[self.name].of(self.init)
+        self.factor = self.scale or 1.0
+
+    @property
+    def scale(self) -> float | None:
+        """The factor between this gate and the paper's; None where it is no multiple of that."""
+        return 1.0 if self.init == "paper" else GATES[self.name].factor
+
+    def to_literal(self) -> None:
+        """Change to the gate as the paper writes it."""
+        self.init = "paper"
+        self._choose()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch's
+        return {k: v for k, v in state.items() if k not in ("function", "factor")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
+        self._choose()
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The gate of ``z``, the output of the second layer."""
+        gate = self.function(z)
+        return gate if self.factor == 1.0 else gate * self.factor
+
+    def extra_repr(self) -> str:
+        return GATES[self.name].formulas[self.init]

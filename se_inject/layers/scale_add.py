@@ -31,13 +31,25 @@ def scale_add(
     """
     if x.stride() != residual.stride() or x.dtype != residual.dtype:
         product = x * times(gate, factor)
-        if in_place:
-            return product.add_(residual)
-        return residual + product if residual_first else product + residual
+        return product.add_(residual) if in_place else add(product, residual, residual_first)
     # TorchScript takes no autograd.Function. The question is public, though not in torch's __all__.
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return torch.addcmul(residual, x, gate, value=factor)
     return _scale_add(residual, x, gate, factor, in_place)
+
+
+def add(
+    product: Tensor, residual: Tensor, residual_first: bool = False, in_place: bool = False
+) -> Tensor:
+    """The sum of a scaled map and its residual as a map of its own.
+
+    Whoever holds the product, such as a hook, keeps it as it was. The flags are those of
+    :func:`scale_add`.
+    """
+    total = residual + product if residual_first else product + residual
+    if in_place and total.dtype != product.dtype:
+        return total.to(product.dtype)
+    return total
 
 
 def _scale_add(residual: Tensor, x: Tensor, gate: Tensor, factor: float, in_place: bool) -> Tensor:

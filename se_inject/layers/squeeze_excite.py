@@ -5,9 +5,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from se_inject.layers.gates import GATES, Gate, Init
+from se_inject.layers.gates import Gate, GateLayer, Init
+from se_inject.layers.hooks import is_watched
 from se_inject.layers.layout import IMAGES, Layout, pointwise
-from se_inject.layers.scale_add import scale_add, times
+from se_inject.layers.scale_add import add, scale_add, times
 from se_inject.layers.squeezes import SQUEEZES, Squeeze
 
 # symbolic_trace (of torchvision's create_feature_extractor, of quantization) takes scale_add for a
@@ -50,6 +51,12 @@ class SqueezeExcite(nn.Module):
     hard_sigmoid  relu6(z + 3) / 6    relu6(z + 3) / 3
     ============  ==================  ==================
 
+    At an addition the block gives the sum of branch and shortcut in one pass. Where hooks (of
+    Grad-CAM, Captum, ...) are on the block, it is called with the branch alone, and the shortcut is
+    added to what it returned: the hooks see branch x gate, as on ``timm.layers.SEModule``. Such a
+    sum rounds twice where the one pass may round once; while all gates are 1, both are equal to the
+    last bit. The gate has a module of its own, ``gate``, whose output hooks can watch.
+
     Args:
         channels: C, the channels of the map.
         bottleneck: rd, the width between the two layers (see :func:`bottleneck_width`).
@@ -63,7 +70,7 @@ class SqueezeExcite(nn.Module):
         device, dtype: of the new parameters.
     """
 
-    __jit_unused_properties__: ClassVar[list[str]] = ["gate_scale"]
+    __jit_unused_properties__: ClassVar[list[str]] = ["gate_scale", "init"]
 
     def __init__(
         self,
@@ -82,40 +89,52 @@ class SqueezeExcite(nn.Module):
         self.channels = channels
         self.bottleneck = bottleneck
         self.squeeze = squeeze
-        self.gate = gate
-        self.init = init
         self.space = list(layout.space)
         self.fc1 = pointwise(layout, channels, bottleneck, bias, device, dtype)
         self.fc2 = pointwise(layout, bottleneck, channels, bias, device, dtype)
+        self.gate = GateLayer(gate, init)
         if init == "identity":
             self._close_fc2()
-        self._choose()
+        self.set_plain(False)
 
-    def _choose(self) -> None:
-        """Keep the functions of the forward as attributes, because TorchScript reads no table."""
-        self._squeeze = SQUEEZES[self.squeeze].of
-        self._gate = GATES[self.gate].of(self.init)
-        self._factor = self.gate_scale or 1.0
+    def set_plain(self, plain: bool) -> None:
+        """Compute with mean, multiply and add from now on, or in one pass again.
+
+        See :func:`se_inject.set_plain_ops`.
+        """
+        self.plain = plain
+        kind = SQUEEZES[self.squeeze]
+        # The function is an attribute, because TorchScript reads no table.
+        self._squeeze = kind.plain if plain else kind.of
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch's
-        return {k: v for k, v in state.items() if k not in ("_squeeze", "_gate", "_factor")}
+        return {k: v for k, v in state.items() if k != "_squeeze"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A block that was pickled before there were variants does not say which one it is.
-        state = {"squeeze": "avg", "gate": "sigmoid"} | state
+        # A block that was pickled before there were variants does not say which one it is, and one
+        # that was pickled before its gate was a module holds the name of the gate.
+        old: dict[str, Any] = {"squeeze": "avg", "gate": "sigmoid", "init": "identity"}
+        state = old | {"plain": False} | state
+        name, init = state.pop("gate"), state.pop("init")
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
-        self._choose()
+        if "gate" not in self._modules:
+            self.gate = GateLayer(name, init)
+        self.set_plain(self.plain)
 
     def to_literal_gate(self) -> None:
         """Change to the gate as the paper writes it; the parameters stay as they are."""
-        self.init = "paper"
-        self._choose()
+        self.gate.to_literal()
+
+    @property
+    def init(self) -> Init:
+        """Which form of its gate the block has."""
+        return self.gate.init
 
     @property
     def gate_scale(self) -> float | None:
         """The factor between this gate and the paper's; None where it is no multiple of that."""
-        return 1.0 if self.init == "paper" else GATES[self.gate].factor
+        return self.gate.scale
 
     def reset_parameters(self) -> None:
         """Initialise the layers anew, as after ``to_empty()`` of a model that was built on meta."""
@@ -127,6 +146,26 @@ class SqueezeExcite(nn.Module):
     def _close_fc2(self) -> None:
         for p in self.fc2.parameters():
             nn.init.zeros_(p)
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        residual_first: bool = False,
+        in_place: bool = False,
+    ) -> Tensor:
+        """As :meth:`forward`; where the call is watched, the shortcut is added outside of it."""
+        scaled: Tensor
+        if residual is None:
+            scaled = super().__call__(x)
+            return scaled
+        if is_watched(self, x):
+            scaled = super().__call__(x)
+            if isinstance(x, fx.Proxy) and in_place:  # A tracer knows no dtype to compare.
+                return add(scaled, residual).type_as(scaled)
+            return add(scaled, residual, residual_first, in_place)
+        total: Tensor = super().__call__(x, residual, residual_first, in_place)
+        return total
 
     def forward(
         self,
@@ -143,12 +182,28 @@ class SqueezeExcite(nn.Module):
         Where the two maps differ in memory format, a sum has that of its first operand; where
         they differ in dtype, one in place keeps it.
         """
-        z = self._squeeze(x, self.space)
-        gate = self._gate(self.fc2(torch.relu(self.fc1(z))))
+        z = self.fc2(torch.relu(self.fc1(self._squeeze(x, self.space))))
+        # TorchScript knows no hooks. The question is public, though not in torch's __all__.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            gate, factor = self.gate(z), 1.0
+        else:
+            gate, factor = _gate_and_factor(self.gate, z)
         if residual is None:
-            return x * times(gate, self._factor)
-        return scale_add(residual, x, gate, self._factor, residual_first, in_place)
+            return x * times(gate, factor)
+        if self.plain:
+            return add(x * times(gate, factor), residual, residual_first, in_place)
+        return scale_add(residual, x, gate, factor, residual_first, in_place)
 
     def extra_repr(self) -> str:
-        formula = GATES[self.gate].formulas[self.init]
+        formula = self.gate.extra_repr()
         return f"gate={formula}, squeeze={self.squeeze}, space={tuple(self.space)}"
+
+
+def _gate_and_factor(layer: GateLayer, z: Tensor) -> tuple[Tensor, float]:
+    """The gate of ``z`` and what it is still to be multiplied by.
+
+    The factor is left to the sum, where it costs nothing, unless somebody watches the gate.
+    """
+    if is_watched(layer, z):
+        return layer(z), 1.0
+    return layer.function(z), layer.factor

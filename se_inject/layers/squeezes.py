@@ -15,6 +15,7 @@ class SqueezeFunction:
     """What the two layers see of a map, and how often they run."""
 
     of: Callable[[Tensor, list[int]], Tensor]  # takes the map and the dims of its space
+    plain: Callable[[Tensor, list[int]], Tensor]  # the same as one operation that converters know
     pools: bool  # whether it leaves one position; otherwise the layers run at every position
 
 
@@ -45,6 +46,10 @@ def _mean(x: Tensor, space: list[int]) -> Tensor:
     return _sum_over_n(x, space)
 
 
+def _plain_mean(x: Tensor, space: list[int]) -> Tensor:
+    return x.mean(space, keepdim=True)
+
+
 def _max(x: Tensor, space: list[int]) -> Tensor:
     return x.amax(space, keepdim=True)
 
@@ -54,7 +59,7 @@ def _all_positions(x: Tensor, space: list[int]) -> Tensor:
 
 
 SQUEEZES: dict[Squeeze, SqueezeFunction] = {
-    "avg": SqueezeFunction(_mean, pools=True),
-    "max": SqueezeFunction(_max, pools=True),
-    "none": SqueezeFunction(_all_positions, pools=False),
+    "avg": SqueezeFunction(_mean, _plain_mean, pools=True),
+    "max": SqueezeFunction(_max, _max, pools=True),
+    "none": SqueezeFunction(_all_positions, _all_positions, pools=False),
 }

@@ -46,8 +46,8 @@ def fold_gates(model: nn.Module) -> None:
             if layer.gate_scale is None:
                 raise ExportError(
                     f"the gate of {block_label(name)}'s SE block is"
-                    f" {GATES[layer.gate].formulas[layer.init]}, which is no multiple of"
-                    f" {layer.gate}: there is no factor to fold."
+                    f" {GATES[layer.gate.name].formulas[layer.init]}, which is no multiple of"
+                    f" {layer.gate.name}: there is no factor to fold."
                 )
             source = producers.of(module, producer)
             if source is None:

@@ -1,12 +1,18 @@
 """ONNX files."""
 
 import copy
+import itertools
+import json
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from se_inject.api import set_plain_ops
+from se_inject.edit.insert import injected
 from se_inject.errors import ExportError, first_line
 from se_inject.keep.atomic import atomic_write
 from se_inject.keep.formats.compare import check_equal, example_tensors
@@ -14,33 +20,145 @@ from se_inject.keep.formats.format import Format, need_packages
 from se_inject.keep.formats.program import export_program
 from se_inject.torch_private import pytree
 
+# The names of the dims of a map in the file, by its rank.
+_DIMS = {3: ("length",), 4: ("height", "width"), 5: ("frames", "height", "width")}
 
-def write_onnx(model: nn.Module, path: Path) -> str:
-    """Write an ONNX file, compare it with the model in onnxruntime, and say what loads it."""
+
+def write_onnx(model: nn.Module, path: Path, *, opset: int | None = None) -> str:
+    """Write an ONNX file, compare it with the model in onnxruntime, and say what loads it.
+
+    The file takes any batch size, and maps of any size where the model does. Its inputs and
+    outputs have names, and its metadata say of which network it is, with which r, and which
+    version of se-inject wrote it.
+
+    Args:
+        model: an injected model.
+        path: the file, which ends in ``.onnx``.
+        opset: the version of ONNX's operations; by default the one that torch prefers.
+    """
     need_packages("onnxruntime", "onnxscript", extra="onnx")  # torch writes ONNX with the second
-    import onnxruntime
-
-    model = copy.deepcopy(model).cpu()
+    said = _metadata(model)
+    model = set_plain_ops(copy.deepcopy(model).cpu())
     model.eval()
     args = example_tensors(model)
-    program = export_program(model, args)
+    other = _other_size(model, args)
     with atomic_write(path, ONNX.suffix) as part:
-        try:
-            torch.onnx.export(program, (), part, dynamo=True, external_data=False, verbose=False)
-            session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
-        except Exception as error:  # of two libraries, about operations and dtypes they lack
-            raise ExportError(
-                f"ONNX cannot hold {type(model).__name__} ({first_line(error)[:200]})."
-            ) from error
-        names = [entry.name for entry in session.get_inputs()]
-
-        def run(*values: Any) -> list[Tensor]:
-            tensors = [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
-            inputs = dict(zip(names, (t.numpy() for t in tensors), strict=True))
-            return [torch.from_numpy(output) for output in session.run(None, inputs)]
-
-        check_equal(model, run, args, "the ONNX file")
+        if other is not None:
+            try:
+                _write(model, part, [args, other], said, opset)
+            except ExportError:  # The network is exported for one size after all.
+                other = None
+        if other is None:
+            _write(model, part, [args], said, opset)
     return f"onnxruntime.InferenceSession({str(path)!r})"
+
+
+def _write(
+    model: nn.Module,
+    path: Path,
+    inputs: Sequence[tuple[Any, ...]],
+    said: dict[str, str],
+    opset: int | None,
+) -> None:
+    """Write the file and compare it on all ``inputs``; two sizes of input make the size dynamic."""
+    import onnxruntime
+
+    args = inputs[0]
+    sizes = len(inputs) > 1
+    program = export_program(model, args, sizes=sizes)
+    tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+    outputs = program.graph_signature.user_outputs
+    try:
+        converted = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            input_names=["input"] if len(tensors) == 1 else None,
+            output_names=["output"]
+            if len(outputs) == 1
+            else [f"output_{i}" for i in range(len(outputs))],
+            dynamic_shapes=pytree.tree_map(lambda v: _dim_names(v, sizes), args),
+        )
+        assert converted is not None
+        written = converted.model.opset_imports[""]
+        if opset not in (None, written):  # torch only logs that it could not convert
+            raise ExportError(f"it stayed at opset {written}, not {opset}")
+        converted.model.metadata_props.update(said)
+        converted.save(path, external_data=False)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of two libraries, about operations and dtypes they lack
+        raise ExportError(
+            f"ONNX cannot hold {type(model).__name__} ({first_line(error)[:200]})."
+        ) from error
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(*values: Any) -> list[Tensor]:
+        tensors = [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
+        feed = dict(zip(names, (t.numpy() for t in tensors), strict=True))
+        try:
+            return [torch.from_numpy(output) for output in session.run(None, feed)]
+        except Exception as error:  # of onnxruntime, about a size that the file does not take
+            raise ExportError(f"the ONNX file fails ({first_line(error)[:200]}).") from error
+
+    for values in inputs:
+        check_equal(model, run, values, "the ONNX file")
+
+
+def _dim_names(value: Any, sizes: bool) -> dict[int, str] | None:
+    """The dynamic dims of an input by name, as :func:`export_program` makes them dynamic."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return None
+    space = _DIMS.get(value.dim(), ()) if sizes and value.is_floating_point() else ()
+    return {0: "batch"} | dict(zip(itertools.count(2), space, strict=False))
+
+
+def _other_size(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The inputs with maps that are larger by 64 and 32; None where the model does not take them.
+
+    Networks halve their maps up to five times, and some want sides that are multiples of 32.
+    """
+
+    def larger(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if value.dim() not in _DIMS:
+            return value
+        more = [64, 32][-min(2, value.dim() - 2) :]
+        space = [*value.shape[2 : value.dim() - len(more)]]
+        space += [side + n for side, n in zip(value.shape[-len(more) :], more, strict=True)]
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(*value.shape[:2], *space, generator=generator).to(value.dtype)
+
+    other: tuple[Any, ...] = pytree.tree_map(larger, args)
+    shapes = [
+        [t.shape for t in pytree.tree_leaves(v) if isinstance(t, Tensor)] for v in (args, other)
+    ]
+    if shapes[0] == shapes[1]:
+        return None
+    try:
+        with torch.no_grad():
+            model(*other)
+    except Exception:  # Whatever a foreign forward raises: it is a network of one size.
+        return None
+    return other
+
+
+def _metadata(model: nn.Module) -> dict[str, str]:
+    """What the file says of itself: the network, r and the version."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    ratios = {
+        f"{name}.{child}".lstrip("."): r
+        for name, _, edit in injected(model)
+        for child, r in zip(edit.children, edit.settings.r, strict=True)
+    }
+    same = len(set(ratios.values())) == 1
+    return {
+        "network": str(config.get("architecture") or type(model).__name__),
+        "r": str(next(iter(ratios.values()))) if same else json.dumps(ratios),
+        "se_inject": metadata.version("se-inject"),
+    }
 
 
 ONNX = Format("an ONNX file", ".onnx", write_onnx, extra="onnx")
