@@ -44,8 +44,11 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _process_as_it_was() -> Iterator[None]:
+    """The same seed for each test; a Trainer's deterministic algorithms end with its test."""
     torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

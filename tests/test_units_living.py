@@ -109,11 +109,13 @@ def test_features_only(name: str) -> None:
 def test_folding_after_the_injection(name: str) -> None:
     from timm.utils import reparameterize_model
 
-    model = opened(name)
+    # In float64: how far the folded float32 weights round depends on the machine.
+    model = opened(name).double()
     folded = reparameterize_model(copy.deepcopy(model))
     assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in model.parameters())
-    before, after = output(model), output(folded)
-    assert (after - before).abs().max() <= 1e-4 * before.abs().max()
+    with torch.no_grad():
+        before, after = model(X.double()), folded(X.double())
+    assert (after - before).abs().max() <= 1e-10 * before.abs().max()
     keys = [key for key in model.state_dict() if ".se.fc1.weight" in key]
     assert keys == [key for key in folded.state_dict() if ".se.fc1.weight" in key]
 
