@@ -16,7 +16,8 @@ from blocks import Plain, Root, X
 from torch import Tensor, nn
 
 from se_inject import NoSiteError, SEInjectError, inject_se, plan_se
-from se_inject.graph import planning, trace
+from se_inject.graph.thread import THREAD
+from se_inject.graph.tracing.tracer import BlockTracer
 
 NAMES = (
     "test_resnet",
@@ -214,7 +215,7 @@ def interrupted_at(line: int, code: Any) -> Any:
     return follow
 
 
-FILES = ("graph/patches.py", "graph/trace.py", "graph/watch.py", "graph/meta.py")
+FILES = ("tracing/patches.py", "graph/trace.py", "tracing/watch.py", "graph/meta.py")
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -244,8 +245,8 @@ def test_ctrl_c_at_any_line_leaves_torch_as_it_was(part: int) -> None:
         finally:
             sys.settrace(None)
         assert torch_state() == of_torch, line
-        assert planning.THREAD.tracer is None, line
-        assert not planning.THREAD.modules, line
+        assert THREAD.tracer is None, line
+        assert not THREAD.modules, line
     assert interrupted > 20
     assert list(state_of(model)) == before
     assert len(plan_se(model, example_input=X).sites) == 1
@@ -263,14 +264,14 @@ def test_an_interruption_that_became_another_error_is_no_site_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     root = Root(Swallows())
-    real = trace.BlockTracer.call_module
+    real = BlockTracer.call_module
 
     def call_module(self: Any, module: nn.Module, *args: Any) -> Any:
         if isinstance(module, nn.BatchNorm2d) and self.name == "block":
             raise KeyboardInterrupt
         return real(self, module, *args)
 
-    monkeypatch.setattr(trace.BlockTracer, "call_module", call_module)
+    monkeypatch.setattr(BlockTracer, "call_module", call_module)
     with pytest.raises(KeyboardInterrupt):
         plan_se(root, example_input=X)
 

@@ -8,13 +8,15 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
+from se_inject.graph.containers import leaves, rebuilt
 from se_inject.graph.expect import bind
-from se_inject.graph.log import OpLog, Value, leaves
 from se_inject.graph.meta import on_meta
-from se_inject.graph.ops import Op
-from se_inject.graph.planning import OtherNetworkError
-from se_inject.graph.record import Call, Shape, rebuilt
+from se_inject.graph.operations.log import OpLog
+from se_inject.graph.operations.ops import Op
+from se_inject.graph.operations.value import Value
+from se_inject.graph.recording.call import Call, Shape
 from se_inject.graph.source import ForwardSource
+from se_inject.graph.thread import OtherNetworkError
 from se_inject.torch_private import pytree, storage_id, version_of
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from se_inject.errors import ForwardError, first_line
+from se_inject.graph.containers import tensors_in
 from se_inject.graph.foreign import StandIn, is_quantized, is_scripted
-from se_inject.graph.log import tensors_in
-from se_inject.graph.planning import THREAD, raise_interruption
+from se_inject.graph.thread import THREAD, raise_interruption
 
 
 @contextlib.contextmanager

@@ -8,9 +8,12 @@ from torch import fx, nn
 from se_inject.graph.facts import NodeFacts
 from se_inject.layers.layout import KINDS, Layout
 from se_inject.reasons import Reason
+from se_inject.sites.additions import addition, operands
 from se_inject.sites.flow import Flow, Past
-from se_inject.sites.placements import PLACEMENTS, Placement, Point, is_in_place
-from se_inject.sites.residual import Residual, is_inner, is_sibling, shape_verdict
+from se_inject.sites.memory import is_in_place
+from se_inject.sites.nested import is_inner, is_sibling
+from se_inject.sites.placements import PLACEMENTS, Placement, Point
+from se_inject.sites.residual import Residual, shape_verdict
 from se_inject.sites.scaled import ResidualSite
 
 
@@ -54,7 +57,7 @@ def find_sites(
             only where the operands of an addition come from different inputs of the block.
     """
     flow = Flow(graph, calls[0], adders=adders)
-    additions = [n for n in graph.nodes if flow.addition(n) is not None]
+    additions = [n for n in graph.nodes if addition(flow, n) is not None]
     split_by_caller = [n for n in additions if _is_split_by_caller(flow, n)]
     flows = dict.fromkeys(additions, flow)
     shapes = {n: shape_verdict(flow, module, n) for n in additions}
@@ -67,7 +70,7 @@ def find_sites(
             flows[node] = whole
     for node in additions:
         # ``x + a(x) + b(x)``: neither addition has the whole branch on one side.
-        for part in flow.operands(node):
+        for part in operands(flow, node):
             inner = shapes.get(part)
             same_split_point = (
                 isinstance(inner, Residual) and inner.split_point is inner.flow.dominator[node]
@@ -90,7 +93,7 @@ def find_sites(
             rejected.append(Rejection(node, verdict))
     for node in graph.nodes:
         own = node.op in ("call_function", "call_method") or str(node.target) in adders
-        if node.op != "output" and own and flow.addition(node) is None:
+        if node.op != "output" and own and addition(flow, node) is None:
             ops = calls[0][node].ops
             hidden = sum(op.adds_maps for op in ops)
             rejected += [Rejection(node, Reason.HIDDEN)] * hidden
@@ -99,7 +102,7 @@ def find_sites(
 
 
 def _is_split_by_caller(flow: Flow, node: fx.Node) -> bool:
-    a, b = flow.operands(node)
+    a, b = operands(flow, node)
     both = a in flow.roots and b in flow.roots
     return both and flow.meet(a, b) is None and not flow.roots[a] & flow.roots[b]
 
@@ -152,7 +155,7 @@ def _site(
         readers=point.readers,
         shortcut=residual.shortcut,
         fused=point.fused,
-        shortcut_first=flow.operands(node)[0] is residual.shortcut,
+        shortcut_first=operands(flow, node)[0] is residual.shortcut,
         in_place=is_in_place(node),
         channels=facts.shape[channel_dim],
         layout=layout,

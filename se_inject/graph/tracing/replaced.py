@@ -1,97 +1,20 @@
-"""What is replaced in torch while a model is planned, and what the planning thread knows.
+"""What is replaced in torch while a model is planned.
 
 Planning runs the forwards of a copy of the model. A forward may hold on to the user's own modules
 (a function that was put in place of ``forward`` and closes over one); a call that reaches such a
 module goes to its copy, and a write to it stops the planning there.
 """
 
-import os
-import threading
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.overrides
-import torch.utils.checkpoint
-from torch import Tensor, nn
+from torch import nn
 
-from se_inject.graph.patches import Replacement, in_this_thread
+from se_inject.graph.thread import THREAD, OtherNetworkError
+from se_inject.graph.tracing.patches import Replacement, in_this_thread
 from se_inject.torch_private import training_property, wrapped_functions
-
-
-class OtherNetworkError(Exception):
-    """The graph would not do what the forward does."""
-
-
-class _Thread(threading.local):
-    """What the planning thread is doing; empty in every other thread."""
-
-    tracer: Any = None  # the BlockTracer that runs
-    modules: dict[int, nn.Module] = {}  # noqa: RUF012 - replaced, never changed
-    tensors: dict[int, Tensor] = {}  # noqa: RUF012
-
-    def twin_of(self, tensor: Tensor) -> Tensor:
-        """The copy of one of the user's tensors; any other tensor itself."""
-        return self.tensors.get(id(tensor), tensor)
-
-    def running(self) -> Any:
-        """The tracer, if what runs now is the forward that it traces."""
-        return self.tracer if self.tracer is not None and not self.tracer.quiet else None
-
-
-THREAD = _Thread()
-
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_KERNELS = tuple(
-    _TORCH + part for part in ("_refs", "_prims", "_decomp", "_meta_registrations", "_inductor")
-)
-
-
-def is_of_torch(frame: types.FrameType, *, kernels: bool = False) -> bool:
-    """Whether a frame runs code of torch (or, with ``kernels``, one of its kernels in Python)."""
-    return frame.f_code.co_filename.startswith(_KERNELS if kernels else _TORCH)
-
-
-def place_of(frame: types.FrameType | None) -> str:
-    """Where in the user's source a frame is: `` (net.py, line 12)``; empty if nowhere."""
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((_TORCH, _HERE)) and not name.startswith("<frozen"):
-            return f" ({os.path.basename(name)}, line {frame.f_lineno})"
-        frame = frame.f_back
-    return ""
-
-
-def in_checkpoint(frame: types.FrameType | None) -> bool:
-    """Whether ``torch.utils.checkpoint`` runs what the frame belongs to."""
-    while frame is not None:
-        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def place_of_error(error: BaseException) -> str:
-    """Where in the user's source an error was raised."""
-    place, step = "", error.__traceback__
-    while step is not None:
-        name = step.tb_frame.f_code.co_filename
-        if not name.startswith((_TORCH, _HERE, "<frozen")):
-            place = f" ({os.path.basename(name)}, line {step.tb_lineno})"
-        step = step.tb_next
-    return place
-
-
-def raise_interruption(error: BaseException | None) -> None:
-    """Raise a Ctrl-C that foreign code has turned into another error."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
 
 
 def replacements() -> list[Replacement]:

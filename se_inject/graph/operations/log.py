@@ -1,7 +1,6 @@
 """A log of the torch functions that run on a forward's tensors."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,26 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from se_inject.graph.ops import (
-    ADD,
-    CHANNELS_FIRST_NORM,
-    CHANNELS_LAST_LAYER,
+from se_inject.graph.containers import leaves
+from se_inject.graph.operations.channels import channel_dim_after
+from se_inject.graph.operations.gating import followed, gates
+from se_inject.graph.operations.ops import (
     CONVOLUTION,
     CREATION,
     DIVIDE,
     ENLARGE,
-    EXCITE,
     LIKE,
-    MATRIX_PRODUCT,
     MULTIPLY,
     OVER_CHANNELS,
-    PERMUTE,
-    REARRANGE,
-    RESHAPE,
-    SIGMOID,
     Op,
 )
-from se_inject.graph.sums import REMEMBERED, Sum, operands, sum_of
+from se_inject.graph.operations.sums import REMEMBERED, Sum, operands, sum_of
+from se_inject.graph.operations.value import Known, Value
 from se_inject.torch_private import pytree
 
 # What a tensor without values says, so that a forward goes on after ``if x.mean() > 0``.
@@ -54,29 +48,6 @@ def run_on_meta(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
     return func(*args, **kwargs)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Value:
-    """What a tensor held at one moment of a forward, and which values it was computed from."""
-
-    number: int | None  # of an input: its place among the tensors that the forward was given
-    op: Op | None = None  # the function that made it; None: an input, or nobody saw what
-    inputs: tuple["Value", ...] = ()
-    maker: Hashable = None  # what ran meanwhile, as the log was told
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What is followed of one live tensor."""
-
-    tensor: Tensor  # held, so that no id is used twice
-    value: Value  # what it holds now: an in-place function gives the tensor another value
-    channel_dim: int | None = None
-    flat: bool = False  # the same at every position: pooled, or computed from what was pooled
-    squeezed: bool = False  # flat, and computed from a map that was not
-    excited: bool = False  # flat, and came through a layer or a sigmoid since
-    sigmoid_of: int | None = None  # the id of the tensor that it is the sigmoid of
-
-
 class OpLog(TorchFunctionMode):
     """Logs the functions that run on live tensors and follows where their channels are.
 
@@ -91,13 +62,13 @@ class OpLog(TorchFunctionMode):
         self.ops: list[Op] = []
         self.maker: Hashable = None  # whoever runs now: the values made meanwhile name it
         self._guesses = 0
-        self._live: dict[int, _Known] = {}
+        self._live: dict[int, Known] = {}
         self._made: dict[int, tuple[Tensor, str, tuple[Any, ...], Mapping[str, Any]]] = {}
         # What functions made of no live tensor, or of its shape alone (``new_empty``).
         self._constants: dict[int, Tensor] = {}
         for number, (tensor, dim) in enumerate(inputs):
             if id(tensor) not in self._live:
-                self._live[id(tensor)] = _Known(tensor, Value(number), dim)
+                self._live[id(tensor)] = Known(tensor, Value(number), dim)
 
     def channel_dim(self, tensor: Tensor) -> int | None:
         """Which dim of a live tensor holds the channels, if known."""
@@ -149,7 +120,7 @@ class OpLog(TorchFunctionMode):
                 same = [s for s in sources if s.shape == tensor.shape]
                 dim = self.channel_dim(same[0]) if same else None
                 made_of = tuple(self._live[id(s)].value for s in sources)
-                self._live[id(tensor)] = _Known(tensor, Value(None, None, made_of, self.maker), dim)
+                self._live[id(tensor)] = Known(tensor, Value(None, None, made_of, self.maker), dim)
 
     def __torch_function__(
         self,
@@ -176,12 +147,11 @@ class OpLog(TorchFunctionMode):
             if name in LIKE:
                 known = known[:1]
             made_of = tuple(dict.fromkeys(k.value for k in known))
-            new = [
-                self._after(
-                    func, name, args, kwargs, known, o, Value(None, op, made_of, self.maker)
-                )
-                for o in outputs
-            ]
+            new = []
+            for tensor in outputs:
+                dim = channel_dim_after(func, name, args, kwargs, known, tensor)
+                value = Value(None, op, made_of, self.maker)
+                new.append(followed(name, known, tensor, value, dim))
             for entry in new:
                 self._live[id(entry.tensor)] = entry
         elif name == "__setitem__" and isinstance(args[0], Tensor):
@@ -199,7 +169,7 @@ class OpLog(TorchFunctionMode):
             made_of = tuple(dict.fromkeys(k.value for k in known))
             dims = [k.channel_dim for k in known if k.tensor.dim() == target.dim()]
             value = Value(None, op, made_of, self.maker)
-            self._live[id(target)] = _Known(target, value, next(iter(dims), None))
+            self._live[id(target)] = Known(target, value, next(iter(dims), None))
 
     def _describe(
         self,
@@ -232,65 +202,7 @@ class OpLog(TorchFunctionMode):
         return Op(name, shape)
 
     def _gates(self, x: Tensor, gate: Tensor) -> bool:
-        """Whether ``x * gate`` scales the channels of the map ``x`` alike at every position."""
-        of_x, of_gate = self._live[id(x)], self._live[id(gate)]
-        if x.dim() < 3 or not of_gate.excited or _is_spatial_gate(x, gate):
-            return False
-        if not of_gate.squeezed:  # from a time or a style, not from a map
-            return False
-        if x.dim() == 3 and of_x.channel_dim != 1:  # tokens: attention multiplies them
-            return False
-        if of_x.flat or _is_single(x):
-            # A 1x1 map (of a small image) is flat itself: only a sigmoid tells a gate from a
-            # product of two maps, and x * sigmoid(x) is an activation.
-            return of_gate.sigmoid_of is not None and of_gate.sigmoid_of != id(x)
-        return True
-
-    def _after(
-        self,
-        func: Callable[..., Any],
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        sources: list[_Known],
-        out: Tensor,
-        value: Value,
-    ) -> _Known:
-        flat = out.dim() <= 2 or _is_single(out) or all(s.flat for s in sources)
-        squeezed = flat and any(s.squeezed or (not s.flat and s.tensor.dim() >= 3) for s in sources)
-        excited = flat and (name in EXCITE or any(s.excited and s.flat for s in sources))
-        sigmoid_of = id(sources[0].tensor) if name in SIGMOID else None
-        if sigmoid_of is None and name not in ADD and len(sources) == 1:
-            sigmoid_of = sources[0].sigmoid_of  # through a view, an expansion, a factor
-        dim = self._channel_dim_after(func, name, args, kwargs, [s.tensor for s in sources], out)
-        return _Known(out, value, dim, flat, squeezed, excited, sigmoid_of)
-
-    def _channel_dim_after(
-        self,
-        func: Callable[..., Any],
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        sources: list[Tensor],
-        out: Tensor,
-    ) -> int | None:
-        if name in CONVOLUTION or name in CHANNELS_FIRST_NORM:
-            return 1
-        known = [t for t in sources if self.channel_dim(t) is not None]
-        if not known:
-            return out.dim() - 1 if name in CHANNELS_LAST_LAYER and out.dim() >= 3 else None
-        if name in RESHAPE:
-            return _kept(known[0], self._live[id(known[0])].channel_dim, out)
-        source = next((t for t in known if t.dim() == out.dim()), None)
-        if source is None or name in MATRIX_PRODUCT:
-            return None
-        dim = self.channel_dim(source)
-        assert dim is not None
-        if name in PERMUTE:
-            return _moved(func, args, kwargs, source, dim)
-        if name in REARRANGE:
-            return dim if out.shape == source.shape else None
-        return dim
+        return gates(self._live[id(x)], self._live[id(gate)])
 
 
 def _name_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
@@ -304,59 +216,6 @@ def _name_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     return name
 
 
-def _moved(
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    source: Tensor,
-    dim: int,
-) -> int:
-    """Where ``dim`` goes: run the same permutation on a tensor whose sizes are all different."""
-    probe = torch.empty(tuple(range(1, source.dim() + 1)), device="meta")
-    args, kwargs = pytree.tree_map(lambda v: probe if v is source else v, (args, dict(kwargs)))
-    return tuple(func(*args, **kwargs).shape).index(dim + 1)
-
-
-def _kept(source: Tensor, dim: int | None, out: Tensor) -> int | None:
-    """Where ``dim`` is after a reshape, if nothing was merged with it or split from it.
-
-    Elements keep their order, so where all sizes up to a dim stay, or all from it on, it stays.
-    """
-    assert dim is not None
-    if source.shape[: dim + 1] == out.shape[: dim + 1]:
-        return dim
-    after = source.dim() - dim
-    return out.dim() - after if source.shape[dim:] == out.shape[-after:] else None
-
-
-def _is_single(x: Tensor) -> bool:
-    """Whether a map has one position only (channels first or last)."""
-    return x.dim() >= 3 and (
-        all(size == 1 for size in x.shape[2:]) or all(size == 1 for size in x.shape[1:-1])
-    )
-
-
 def _enlarged(x: Tensor, out: Tensor) -> bool:
     """Whether a map has more positions than the one that it was made of."""
     return x.dim() >= 3 and out.shape[2:].numel() > x.shape[2:].numel()
-
-
-def _is_spatial_gate(x: Tensor, gate: Tensor) -> bool:
-    """Whether ``gate`` is one number for all channels of ``x``: a path weight, say."""
-    if gate.dim() != x.dim():
-        return gate.dim() < 2
-    return all(size == 1 for size in gate.shape[1:])
-
-
-def leaves(value: Any) -> list[Any]:
-    """The leaves of nested tuples, lists and dicts (a fast ``pytree.tree_leaves``)."""
-    if isinstance(value, tuple | list):
-        return [leaf for v in value for leaf in leaves(v)]
-    if isinstance(value, Mapping):
-        return [leaf for v in value.values() for leaf in leaves(v)]
-    return [value]
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in nested containers."""
-    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]

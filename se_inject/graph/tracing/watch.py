@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 import torch.utils.checkpoint
 
-from se_inject.graph.planning import THREAD, is_of_torch
+from se_inject.graph.thread import THREAD
+from se_inject.graph.tracing.frames import is_of_torch
 
 T = TypeVar("T")
 

@@ -1,0 +1,48 @@
+"""Nested tuples, lists and dicts of tensors: what forwards are given and what they return."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from se_inject.torch_private import pytree
+
+
+def leaves(value: Any) -> list[Any]:
+    """The leaves of nested tuples, lists and dicts (a fast ``pytree.tree_leaves``)."""
+    if isinstance(value, tuple | list):
+        return [leaf for v in value for leaf in leaves(v)]
+    if isinstance(value, Mapping):
+        return [leaf for v in value.values() for leaf in leaves(v)]
+    return [value]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested containers."""
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def rebuilt(value: Any) -> Any:
+    """The same tensors in new containers: HRNet's modules write into the list they are given."""
+    if isinstance(value, Tensor) or value is None:
+        return value
+    if isinstance(value, tuple) and all(isinstance(v, Tensor) for v in value):
+        return value
+    return pytree.tree_map(lambda leaf: leaf, value)
+
+
+def all_leaves(value: Any) -> Iterator[Any]:
+    """:func:`leaves` without asking a traced tuple of sizes for its length."""
+    if isinstance(value, tuple | list):
+        for item in tuple.__iter__(value) if isinstance(value, tuple) else value:
+            yield from all_leaves(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from all_leaves(item)
+    else:
+        yield value
+
+
+def holds_tensor(value: Any) -> bool:
+    """Whether there is a tensor among the leaves."""
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))

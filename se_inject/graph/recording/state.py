@@ -1,0 +1,28 @@
+"""What a forward changes on its own module: the attributes before and after a call."""
+
+import functools
+from typing import Any
+
+from torch import nn
+
+
+def state_of(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module, its parameters, buffers and children among them.
+
+    The values of cached properties are left out: reading one for the first time changes no state.
+    """
+    state = {**vars(module), **module._parameters, **module._buffers, **module._modules}
+    kinds = (vars(kind) for kind in reversed(type(module).__mro__))
+    for name, value in ((n, v) for members in kinds for n, v in members.items()):
+        if isinstance(value, functools.cached_property):
+            state.pop(name, None)
+    return state
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
+    """The names that are bound to another object than before."""
+    names = dict.fromkeys([*before, *after])
+    missing = object()
+    return tuple(
+        name for name in names if before.get(name, missing) is not after.get(name, missing)
+    )

@@ -1,0 +1,39 @@
+"""What the planning thread is doing, and the two ways in which planning stops a foreign forward."""
+
+import threading
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class OtherNetworkError(Exception):
+    """The graph would not do what the forward does."""
+
+
+class _Thread(threading.local):
+    """What the planning thread is doing; empty in every other thread."""
+
+    tracer: Any = None  # the BlockTracer that runs
+    modules: dict[int, nn.Module] = {}  # noqa: RUF012 - replaced, never changed
+    tensors: dict[int, Tensor] = {}  # noqa: RUF012
+
+    def twin_of(self, tensor: Tensor) -> Tensor:
+        """The copy of one of the user's tensors; any other tensor itself."""
+        return self.tensors.get(id(tensor), tensor)
+
+    def running(self) -> Any:
+        """The tracer, if what runs now is the forward that it traces."""
+        return self.tracer if self.tracer is not None and not self.tracer.quiet else None
+
+
+THREAD = _Thread()
+
+
+def raise_interruption(error: BaseException | None) -> None:
+    """Raise a Ctrl-C that foreign code has turned into another error."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
