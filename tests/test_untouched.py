@@ -174,6 +174,48 @@ def test_hooks_that_the_forward_needs_are_kept(ran: bool) -> None:
 # --- threads and interruptions -------------------------------------------------------------------
 
 
+def test_the_trial_of_a_block_seeds_no_device_that_was_not_used_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``torch.manual_seed`` would be carried out again when CUDA starts, over the user's seed."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a foreign device was seeded")
+
+    for module in (torch.cuda, torch.mps, torch.xpu):
+        monkeypatch.setattr(module, "manual_seed", refuse)
+        if hasattr(module, "manual_seed_all"):
+            monkeypatch.setattr(module, "manual_seed_all", refuse)
+    plan_se(nn.Sequential(Plain()), example_input=X).apply()
+
+
+def test_blocks_in_blocks_do_not_run_again_at_each_level() -> None:
+    """Each level of nesting once ran all that is in it three times."""
+
+    class Counted(nn.Conv2d):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            type(self).calls += 1
+            return super().forward(x)
+
+    class Level(nn.Module):
+        def __init__(self, inner: nn.Module, number: int) -> None:
+            super().__init__()
+            self.inner, self.number = inner, number
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.conv(self.inner(x))
+
+    network: nn.Module = Counted(8, 8, 3, padding=1)
+    for number in range(6):
+        network = Level(network, number)
+    plan = plan_se(nn.Sequential(network), r=8, example_input=torch.randn(2, 8, 8, 8))
+    assert len(plan.sites) == 6
+    assert Counted.calls <= 1 + 6  # the recording, and once a level
+
+
 def test_another_threads_models_go_on_and_are_not_traced() -> None:
     model, other = timm.create_model("test_resnet"), nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     x, counts, done = torch.randn(1, 3, 8, 8), Counter[str](), threading.Event()

@@ -10,11 +10,22 @@ from se_inject.torch_private import pytree
 
 def leaves(value: Any) -> list[Any]:
     """The leaves of nested tuples, lists and dicts (a fast ``pytree.tree_leaves``)."""
-    if isinstance(value, tuple | list):
-        return [leaf for v in value for leaf in leaves(v)]
-    if isinstance(value, Mapping):
-        return [leaf for v in value.values() for leaf in leaves(v)]
-    return [value]
+    found: list[Any] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[Any]) -> None:
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            _collect(item, found)
+    elif isinstance(value, dict | Mapping):  # the test for a dict alone is much the faster one
+        for item in value.values():
+            _collect(item, found)
+    else:
+        found.append(value)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -14,6 +14,7 @@ class _Thread(threading.local):
     """What the planning thread is doing; empty in every other thread."""
 
     tracer: Any = None  # the BlockTracer that runs
+    replay: Any = None  # the Replay that answers for the children of a block
     modules: dict[int, nn.Module] = {}  # noqa: RUF012 - replaced, never changed
     tensors: dict[int, Tensor] = {}  # noqa: RUF012
 

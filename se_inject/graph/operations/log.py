@@ -4,11 +4,10 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from se_inject.graph.containers import leaves
+from se_inject.graph.containers import leaves, tensors_in
 from se_inject.graph.operations.channels import channel_dim_after
 from se_inject.graph.operations.gating import followed, gates
 from se_inject.graph.operations.ops import (
@@ -23,7 +22,7 @@ from se_inject.graph.operations.ops import (
 )
 from se_inject.graph.operations.sums import REMEMBERED, Sum, operands, sum_of
 from se_inject.graph.operations.value import Known, Value
-from se_inject.torch_private import pytree
+from se_inject.torch_private import pytree, without_torch_functions
 
 # What a tensor without values says, so that a forward goes on after ``if x.mean() > 0``.
 GUESSES: dict[Any, bool | int] = {Tensor.__bool__: False, Tensor.item: 0}
@@ -31,21 +30,6 @@ GUESSES: dict[Any, bool | int] = {Tensor.__bool__: False, Tensor.item: 0}
 
 # A loop that waits for another answer would wait for ever.
 _MOST_GUESSES = 100
-
-
-_NORMS = {F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm, F.rms_norm}
-
-
-def run_on_meta(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call ``func`` with all that it makes on meta.
-
-    The output of a norm is made up, since it is like its input: on meta a norm is a slow
-    decomposition, a third of the time of a whole forward, and the first one imports the compiler.
-    """
-    if func in _NORMS:
-        x: Tensor = args[0] if args else kwargs["input"]
-        return torch.empty_like(x)
-    return func(*args, **kwargs)
 
 
 class OpLog(TorchFunctionMode):
@@ -132,33 +116,44 @@ class OpLog(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in GUESSES:
             return self.guess(func)
-        out = run_on_meta(func, args, kwargs)
-        self.remember(func, args, kwargs, out)
-        outputs = [t for t in leaves(out) if isinstance(t, Tensor)]
-        sources = [t for t in leaves((args, kwargs)) if self.is_live(t)] if outputs else []
-        name = _name_of(func, args, kwargs)
-        if sources and name not in CREATION:
-            added = sum_of(name, args, kwargs, self._how)
-            if added is not None and not (self.is_live(added.a) and self.is_live(added.b)):
-                added = None
-            op = self._describe(name, args, kwargs, sources, outputs[0], added)
-            self.ops.append(op)
-            known = [self._live[id(t)] for t in sources]
-            if name in LIKE:
-                known = known[:1]
-            made_of = tuple(dict.fromkeys(k.value for k in known))
-            new = []
-            for tensor in outputs:
-                dim = channel_dim_after(func, name, args, kwargs, known, tensor)
-                value = Value(None, op, made_of, self.maker)
-                new.append(followed(name, known, tensor, value, dim))
-            for entry in new:
-                self._live[id(entry.tensor)] = entry
-        elif name == "__setitem__" and isinstance(args[0], Tensor):
-            self._write(args[0], args[2])
-        else:
-            self._constants.update((id(t), t) for t in outputs)
+        out = func(*args, **kwargs)
+        # What is asked of the tensors here is no function of the forward, and is answered quicker.
+        with without_torch_functions():
+            self._note(func, args, kwargs, out)
         return out
+
+    def _note(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
+    ) -> None:
+        name = _name_of(func, args, kwargs)
+        if name == "__setitem__" and isinstance(args[0], Tensor):
+            self._write(args[0], args[2])
+            return
+        outputs = tensors_in(out)
+        if not outputs:
+            return
+        if name in REMEMBERED:
+            self.remember(func, args, kwargs, out)
+        sources = [t for t in leaves((args, kwargs)) if self.is_live(t)]
+        if not sources or name in CREATION:
+            self._constants.update((id(t), t) for t in outputs)
+            return
+        added = sum_of(name, args, kwargs, self._how)
+        if added is not None and not (self.is_live(added.a) and self.is_live(added.b)):
+            added = None
+        op = self._describe(name, args, kwargs, sources, outputs[0], added)
+        self.ops.append(op)
+        known = [self._live[id(t)] for t in sources]
+        if name in LIKE:
+            known = known[:1]
+        made_of = tuple(dict.fromkeys(k.value for k in known))
+        new = []
+        for tensor in outputs:
+            dim = channel_dim_after(func, name, args, kwargs, known, tensor)
+            value = Value(None, op, made_of, self.maker)
+            new.append(followed(name, known, tensor, value, dim))
+        for entry in new:
+            self._live[id(entry.tensor)] = entry
 
     def _write(self, target: Tensor, source: Any) -> None:
         """A part of a tensor gets other content: from then on it is computed from both."""

@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from se_inject.graph.containers import rebuilt, tensors_in
-from se_inject.graph.operations.log import GUESSES, OpLog, run_on_meta
+from se_inject.graph.operations.log import GUESSES, OpLog
 from se_inject.graph.recording.call import Arguments, Call
 from se_inject.graph.recording.state import changed, state_of
+from se_inject.torch_private import without_torch_functions
 
 
 class Recorder(OpLog):
@@ -76,14 +77,16 @@ class Recorder(OpLog):
                 return func(*args, **kwargs)
             self.guessed[self.running[-1][0]] = None
             return self.guess(func)
-        added = self.sum_of(func, args, kwargs) if self.running else None
+        with without_torch_functions():
+            added = self.sum_of(func, args, kwargs) if self.running else None
         if self.follow:
             out = super().__torch_function__(func, types, args, kwargs)
         else:
-            out = run_on_meta(func, args, kwargs)
+            out = func(*args, **kwargs)
             self.remember(func, args, kwargs, out)
         if added is not None:
             call = self.running[-1][1]
-            call.additions.append(tuple(added.a.shape))
+            with without_torch_functions():
+                call.additions.append(tuple(added.a.shape))
             call.sums.append((added, out))
         return out

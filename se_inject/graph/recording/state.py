@@ -12,11 +12,16 @@ def state_of(module: nn.Module) -> dict[str, Any]:
     The values of cached properties are left out: reading one for the first time changes no state.
     """
     state = {**vars(module), **module._parameters, **module._buffers, **module._modules}
-    kinds = (vars(kind) for kind in reversed(type(module).__mro__))
-    for name, value in ((n, v) for members in kinds for n, v in members.items()):
-        if isinstance(value, functools.cached_property):
-            state.pop(name, None)
+    kind: Any = type(module)
+    for name in _cached_properties(kind):
+        state.pop(name, None)
     return state
+
+
+@functools.cache
+def _cached_properties(kind: Any) -> tuple[str, ...]:
+    members = (item for base in kind.__mro__ for item in vars(base).items())
+    return tuple(name for name, value in members if isinstance(value, functools.cached_property))
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:

@@ -1,11 +1,12 @@
 """Builds the graph of a trace: its nodes, their arguments, and the values that stand for them."""
 
+import contextlib
 import dataclasses
 import enum
 import operator
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy
@@ -14,7 +15,6 @@ from torch import Tensor, fx, nn
 
 from se_inject.graph.containers import all_leaves
 from se_inject.graph.expect import expect_answer, question_of
-from se_inject.graph.operations.log import run_on_meta
 from se_inject.graph.thread import THREAD, OtherNetworkError
 from se_inject.graph.tracing.frames import in_checkpoint, place_of
 from se_inject.graph.tracing.functions import PROPERTIES
@@ -44,6 +44,19 @@ class GraphBuilder:
         self._asked: dict[fx.Node, fx.Node] = {}
         self._pending: list[tuple[Int, fx.Node]] = []
 
+    @contextlib.contextmanager
+    def quietly(self) -> Iterator[None]:
+        """What runs meanwhile is not the forward's own: no node is made of it, nothing watched."""
+        profile = sys.getprofile()
+        self.quiet += 1
+        try:
+            sys.setprofile(None)
+            with torch.no_grad():
+                yield
+        finally:
+            self.quiet -= 1
+            sys.setprofile(profile)
+
     def node_of(
         self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> fx.Node:
@@ -60,12 +73,8 @@ class GraphBuilder:
         kwargs = kwargs or {}
         node = self.node_of("call_function", function, args, kwargs)
         inputs = {id(t): t for t in all_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        self.quiet += 1
-        try:
-            with torch.no_grad():
-                value = run_on_meta(function, plain(tuple(args)), plain(dict(kwargs)))
-        finally:
-            self.quiet -= 1
+        with self.quietly():
+            value = function(*plain(tuple(args)), **plain(dict(kwargs)))
         return self.wrapped(node, value, inputs)
 
     def wrapped(
@@ -104,11 +113,8 @@ class GraphBuilder:
 
     def alias(self, tensor: Tensor) -> Tensor:
         """Another name of the same tensor, so that the two can have different nodes."""
-        self.quiet += 1
-        try:
+        with self.quietly():
             return tensor.detach()
-        finally:
-            self.quiet -= 1
 
     def node_of_tensor(self, tensor: Tensor) -> fx.Node:
         """Where a tensor comes from: another node, or an attribute of the block."""

@@ -49,10 +49,10 @@ def _replaced(owner: Any, name: str, wrapper: _Wrapper) -> Replacement:
 def _module_call(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         module = THREAD.modules.get(id(module), module)
-        tracer = THREAD.running()
-        if tracer is None:
+        in_charge = THREAD.running() or THREAD.replay
+        if in_charge is None:
             return original(module, *args, **kwargs)
-        return tracer.call_module(module, original, args, kwargs)
+        return in_charge.call_module(module, original, args, kwargs)
 
     return call
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from se_inject.graph.containers import all_leaves, leaves
-from se_inject.graph.operations.log import GUESSES, run_on_meta
+from se_inject.graph.containers import all_leaves
+from se_inject.graph.operations.log import GUESSES
 from se_inject.graph.recording.call import Call
+from se_inject.graph.recording.replay import output_of
 from se_inject.graph.thread import THREAD
 from se_inject.graph.tracing.arguments import placeholders
 from se_inject.graph.tracing.frames import is_of_torch, is_unpacked_next, user_frame
@@ -32,7 +33,6 @@ from se_inject.graph.tracing.machine import Machine
 from se_inject.graph.tracing.nodes import GraphBuilder
 from se_inject.graph.tracing.shape import plain
 from se_inject.graph.tracing.watch import watched
-from se_inject.torch_private import pytree
 
 
 class BlockTracer(GraphBuilder, TorchFunctionMode):
@@ -75,7 +75,7 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
         kwargs = kwargs or {}
         frame = sys._getframe(1)
         if self.quiet or is_of_torch(frame, kernels=True):
-            return run_on_meta(func, args, kwargs)
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         method = torch.overrides.is_tensor_method_or_property(func)
         self._drop_pending(args, kwargs)
@@ -90,7 +90,7 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
         if name == "__get__":
             return self._attribute(args[0], func.__self__.__name__)  # type: ignore[attr-defined]
         if name in PLACES and method and not (name == "type" and (len(args) > 1 or kwargs)):
-            value = run_on_meta(func, plain(args), plain(dict(kwargs)))
+            value = func(*plain(args), **plain(dict(kwargs)))
             return self._machine("call_method", name, args, kwargs, value, PLACES[name])
         value = self._operation(func, name, method, args, kwargs)
         if name == "__len__":
@@ -105,21 +105,13 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
         node = self.node_of(*as_in_source(func, name, method, args, kwargs), kwargs)
         self._last = node
         inputs = {id(t): t for t in all_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        self.quiet += 1
-        try:
-            with torch.no_grad():
-                value = run_on_meta(func, plain(tuple(args)), plain(dict(kwargs)))
-        finally:
-            self.quiet -= 1
+        with self.quietly():
+            value = func(*plain(tuple(args)), **plain(dict(kwargs)))
         return self.wrapped(node, value, inputs)
 
     def _attribute(self, tensor: Tensor, name: str) -> Any:
-        self.quiet += 1
-        try:
-            with torch.no_grad():
-                value = run_on_meta(getattr, (tensor, name), {})
-        finally:
-            self.quiet -= 1
+        with self.quietly():
+            value = getattr(tensor, name)
         source = self.node_of_tensor(tensor)
         if isinstance(value, Tensor):
             node = self.node_of("call_function", getattr, (source, name))
@@ -152,27 +144,8 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
         call = next(self.children.get(name, iter(())), None)
         inputs = {id(t): t for t in all_leaves((args, kwargs)) if isinstance(t, Tensor)}
         if call is None:
-            self.quiet += 1
-            try:
-                with torch.no_grad():
-                    value = original(module, *plain(tuple(args)), **plain(dict(kwargs)))
-            finally:
-                self.quiet -= 1
+            with self.quietly():
+                value = original(module, *plain(tuple(args)), **plain(dict(kwargs)))
         else:
-            recorded = [t for t in leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
-            value = _of_recorded(call.output, recorded, list(inputs.values()), self.alias)
+            value = output_of(call, list(inputs.values()), self.alias)
         return self.wrapped(node, value, inputs)
-
-
-def _of_recorded(
-    output: Any, recorded: list[Tensor], given: list[Tensor], alias: Callable[[Tensor], Tensor]
-) -> Any:
-    """The recorded output with tensors of its own; an input that came out again is that input."""
-
-    def fresh(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        same = [g for r, g in zip(recorded, given, strict=False) if r is leaf]
-        return same[0] if same else alias(leaf)
-
-    return pytree.tree_map(fresh, output)
