@@ -4,7 +4,8 @@ The model's forward is recorded once, on a copy on meta tensors. Each module tha
 its own forward is then traced alone, every child a leaf, and its graph is run to learn shapes,
 channels and operations. The files, in the order of the flow:
 
-- thread: what the planning thread is doing; containers: nested tuples, lists and dicts of tensors.
+- thread: what the planning thread is doing; frames: whose code it is running; containers: nested
+  tuples, lists and dicts of tensors.
 - meta: the copy of the model on meta; foreign: its parts that are no Python on floats; example:
   what the forward is given.
 - operations (a package): what the torch functions of a forward do to feature maps.

@@ -117,7 +117,7 @@ def _of_the_copy(value: Any) -> Any:
 
 def needs_values(error: Exception) -> bool:
     """Whether a forward stopped because meta tensors hold no data (``nonzero`` in a detector)."""
-    return isinstance(error, NotImplementedError | RuntimeError) and bool(
+    return isinstance(error, NotImplementedError | RuntimeError | TypeError) and bool(
         re.search(r"(?<![a-z])meta(?![a-z])", str(error).lower())
     )
 

@@ -7,7 +7,13 @@ from torch import Tensor, nn
 
 
 class OtherNetworkError(Exception):
-    """The graph would not do what the forward does."""
+    """The graph would not do what the forward does.
+
+    The message says in words what the forward does and where, and what the user can do about it.
+    """
+
+    def __init__(self, what: str, instead: str = "") -> None:
+        super().__init__(f"{what}; {instead or 'exclude= leaves the block out'}")
 
 
 class _Thread(threading.local):

@@ -26,7 +26,7 @@ from se_inject.graph.recording.call import Arguments, Shape
 from se_inject.graph.recording.record import record
 from se_inject.graph.same import configuration
 from se_inject.graph.thread import THREAD
-from se_inject.graph.tracing.block import gates_before_addition, trace_block
+from se_inject.graph.tracing.block import trace_block
 from se_inject.graph.tracing.patches import run_replaced
 from se_inject.graph.tracing.replaced import replacements
 from se_inject.graph.tracing.undisturbed import foreign_random_numbers
@@ -59,7 +59,8 @@ class UntracedBlock:
     why: str
     additions: tuple[Shape, ...]
     looks_residual: bool  # it convolves, and adds maps of the shape that it takes or returns
-    gated: bool = False  # a map is gated before the last of the additions
+    # Which of the additions have a gate on one of their operands; None: it was not followed.
+    gated: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ def _trace_twin(
             traced[key] = trace_block(name, module, calls, device)
         result = traced[key]
         if isinstance(result, str):
-            additions = max((call.additions for call in calls), key=len)
+            longest = max(calls, key=lambda call: len(call.additions))
+            additions = longest.additions
             shapes = {
                 tuple(tensor.shape)
                 for call in calls
@@ -158,7 +160,7 @@ def _trace_twin(
             }
             convolves = first_convolution(module) is not None
             looks_residual = convolves and not shapes.isdisjoint(additions)
-            gated = gates_before_addition(module, calls[0], device)
+            gated = tuple(added.is_gated for added in longest.sums) if follow else None
             blocks.append(UntracedBlock(name, result, tuple(additions), looks_residual, gated))
         else:
             pasts = tuple(call.past for call in calls if call.past is not None)

@@ -39,7 +39,7 @@ def _only_adds(call: Call) -> bool:
     """Whether a call returned the sum of two maps that it was given, and added no others."""
     if len(call.sums) != 1:
         return False
-    added, out = call.sums[0]
+    added, out = call.sums[0].what, call.sums[0].out
     given = [id(t) for t in tensors_in((call.args, call.kwargs))]
     operands = (added.a, added.b)
     plain = added.a is not added.b and not added.blended

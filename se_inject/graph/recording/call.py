@@ -17,6 +17,33 @@ Shape = tuple[int, ...]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Added:
+    """One addition of two maps in a recorded call."""
+
+    what: Sum
+    out: Any
+    # Where the two maps come from; None where the forward was not followed.
+    values: tuple[Value | None, Value | None]
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether one of the two maps was gated since their ways parted."""
+        a, b = (self._past(value) for value in self.values)
+        return any(value.op is not None and value.op.gates for value in a ^ b)
+
+    @staticmethod
+    def _past(value: Value | None) -> set[Value]:
+        seen: set[Value] = set()
+        stack = [] if value is None else [value]
+        while stack:
+            current = stack.pop()
+            if current not in seen:
+                seen.add(current)
+                stack += current.inputs
+        return seen
+
+
 @dataclass
 class Call:
     """One recorded call of a module, and the shapes that its own forward added."""
@@ -26,7 +53,7 @@ class Call:
     channel_dims: tuple[int | None, ...]  # of its tensors, where the forward has shown them
     past: tuple[Value | None, ...] | None = None  # of its tensors, where the forward was followed
     caller: "Call | None" = None
-    sums: list[tuple[Sum, Any]] = field(default_factory=list)  # what it added, and the result
+    sums: list["Added"] = field(default_factory=list)
     adders: set[str] = field(default_factory=set)  # children that only add what they are given
     additions: list[Shape] = field(default_factory=list)
     output: Any = None

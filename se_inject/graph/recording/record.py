@@ -12,6 +12,7 @@ from torch import nn
 
 from se_inject.errors import ForwardError, first_line
 from se_inject.graph.containers import tensors_in
+from se_inject.graph.frames import place_of_error
 from se_inject.graph.meta import needs_values, on_meta
 from se_inject.graph.recording.adders import credit_callers
 from se_inject.graph.recording.call import Arguments, Recording
@@ -76,7 +77,10 @@ def _record(
                 " expects it."
             ) from error
         missed = tuple(missed_modules(twin, recorder.calls, recorder.failed))
-        stopped = f"{block_label(where)} needs values, which meta tensors have not ({reason[:100]})"
+        stopped = (
+            f"{block_label(where)} needs values, which tensors have not while a plan is made"
+            f"{place_of_error(error)}"
+        )
     finally:
         for hook in recorder.hooks:
             hook.remove()

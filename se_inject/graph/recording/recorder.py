@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from se_inject.graph.containers import rebuilt, tensors_in
 from se_inject.graph.operations.log import GUESSES, OpLog
-from se_inject.graph.recording.call import Arguments, Call
+from se_inject.graph.recording.call import Added, Arguments, Call
 from se_inject.graph.recording.state import changed, state_of
 from se_inject.torch_private import without_torch_functions
 
@@ -79,6 +79,7 @@ class Recorder(OpLog):
             return self.guess(func)
         with without_torch_functions():
             added = self.sum_of(func, args, kwargs) if self.running else None
+            values = (self.value_of(added.a), self.value_of(added.b)) if added else (None, None)
         if self.follow:
             out = super().__torch_function__(func, types, args, kwargs)
         else:
@@ -88,5 +89,5 @@ class Recorder(OpLog):
             call = self.running[-1][1]
             with without_torch_functions():
                 call.additions.append(tuple(added.a.shape))
-            call.sums.append((added, out))
+            call.sums.append(Added(added, out, values))
         return out

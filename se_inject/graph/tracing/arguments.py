@@ -65,7 +65,8 @@ def _given(builder: GraphBuilder, node: Made, value: Any, name: str) -> Any:
     if is_symbolic(value) or isinstance(value, torch.device | torch.dtype):
         return builder.wrapped(node, value)
     raise OtherNetworkError(
-        f"its argument {name!r} is a {type(value).__name__}, which may decide its way"
+        f"its argument {name!r} is a {type(value).__name__}, which may decide its way",
+        "pass tensors, numbers and flags (example_input= chooses what the model is called with)",
     )
 
 

@@ -5,15 +5,14 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import fx, nn
 
-from se_inject.errors import first_line
-from se_inject.graph.containers import holds_tensor, rebuilt
+from se_inject.graph.containers import holds_tensor
 from se_inject.graph.expect import bind
 from se_inject.graph.facts import TracedForward, run_graph
+from se_inject.graph.frames import place_of_error
 from se_inject.graph.meta import on_meta
 from se_inject.graph.recording.call import Call
 from se_inject.graph.thread import OtherNetworkError, raise_interruption
 from se_inject.graph.tracing.arguments import is_symbolic
-from se_inject.graph.tracing.frames import place_of_error
 from se_inject.graph.tracing.tracer import BlockTracer
 from se_inject.graph.tracing.undisturbed import foreign_random_numbers, unchanged
 
@@ -28,22 +27,21 @@ def trace_block(
         # Copying one, or recompiling it, would silently bring back its own graph.
         return "it is a GraphModule: inject into the model that it was traced from"
     if sets := [name for call in calls for name in call.sets]:
-        return f"its forward sets self.{sets[0]}"
+        return f"its forward sets self.{sets[0]}; keep it in a local variable, or return it"
     if len({_flags(module, call) for call in calls}) > 1:
-        return "it is called with different flags in one forward"
+        return "it is called with different flags in one forward; exclude= leaves the block out"
     try:
         with unchanged(module), foreign_random_numbers() as drawn:
             eval_graph, train_graph = _graphs(name, module, calls[0], device)
             if drawn():  # a graph would freeze one draw
-                raise OtherNetworkError("its forward draws random numbers outside torch")
+                raise OtherNetworkError(
+                    "its forward draws random numbers outside torch", "draw them with torch.rand"
+                )
     except OtherNetworkError as error:
         return str(error)
     except Exception as error:  # foreign Python runs on recorded values: anything may come
         raise_interruption(error)
-        what = f"{type(error).__name__}: {first_line(error)}"
-        if any(kind in what for kind in ("'Int'", "not Int", "Scalar", "Machine", "Shape")):
-            what = "it hands a size or a property of a tensor to code that takes plain numbers"
-        return f"its forward cannot be followed{place_of_error(error)}: {what}"
+        return _failed(error)
     try:
         evaluated = run_graph(module, eval_graph, calls, device)
         if train_graph is eval_graph:
@@ -54,22 +52,21 @@ def trace_block(
         return str(error)
     except Exception as error:
         raise_interruption(error)
-        return f"its graph does not run ({type(error).__name__}: {first_line(error)})"
+        return f"its graph does not run ({type(error).__name__}); exclude= leaves the block out"
     finally:
         module.eval()
 
 
-def gates_before_addition(module: nn.Module, call: Call, device: torch.device) -> bool:
-    """Whether the forward, run as it is, gates a map and adds maps after that."""
-    args, kwargs = rebuilt((call.args, call.kwargs))
-    try:
-        with on_meta(device), call.log() as log:
-            module(*args, **kwargs)
-    except Exception as error:  # a foreign forward
-        raise_interruption(error)
-    gates = [i for i, op in enumerate(log.ops) if op.gates]
-    additions = [i for i, op in enumerate(log.ops) if op.adds_maps]
-    return bool(gates and additions) and gates[0] < additions[-1]
+# What an error of Python or torch says where code of theirs gets a value of the trace.
+_TRACED_KINDS = ("'Int'", "not Int", "Scalar", "Machine", "'Shape'")
+
+
+def _failed(error: Exception) -> str:
+    """What the forward was doing when it failed in the trace. The error itself would not help."""
+    what = f"raises {type(error).__name__} on a copy that has no values"
+    if any(kind in str(error) for kind in _TRACED_KINDS):
+        what = "hands a size or a property of a tensor to code that takes plain numbers"
+    return f"its forward {what}{place_of_error(error)}; exclude= leaves the block out"
 
 
 def _graphs(
@@ -91,7 +88,7 @@ def _graphs(
     module.train()
     in_train, more = trace()
     if any(reader is not module for reader in (*readers, *more)):
-        raise OtherNetworkError("its forward reads the mode of a child")
+        raise OtherNetworkError("its forward reads the mode of a child", "read self.training")
     return in_eval, in_train
 
 

@@ -34,7 +34,10 @@ class Machine(Traced):
         return type(self._value)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise self._tracer.refused(f"takes its way by the {self._what} of a tensor")
+        raise self._tracer.refused(
+            f"takes its way by the {self._what} of a tensor",
+            "write one way that serves all",
+        )
 
     __bool__ = __hash__ = __str__ = __format__ = __int__ = __index__ = __float__ = _refuse
     __call__ = __iter__ = __len__ = __contains__ = __getitem__ = _refuse

@@ -15,13 +15,15 @@ from torch import Tensor, fx, nn
 
 from se_inject.graph.containers import all_leaves
 from se_inject.graph.expect import expect_answer, question_of
+from se_inject.graph.frames import in_checkpoint, place_of
 from se_inject.graph.thread import THREAD, OtherNetworkError
-from se_inject.graph.tracing.frames import in_checkpoint, place_of
 from se_inject.graph.tracing.functions import PROPERTIES
 from se_inject.graph.tracing.machine import Machine
 from se_inject.graph.tracing.number import Int, Scalar
 from se_inject.graph.tracing.shape import Shape, plain
 from se_inject.graph.tracing.values import Traced
+
+CHECKPOINT = "inject without checkpointing, and checkpoint the whole block from outside"
 
 Made = fx.Node | Callable[[], fx.Node]  # a node, or how to make it where somebody uses the value
 
@@ -130,7 +132,8 @@ class GraphBuilder:
         if path is None:
             raise self.refused(
                 "uses a tensor that was not made by a function of torch that a graph can call again"
-                " (from NumPy, by TorchScript or torch.Tensor(...), or kept in a list)"
+                " (from NumPy, by TorchScript, or kept in a list)",
+                "register it as a buffer, or make it of the input with functions of torch",
             )
         if path not in self._got:
             self._got[path] = self.graph.create_node("get_attr", path, (), {})
@@ -166,7 +169,10 @@ class GraphBuilder:
         if dataclasses.is_dataclass(a) and not isinstance(a, type):
             fields = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
             return self.node_of("call_function", kind, (), fields)
-        raise self.refused(f"hands on a {kind.__name__}, which a graph cannot hold")
+        raise self.refused(
+            f"hands on a {kind.__name__}, which a graph cannot hold",
+            "hand on tensors, numbers and strings",
+        )
 
     def _own(self, value: torch.device | torch.dtype) -> Any:
         """A device or dtype that is an attribute of the block is read anew in every call."""
@@ -175,7 +181,9 @@ class GraphBuilder:
             if type(own) is type(value) and own == value and name in names:
                 return self.graph.create_node("get_attr", name, (), {})
         if value == torch.device("meta"):
-            raise self.refused("has a device in it that only the copy on meta has")
+            raise self.refused(
+                "has a device in it that only the copy on meta has", "write x.device in its place"
+            )
         return value
 
     # --- questions -----------------------------------------------------------------------------
@@ -209,12 +217,17 @@ class GraphBuilder:
                 self.graph.erase_node(check)
         self._pending.clear()
 
-    def refused(self, what: str) -> OtherNetworkError:
-        """The error for what no graph can do, with the line of the forward that does it."""
+    def refused(self, what: str, instead: str = "") -> OtherNetworkError:
+        """The error for what no graph can do, with the line of the forward that does it.
+
+        Args:
+            what: what the forward does.
+            instead: what the user can do or write in its place.
+        """
         frame = sys._getframe(1)
         if in_checkpoint(frame):  # which asks a lot that is no question of the forward's
-            what = "is checkpointed"
-        return OtherNetworkError(f"its forward {what}{place_of(frame)}")
+            what, instead = "is checkpointed", CHECKPOINT
+        return OtherNetworkError(f"its forward {what}{place_of(frame)}", instead)
 
     def holds_number(self, args: Any) -> bool:
         """Whether a whole number of the trace is among the arguments."""

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from se_inject.graph.tracing.frames import is_statement
+from se_inject.graph.frames import is_statement
 from se_inject.graph.tracing.values import Traced, stray
 
 

@@ -62,7 +62,8 @@ def _set_attribute(original: Callable[..., Any]) -> Callable[..., Any]:
         if id(module) in THREAD.modules:
             raise OtherNetworkError(
                 f"sets {name!r} of your own {type(module).__name__}, which its forward holds on to"
-                " (a function in the place of a forward?)"
+                " (a function in the place of a forward?)",
+                "give the module a class with that forward",
             )
         original(module, name, value)
 

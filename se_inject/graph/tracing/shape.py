@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from se_inject.graph.tracing.frames import is_unpacked
+from se_inject.graph.frames import is_unpacked
 from se_inject.graph.tracing.number import Int
 from se_inject.graph.tracing.values import Traced
 

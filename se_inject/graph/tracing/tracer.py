@@ -15,12 +15,12 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from se_inject.graph.containers import all_leaves
+from se_inject.graph.frames import is_of_torch, is_unpacked_next, user_frame
 from se_inject.graph.operations.log import GUESSES
 from se_inject.graph.recording.call import Call
 from se_inject.graph.recording.replay import output_of
 from se_inject.graph.thread import THREAD
 from se_inject.graph.tracing.arguments import placeholders
-from se_inject.graph.tracing.frames import is_of_torch, is_unpacked_next, user_frame
 from se_inject.graph.tracing.functions import (
     ASIDE,
     PARTS,
@@ -80,13 +80,16 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
         method = torch.overrides.is_tensor_method_or_property(func)
         self._drop_pending(args, kwargs)
         if func is torch._C._set_grad_enabled:
-            raise self.refused("switches gradients on or off")
+            raise self.refused("switches gradients on or off", "write x.detach() in its place")
         if name in ASIDE:
             return func(*plain(args), **plain(dict(kwargs)))
         if func in GUESSES or (name in VALUES and (method or name in ("equal", "allclose"))):
-            raise self.refused("asks a tensor for its values")
+            raise self.refused(
+                "asks a tensor for its values", "torch.where(...) can take the place of an `if`"
+            )
         if name == "__set__":
-            raise self.refused(f"sets .{func.__self__.__name__} of a tensor")  # type: ignore[attr-defined]
+            attribute = func.__self__.__name__  # type: ignore[attr-defined]
+            raise self.refused(f"sets .{attribute} of a tensor", "make a new tensor in its place")
         if name == "__get__":
             return self._attribute(args[0], func.__self__.__name__)  # type: ignore[attr-defined]
         if name in PLACES and method and not (name == "type" and (len(args) > 1 or kwargs)):

@@ -23,7 +23,10 @@ def unchanged(module: nn.Module) -> Iterator[None]:
         yield
         module.eval()
         if sets := changed(before, state_of(module)):
-            raise OtherNetworkError(f"its forward sets self.{sets[0]}")
+            raise OtherNetworkError(
+                f"its forward sets self.{sets[0]}",
+                "keep it in a local variable, or return it",
+            )
     finally:
         vars(module).clear()
         vars(module).update(attributes)

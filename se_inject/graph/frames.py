@@ -1,6 +1,7 @@
 """Whose code calls the tracer: frames of the user's source, of torch and of this package."""
 
 import dis
+import linecache
 import os
 import types
 
@@ -8,7 +9,8 @@ import torch
 import torch.utils.checkpoint
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.dirname(os.path.dirname(os.path.dirname(__file__))) + os.sep
+_HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_LONGEST_LINE = 60  # of the source, as far as a reason shows it
 _KERNELS = tuple(
     _TORCH + part for part in ("_refs", "_prims", "_decomp", "_meta_registrations", "_inductor")
 )
@@ -20,13 +22,21 @@ def is_of_torch(frame: types.FrameType, *, kernels: bool = False) -> bool:
 
 
 def place_of(frame: types.FrameType | None) -> str:
-    """Where in the user's source a frame is: `` (net.py, line 12)``; empty if nowhere."""
+    """Where in the user's source a frame is: `` (net.py, line 12: if h > w:)``; else empty."""
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith((_TORCH, _HERE)) and not name.startswith("<frozen"):
-            return f" ({os.path.basename(name)}, line {frame.f_lineno})"
+            return _place(name, frame.f_lineno)
         frame = frame.f_back
     return ""
+
+
+def _place(filename: str, line: int) -> str:
+    source = linecache.getline(filename, line).strip()
+    if len(source) > _LONGEST_LINE:
+        source = source[:_LONGEST_LINE] + "..."
+    where = f"{os.path.basename(filename)}, line {line}"
+    return f" ({where}: {source})" if source else f" ({where})"
 
 
 def in_checkpoint(frame: types.FrameType | None) -> bool:
@@ -44,7 +54,7 @@ def place_of_error(error: BaseException) -> str:
     while step is not None:
         name = step.tb_frame.f_code.co_filename
         if not name.startswith((_TORCH, _HERE, "<frozen")):
-            place = f" ({os.path.basename(name)}, line {step.tb_lineno})"
+            place = _place(name, step.tb_lineno)
         step = step.tb_next
     return place
 
