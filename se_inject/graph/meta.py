@@ -18,7 +18,7 @@ from se_inject.graph.containers import tensors_in
 from se_inject.graph.foreign import StandIn, is_quantized, is_scripted
 from se_inject.graph.operations.shortcuts import shortcut
 from se_inject.graph.thread import THREAD, raise_interruption
-from se_inject.torch_private import without_torch_functions
+from se_inject.torch_private import makes_tensors
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def on_meta(device: torch.device | None = None) -> Iterator[None]:
 
     What a forward asks about the device of a tensor is answered as the model on ``device`` would.
     """
-    with torch.no_grad(), torch.device("meta"), _Answers(device or torch.device("cpu")):
+    with torch.no_grad(), _Answers(device or torch.device("cpu")):
         yield
 
 
@@ -41,7 +41,9 @@ def device_of(model: nn.Module) -> torch.device:
 class _Answers(TorchFunctionMode):
     """Answers for the real model where a copy on meta would answer for itself.
 
-    It also takes the short way where torch takes a long one on meta.
+    All that the forward makes is made on meta, as under ``torch.device("meta")``; that would be one
+    more mode, which sees whatever this one asks of a tensor. And where torch takes a long way on
+    meta, this one takes a short one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -78,10 +80,9 @@ class _Answers(TorchFunctionMode):
                 return args[0].to(names[args[1].rsplit(".", 1)[-1]])
         elif func is Tensor.to:
             args = tuple("meta" if _names_device(a) else a for a in args)
-        if kwargs.get("device") is not None:
+        if kwargs.get("device") is not None or makes_tensors(func):
             kwargs = {**kwargs, "device": "meta"}
-        with without_torch_functions():
-            args, kwargs = _of_the_copy(args), _of_the_copy(kwargs)
+        args, kwargs = _of_the_copy(args), _of_the_copy(kwargs)
         out = shortcut(func, args, kwargs)
         return func(*args, **kwargs) if out is None else out
 

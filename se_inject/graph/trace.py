@@ -123,7 +123,7 @@ def on_a_copy(
             try:
                 return work(twin, device_of(model))
             finally:
-                THREAD.modules, THREAD.tensors = {}, {}
+                THREAD.modules, THREAD.tensors, THREAD.replay = {}, {}, None
 
     return run_replaced(replacements, plan)
 

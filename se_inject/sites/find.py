@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from se_inject.graph.facts import NodeFacts
+from se_inject.graph.operations.value import Value
 from se_inject.layers.layout import KINDS, Layout
 from se_inject.reasons import Reason
 from se_inject.sites.additions import addition, operands
@@ -31,8 +32,8 @@ class Sites:
 
     sites: list[ResidualSite]
     rejected: list[Rejection]
-    # Whether an addition's operands come from different inputs of the block, so that what they
-    # went through before the call would tell more.
+    # Whether what the inputs of the block went through before the call would tell more: an
+    # addition's operands come from different ones, or a branch is multiplied by one of them.
     asks_past: bool
 
 
@@ -54,7 +55,7 @@ def find_sites(
             the same for all.
         adders: children that only add what they are given; their calls are additions.
         pasts: where the tensors that the block was given come from, one sequence a call; asked
-            only where the operands of an addition come from different inputs of the block.
+            only where ``Sites.asks_past`` says so.
     """
     flow = Flow(graph, calls[0], adders=adders)
     additions = [n for n in graph.nodes if addition(flow, n) is not None]
@@ -98,7 +99,10 @@ def find_sites(
             hidden = sum(op.adds_maps for op in ops)
             rejected += [Rejection(node, Reason.HIDDEN)] * hidden
             rejected += [Rejection(node, Reason.BLENDED)] * sum(op.blends for op in ops)
-    return Sites(sites, rejected, bool(split_by_caller) and pasts is None)
+    asks = split_by_caller or any(
+        _is_scaled_by_input(flow, residuals[site.addition].branch) for site in sites
+    )
+    return Sites(sites, rejected, bool(asks) and pasts is None)
 
 
 def _is_split_by_caller(flow: Flow, node: fx.Node) -> bool:
@@ -174,3 +178,29 @@ def _channel_dim(flow: Flow, point: Point) -> int | None:
         if ops and ops[0].reads_channels_first and reader.all_input_nodes == [point.source]:
             return 1
     return None
+
+
+def _is_scaled_by_input(flow: Flow, branch: fx.Node) -> bool:
+    """Whether a map is multiplied by what another input of the block gives, perhaps a gate."""
+    value = flow.facts[branch].value
+    inputs = {v.number for facts in flow.facts.values() if (v := facts.value)} - {None}
+    if value is None or len(inputs) < 2:
+        return False
+    origins: dict[Value, frozenset[int | None]] = {}
+    stack = [value]
+    while stack:  # depth first: a value is left when its inputs are known
+        current = stack[-1]
+        if waiting := [v for v in current.inputs if v not in origins]:
+            stack += waiting
+            continue
+        stack.pop()
+        if current.number is not None:
+            origins[current] = frozenset([current.number])
+            continue
+        parts = [origins[v] for v in current.inputs]
+        origins[current] = frozenset[int | None]().union(*parts)
+        op = current.op
+        scaled = op is not None and op.is_product and not op.scales and len(parts) == 2
+        if scaled and not parts[0] & parts[1]:
+            return True
+    return False

@@ -1,6 +1,8 @@
 """A log of the torch functions that run on a forward's tensors."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,9 +41,17 @@ class OpLog(TorchFunctionMode):
     known); parameters, buffers and constants are not. The channel dim is known from convolutions
     and batch or group norm (dim 1) and from Linear and layer norm (the last dim), and is followed
     through what comes after them.
+
+    Args:
+        inputs: the tensors that the forward is given.
+        gates: those of them, by their places, that somebody before has computed as gates.
     """
 
-    def __init__(self, inputs: Iterable[tuple[Tensor, int | None]]) -> None:
+    def __init__(
+        self,
+        inputs: Iterable[tuple[Tensor, int | None]],
+        gates: Mapping[int, Known] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.ops: list[Op] = []
         self.maker: Hashable = None  # whoever runs now: the values made meanwhile name it
@@ -52,12 +62,20 @@ class OpLog(TorchFunctionMode):
         self._constants: dict[int, Tensor] = {}
         for number, (tensor, dim) in enumerate(inputs):
             if id(tensor) not in self._live:
-                self._live[id(tensor)] = Known(tensor, Value(number), dim)
+                known = Known(tensor, Value(number), dim)
+                if gate := gates.get(number):
+                    known = replace(gate, tensor=tensor, value=known.value, channel_dim=dim)
+                self._live[id(tensor)] = known
 
     def channel_dim(self, tensor: Tensor) -> int | None:
         """Which dim of a live tensor holds the channels, if known."""
         known = self._live.get(id(tensor))
         return known.channel_dim if known else None
+
+    def gate(self, tensor: Tensor) -> Known | None:
+        """What is known of a tensor that may be a gate, computed from a map; None of any other."""
+        known = self._live.get(id(tensor))
+        return known if known and known.is_gate else None
 
     def value_of(self, tensor: Tensor) -> Value | None:
         """Where the content of a live tensor comes from."""
@@ -134,7 +152,8 @@ class OpLog(TorchFunctionMode):
             return
         if name in REMEMBERED:
             self.remember(func, args, kwargs, out)
-        sources = [t for t in leaves((args, kwargs)) if self.is_live(t)]
+        given = args[:1] if name in LIKE else (args, kwargs)
+        sources = [t for t in leaves(given) if self.is_live(t)]
         if not sources or name in CREATION:
             self._constants.update((id(t), t) for t in outputs)
             return
@@ -144,8 +163,6 @@ class OpLog(TorchFunctionMode):
         op = self._describe(name, args, kwargs, sources, outputs[0], added)
         self.ops.append(op)
         known = [self._live[id(t)] for t in sources]
-        if name in LIKE:
-            known = known[:1]
         made_of = tuple(dict.fromkeys(k.value for k in known))
         new = []
         for tensor in outputs:

@@ -29,3 +29,8 @@ class Known:
     squeezed: bool = False  # flat, and computed from a map that was not
     excited: bool = False  # flat, and came through a layer or a sigmoid since
     sigmoid_of: int | None = None  # the id of the tensor that it is the sigmoid of
+
+    @property
+    def is_gate(self) -> bool:
+        """Whether a map that is multiplied by it is gated."""
+        return self.flat and self.squeezed and self.excited

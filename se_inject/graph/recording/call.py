@@ -10,7 +10,7 @@ from torch import Tensor
 from se_inject.graph.containers import tensors_in
 from se_inject.graph.operations.log import OpLog
 from se_inject.graph.operations.sums import Sum
-from se_inject.graph.operations.value import Value
+from se_inject.graph.operations.value import Known, Value
 from se_inject.torch_private import pytree
 
 Shape = tuple[int, ...]
@@ -52,6 +52,8 @@ class Call:
     kwargs: dict[str, Any]
     channel_dims: tuple[int | None, ...]  # of its tensors, where the forward has shown them
     past: tuple[Value | None, ...] | None = None  # of its tensors, where the forward was followed
+    # Those of its tensors, by their places, that came as gates, where the forward was followed.
+    gates: dict[int, Known] = field(default_factory=dict)
     caller: "Call | None" = None
     sums: list["Added"] = field(default_factory=list)
     adders: set[str] = field(default_factory=set)  # children that only add what they are given
@@ -64,7 +66,8 @@ class Call:
 
     def log(self) -> OpLog:
         """A fresh log that follows the tensors of this call."""
-        return OpLog(zip(tensors_in((self.args, self.kwargs)), self.channel_dims, strict=True))
+        tensors = tensors_in((self.args, self.kwargs))
+        return OpLog(zip(tensors, self.channel_dims, strict=True), self.gates)
 
     @functools.cached_property
     def signature(self) -> Hashable:
@@ -73,6 +76,7 @@ class Call:
         return (
             str(spec),
             self.channel_dims,
+            tuple(self.gates),
             tuple(
                 (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
                 for leaf in leaves

@@ -45,7 +45,9 @@ class Recorder(OpLog):
         dims = tuple(self.channel_dim(tensor) for tensor in tensors_in((args, kwargs)))
         call = Call(args, kwargs, dims, name=name)
         if self.follow:
-            call.past = tuple(self.value_of(t) for t in tensors_in((args, kwargs)))
+            given = tensors_in((args, kwargs))
+            call.past = tuple(map(self.value_of, given))
+            call.gates = {i: gate for i, t in enumerate(given) if (gate := self.gate(t))}
         self.calls.setdefault(name, []).append(call)
         if self.running:
             call.caller = self.running[-1][1]

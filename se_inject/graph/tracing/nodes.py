@@ -77,6 +77,8 @@ class GraphBuilder:
         inputs = {id(t): t for t in all_leaves((args, kwargs)) if isinstance(t, Tensor)}
         with self.quietly():
             value = function(*plain(tuple(args)), **plain(dict(kwargs)))
+            if isinstance(value, Tensor) and id(value) not in inputs:
+                value = value.to("meta")  # made by a type of tensors, which no mode sees
         return self.wrapped(node, value, inputs)
 
     def wrapped(
@@ -132,8 +134,8 @@ class GraphBuilder:
         if path is None:
             raise self.refused(
                 "uses a tensor that was not made by a function of torch that a graph can call again"
-                " (from NumPy, by TorchScript, or kept in a list)",
-                "register it as a buffer, or make it of the input with functions of torch",
+                " (from NumPy, by torch.Tensor(...), or kept in a list)",
+                "write torch.zeros(...) or torch.tensor(...), or register it as a buffer",
             )
         if path not in self._got:
             self._got[path] = self.graph.create_node("get_attr", path, (), {})
@@ -230,8 +232,8 @@ class GraphBuilder:
         return OtherNetworkError(f"its forward {what}{place_of(frame)}", instead)
 
     def holds_number(self, args: Any) -> bool:
-        """Whether a whole number of the trace is among the arguments."""
-        return any(type(v) is Int for v in all_leaves(args))
+        """Whether a number of the trace is among the arguments."""
+        return any(type(v) in (Int, Scalar) for v in all_leaves(args))
 
     def holds_traced(self, args: Any) -> bool:
         """Whether anything of the trace is among the arguments."""

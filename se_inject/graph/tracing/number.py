@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy
+
 from se_inject.graph.frames import is_statement
 from se_inject.graph.tracing.values import Traced, stray
 
@@ -41,6 +43,10 @@ class Number(Traced):
 
     def __format__(self, spec: str) -> str:
         return format(self._ask(), spec)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        """What NumPy computes with (``np.sqrt(h)``) is the number of the recorded call."""
+        return numpy.asarray(self._ask(), dtype)
 
     def __repr__(self) -> str:
         return repr(self._value)

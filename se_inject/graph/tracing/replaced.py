@@ -5,13 +5,17 @@ Planning runs the forwards of a copy of the model. A forward may hold on to the 
 module goes to its copy, and a write to it stops the planning there.
 """
 
+import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.overrides
 from torch import nn
+from torch.autograd.variable import Variable, VariableMeta
 
+from se_inject.graph.scripted import named
 from se_inject.graph.thread import THREAD, OtherNetworkError
 from se_inject.graph.tracing.patches import Replacement, in_this_thread
 from se_inject.torch_private import training_property, wrapped_functions
@@ -29,13 +33,20 @@ def replacements() -> list[Replacement]:
         _replaced(nn.Module, "__setattr__", _set_attribute),
         Replacement(nn.Module, "training", training_property(_mode_read)),
     ]
+    here += [
+        _replaced(torch.jit.ScriptFunction, "__call__", _scripted_call),
+        Replacement(VariableMeta, "__call__", in_this_thread(type.__call__, _variable)),
+    ]
     here += [_replaced(torch, name, _with_sizes) for name in _TAKE_NUMBERS]
+    here += [_replaced(math, name, _with_sizes) for name in _OF_NUMBERS]
     here += [_replaced(space, name, _leaf_function) for name, space in wrapped_functions()]
     return here
 
 
 # Functions that take a number and know none but Python's own.
 _TAKE_NUMBERS = ("arange", "full", "linspace")
+# Functions of numbers, such as sqrt(h * w) for a scale, which are the graph's too.
+_OF_NUMBERS = ("sqrt", "exp", "log", "log2", "log10", "pow")
 
 _Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -55,6 +66,35 @@ def _module_call(original: Callable[..., Any]) -> Callable[..., Any]:
         return in_charge.call_module(module, original, args, kwargs)
 
     return call
+
+
+def _scripted_call(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A TorchScript function is one node: no mode sees what runs in it."""
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        tracer = THREAD.running()
+        if tracer is None or not tracer.holds_traced((args, kwargs)):
+            return original(function, *args, **kwargs)
+        target = named(function, sys._getframe(2).f_globals)
+        if target is None:
+            raise tracer.refused(
+                "calls a TorchScript function that no module has a name for",
+                "keep the function in a module, under a name of its own",
+            )
+        return tracer.apply(target, args, kwargs)
+
+    return call
+
+
+def _variable(kind: Any, *args: Any, **kwargs: Any) -> Any:
+    """``Variable(x)`` of old code: another name of x, without its gradients."""
+    if kind is not Variable or len(args) != 1 or any(kwargs.values()):
+        if THREAD.running():
+            raise THREAD.running().refused(
+                "makes a Variable with gradients", "use the tensor itself"
+            )
+        return type.__call__(kind, *args, **kwargs)
+    return args[0].detach()
 
 
 def _set_attribute(original: Callable[..., Any]) -> Callable[..., Any]:

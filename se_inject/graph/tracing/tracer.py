@@ -29,8 +29,10 @@ from se_inject.graph.tracing.functions import (
     VALUES,
     as_in_source,
 )
+from se_inject.graph.tracing.legacy import replacements
 from se_inject.graph.tracing.machine import Machine
 from se_inject.graph.tracing.nodes import GraphBuilder
+from se_inject.graph.tracing.patches import run_replaced
 from se_inject.graph.tracing.shape import plain
 from se_inject.graph.tracing.watch import watched
 
@@ -55,13 +57,17 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
                 if isinstance(value, Tensor):
                     self._paths.setdefault(id(value), f"{path}.{name}".lstrip("."))
         positional, keyword = placeholders(self, root, self.call)
-        try:
-            # With gradients on, so that a forward that switches them off is seen.
-            with torch.enable_grad(), self:
-                THREAD.tracer = self
-                output = watched(lambda: self._forward(root, *positional, **keyword))
-        finally:
-            THREAD.tracer = None
+
+        def run() -> Any:
+            try:
+                # With gradients on, so that a forward that switches them off is seen.
+                with torch.enable_grad(), self:
+                    THREAD.tracer = self
+                    return watched(lambda: self._forward(root, *positional, **keyword))
+            finally:
+                THREAD.tracer = None
+
+        output = run_replaced(lambda: replacements(self._forward), run)
         self.graph.create_node("output", "output", (self.argument(output),), {})
         return self.graph
 

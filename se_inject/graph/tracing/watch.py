@@ -10,6 +10,7 @@ import torch.utils.checkpoint
 
 from se_inject.graph.frames import is_of_torch
 from se_inject.graph.thread import THREAD
+from se_inject.graph.tracing.legacy import LEGACY_TYPES
 from se_inject.graph.tracing.nodes import CHECKPOINT
 
 T = TypeVar("T")
@@ -32,8 +33,6 @@ _MODES = {
     torch.is_grad_enabled: "gradient mode",
     torch.is_inference_mode_enabled: "inference mode",
 }
-_KINDS = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-_LEGACY_TYPES = {f"{kind}Tensor" for kind in _KINDS}
 
 
 def watched(body: Callable[[], T]) -> T:
@@ -70,7 +69,7 @@ def _see(frame: types.FrameType, event: str, argument: Any) -> None:
             return  # torch asks for its own purposes
         elif argument is isinstance:
             # Such a type has a device and a dtype in it, and a copy on meta is of none of them.
-            if not _LEGACY_TYPES.isdisjoint(frame.f_code.co_names):
+            if not LEGACY_TYPES.isdisjoint(frame.f_code.co_names):
                 raise tracer.refused(
                     "asks whether a tensor is a torch.FloatTensor or the like",
                     "ask x.is_floating_point()",
