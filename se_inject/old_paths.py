@@ -21,13 +21,13 @@ OLD_PATHS: dict[str, tuple[str, ...]] = {
     "generated": ("edit.block_class", "graph.source"),
     "inject": ("api", "edit.insert", "edit.rewrite"),
     "meta": ("graph.meta",),
-    "ops": ("graph.ops", "graph.log"),
+    "ops": ("graph.operations.ops", "graph.operations.log"),
     "plan": ("plan.plan", "plan.planner", "edit.site", "reasons"),
-    "record": ("graph.record", "graph.example"),
+    "record": ("graph.recording.call", "graph.recording.record", "graph.example"),
     "scale_add": ("layers.scale_add",),
     "sites": ("reasons", "sites.find"),
     "squeeze_excite": ("layers.squeeze_excite", "layers.layout", "layers.cost"),
-    "trace": ("graph.expect", "graph.tracer", "graph.trace", "graph.facts"),
+    "trace": ("graph.expect", "graph.trace", "graph.facts"),
     "variants": ("layers.variant", "layers.gates", "layers.squeezes"),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.utils._device
 from torch import Tensor, nn
 
 # The nested containers of a call are taken apart and rebuilt in many places. The public
@@ -65,6 +66,14 @@ def wrapped_functions() -> list[tuple[str, dict[str, Any]]]:
     """
     table = torch.fx._symbolic_trace._wrapped_fns_to_patch
     return [(name, space) for (_, name), space in table.items() if name in space]
+
+
+def makes_tensors(function: Callable[..., Any]) -> bool:
+    """Whether ``torch.device`` as a context decides where what a function makes is made.
+
+    The list of these functions has no public name.
+    """
+    return function in torch.utils._device._device_constructors()
 
 
 def without_torch_functions() -> AbstractContextManager[None]:

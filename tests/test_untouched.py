@@ -16,7 +16,8 @@ from blocks import Plain, Root, X
 from torch import Tensor, nn
 
 from se_inject import NoSiteError, SEInjectError, inject_se, plan_se
-from se_inject.graph import planning, trace
+from se_inject.graph.thread import THREAD
+from se_inject.graph.tracing.tracer import BlockTracer
 
 NAMES = (
     "test_resnet",
@@ -173,6 +174,48 @@ def test_hooks_that_the_forward_needs_are_kept(ran: bool) -> None:
 # --- threads and interruptions -------------------------------------------------------------------
 
 
+def test_the_trial_of_a_block_seeds_no_device_that_was_not_used_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``torch.manual_seed`` would be carried out again when CUDA starts, over the user's seed."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a foreign device was seeded")
+
+    for module in (torch.cuda, torch.mps, torch.xpu):
+        monkeypatch.setattr(module, "manual_seed", refuse)
+        if hasattr(module, "manual_seed_all"):
+            monkeypatch.setattr(module, "manual_seed_all", refuse)
+    plan_se(nn.Sequential(Plain()), example_input=X).apply()
+
+
+def test_blocks_in_blocks_do_not_run_again_at_each_level() -> None:
+    """Each level of nesting once ran all that is in it three times."""
+
+    class Counted(nn.Conv2d):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            type(self).calls += 1
+            return super().forward(x)
+
+    class Level(nn.Module):
+        def __init__(self, inner: nn.Module, number: int) -> None:
+            super().__init__()
+            self.inner, self.number = inner, number
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.conv(self.inner(x))
+
+    network: nn.Module = Counted(8, 8, 3, padding=1)
+    for number in range(6):
+        network = Level(network, number)
+    plan = plan_se(nn.Sequential(network), r=8, example_input=torch.randn(2, 8, 8, 8))
+    assert len(plan.sites) == 6
+    assert Counted.calls <= 1 + 6  # the recording, and once a level
+
+
 def test_another_threads_models_go_on_and_are_not_traced() -> None:
     model, other = timm.create_model("test_resnet"), nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     x, counts, done = torch.randn(1, 3, 8, 8), Counter[str](), threading.Event()
@@ -214,7 +257,7 @@ def interrupted_at(line: int, code: Any) -> Any:
     return follow
 
 
-FILES = ("graph/patches.py", "graph/trace.py", "graph/watch.py", "graph/meta.py")
+FILES = ("tracing/patches.py", "graph/trace.py", "tracing/watch.py", "graph/meta.py")
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -244,8 +287,8 @@ def test_ctrl_c_at_any_line_leaves_torch_as_it_was(part: int) -> None:
         finally:
             sys.settrace(None)
         assert torch_state() == of_torch, line
-        assert planning.THREAD.tracer is None, line
-        assert not planning.THREAD.modules, line
+        assert THREAD.tracer is None, line
+        assert not THREAD.modules, line
     assert interrupted > 20
     assert list(state_of(model)) == before
     assert len(plan_se(model, example_input=X).sites) == 1
@@ -263,14 +306,14 @@ def test_an_interruption_that_became_another_error_is_no_site_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     root = Root(Swallows())
-    real = trace.BlockTracer.call_module
+    real = BlockTracer.call_module
 
     def call_module(self: Any, module: nn.Module, *args: Any) -> Any:
         if isinstance(module, nn.BatchNorm2d) and self.name == "block":
             raise KeyboardInterrupt
         return real(self, module, *args)
 
-    monkeypatch.setattr(trace.BlockTracer, "call_module", call_module)
+    monkeypatch.setattr(BlockTracer, "call_module", call_module)
     with pytest.raises(KeyboardInterrupt):
         plan_se(root, example_input=X)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from se_inject.graph.record import Arguments
+from se_inject.graph.recording.call import Arguments
 from se_inject.graph.source import ForwardSource
 from se_inject.layers.variant import Variant
 from se_inject.sites.scaled import Where

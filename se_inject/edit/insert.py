@@ -17,7 +17,7 @@ from se_inject.edit.site import Site, make_layer
 from se_inject.edit.whole import ModuleState, all_or_nothing, attributes_of
 from se_inject.errors import UnsupportedModelError, first_line
 from se_inject.graph.facts import TracedForward
-from se_inject.graph.record import Arguments
+from se_inject.graph.recording.call import Arguments
 from se_inject.graph.source import ForwardSource
 from se_inject.graph.trace import TracedBlock
 from se_inject.layers.attention import SELayer

@@ -1,10 +1,22 @@
 """A model becomes one ``torch.fx`` graph a block, with facts about what each node computes.
 
-The model's forward is recorded once on a copy on meta tensors (:mod:`.meta`, :mod:`.record`). Each
-module that adds two maps in its own forward is traced alone, every child a leaf (:mod:`.trace`,
-:mod:`.tracer`), and the graph is run to learn shapes, channels and operations (:mod:`.facts`).
+The model's forward is recorded once, on a copy on meta tensors. Each module that adds two maps in
+its own forward is then traced alone, every child a leaf, and its graph is run to learn shapes,
+channels and operations. The files, in the order of the flow:
+
+- thread: what the planning thread is doing; frames: whose code it is running; containers: nested
+  tuples, lists and dicts of tensors.
+- meta: the copy of the model on meta; foreign: its parts that are no Python on floats; example:
+  what the forward is given.
+- operations (a package): what the torch functions of a forward do to feature maps.
+- recording (a package): one forward of the copy, and what was seen of it.
+- tracing (a package): one block and its recorded calls become a graph; expect: what the new
+  forward checks in every call; source: a graph as the text of a forward; same: which blocks trace
+  to the same graph.
+- facts: what each node of a graph computed.
+- trace: all of it for a whole model; history_blocks: the graphs that units end in; macs: the
+  multiply-accumulates of a forward.
 
 The rooms below use ``trace_blocks`` with its ``TracedBlock`` and ``UntracedBlock``, the facts and
-operations of :mod:`.facts` and :mod:`.ops`, the examples of :mod:`.example`, and ``ForwardSource``,
-which turns a graph into the text of a forward.
+the operations, ``Arguments`` and ``History`` of recording, the examples, and ``ForwardSource``.
 """

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject.graph.log import tensors_in
-from se_inject.graph.record import Arguments
+from se_inject.graph.containers import tensors_in
+from se_inject.graph.recording.call import Arguments
 from se_inject.layers.layout import first_convolution, kind_of
 from se_inject.torch_private import pytree
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from se_inject.graph.record import Call
+from se_inject.graph.recording.call import Call
 
 
 def expect(value: Any, recorded: Any, argument: str) -> None:

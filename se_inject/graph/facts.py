@@ -1,6 +1,7 @@
 """What each node of a block graph computed on the recorded calls."""
 
-from collections.abc import Hashable, Mapping, Sequence
+import contextlib
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,14 +9,17 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
+from se_inject.graph.containers import leaves, rebuilt
 from se_inject.graph.expect import bind
-from se_inject.graph.log import OpLog, Value, leaves
 from se_inject.graph.meta import on_meta
-from se_inject.graph.ops import Op
-from se_inject.graph.planning import OtherNetworkError
-from se_inject.graph.record import Call, Shape, rebuilt
+from se_inject.graph.operations.log import OpLog
+from se_inject.graph.operations.ops import Op
+from se_inject.graph.operations.value import Value
+from se_inject.graph.recording.call import Call, Shape
+from se_inject.graph.recording.replay import Replay
 from se_inject.graph.source import ForwardSource
-from se_inject.torch_private import pytree, storage_id, version_of
+from se_inject.graph.thread import THREAD, OtherNetworkError
+from se_inject.torch_private import pytree, storage_id, version_of, without_torch_functions
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def _facts(
     with on_meta(device):
         for forward in (type(module).forward, generated):
             args, kwargs = rebuilt((call.args, call.kwargs))
-            with call.log() as log:
+            with call.log() as log, _replayed(Replay(module, call, log)):
                 output = forward(module, *args, **kwargs)
             ops.append(log.ops)
             returned.append((pytree.tree_structure(output), _leaf_types(output)))
@@ -76,6 +80,15 @@ def _facts(
     if ops[0] != ops[1]:
         raise OtherNetworkError("its graph does not run what its forward runs")
     return finder.facts, returned[0] == returned[1]
+
+
+@contextlib.contextmanager
+def _replayed(replay: Replay) -> Iterator[None]:
+    THREAD.replay = replay
+    try:
+        yield
+    finally:
+        THREAD.replay = None
 
 
 def _leaf_types(value: Any) -> list[type]:
@@ -104,9 +117,17 @@ class _FactFinder(fx.Interpreter):
         start = len(self.log.ops)
         self.log.maker = n
         inputs = [self.env[i] for i in n.all_input_nodes if i in self.env]
-        tensors = [t for t in leaves(inputs) if isinstance(t, Tensor) and not t.is_inference()]
-        before = [(t, version_of(t)) for t in tensors]
+        with without_torch_functions():
+            tensors = [t for t in leaves(inputs) if isinstance(t, Tensor) and not t.is_inference()]
+            before = [(t, version_of(t)) for t in tensors]
         value = super().run_node(n)
+        with without_torch_functions():
+            self._note(n, inputs, before, self.log.ops[start:], value)
+        return value
+
+    def _note(
+        self, n: fx.Node, inputs: list[Any], before: list[Any], ops: list[Op], value: Any
+    ) -> None:
         is_tensor = isinstance(value, Tensor)
         if is_tensor:
             self.made[n] = value
@@ -120,10 +141,9 @@ class _FactFinder(fx.Interpreter):
             writes=frozenset(
                 storage_id(t) for t, version in before if version_of(t) != version or self._drops(n)
             ),
-            ops=tuple(self.log.ops[start:]),
+            ops=tuple(ops),
             value=self.log.value_of(value) if is_tensor else None,
         )
-        return value
 
     def finish(self) -> None:
         """What a tensor got after it was made (zeros that a map is written into) counts too."""

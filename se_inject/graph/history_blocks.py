@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from se_inject.graph.facts import TracedForward
-from se_inject.graph.history import History
+from se_inject.graph.recording.history import History
 from se_inject.graph.same import configuration
-from se_inject.graph.trace import TracedBlock, trace_block
+from se_inject.graph.trace import TracedBlock
+from se_inject.graph.tracing.block import trace_block
 
 
 class HistoryBlocks:

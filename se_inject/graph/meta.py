@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 import re
 from collections import OrderedDict
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from se_inject.errors import ForwardError, first_line
+from se_inject.graph.containers import tensors_in
 from se_inject.graph.foreign import StandIn, is_quantized, is_scripted
-from se_inject.graph.log import tensors_in
-from se_inject.graph.planning import THREAD, raise_interruption
+from se_inject.graph.operations.shortcuts import shortcut
+from se_inject.graph.thread import THREAD, raise_interruption
+from se_inject.torch_private import makes_tensors
 
 
 @contextlib.contextmanager
@@ -24,7 +27,7 @@ def on_meta(device: torch.device | None = None) -> Iterator[None]:
 
     What a forward asks about the device of a tensor is answered as the model on ``device`` would.
     """
-    with torch.no_grad(), torch.device("meta"), _Answers(device or torch.device("cpu")):
+    with torch.no_grad(), _Answers(device or torch.device("cpu")):
         yield
 
 
@@ -36,7 +39,12 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 class _Answers(TorchFunctionMode):
-    """Answers for the real model where a copy on meta would answer for itself."""
+    """Answers for the real model where a copy on meta would answer for itself.
+
+    All that the forward makes is made on meta, as under ``torch.device("meta")``; that would be one
+    more mode, which sees whatever this one asks of a tensor. And where torch takes a long way on
+    meta, this one takes a short one.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -72,10 +80,11 @@ class _Answers(TorchFunctionMode):
                 return args[0].to(names[args[1].rsplit(".", 1)[-1]])
         elif func is Tensor.to:
             args = tuple("meta" if _names_device(a) else a for a in args)
-        if kwargs.get("device") is not None:
+        if kwargs.get("device") is not None or makes_tensors(func):
             kwargs = {**kwargs, "device": "meta"}
         args, kwargs = _of_the_copy(args), _of_the_copy(kwargs)
-        return func(*args, **kwargs)
+        out = shortcut(func, args, kwargs)
+        return func(*args, **kwargs) if out is None else out
 
 
 _KINDS = {torch.float32: "Float", torch.float64: "Double", torch.float16: "Half"}
@@ -97,16 +106,19 @@ def _of_the_copy(value: Any) -> Any:
         if twin.is_meta or twin.dim() == 0 or twin.is_quantized:
             return twin  # torch mixes numbers of the CPU with tensors of any device
         return twin.to("meta")
-    if type(value) in (tuple, list):
-        return type(value)(_of_the_copy(v) for v in value)
-    if type(value) is dict:
+    kind = type(value)
+    if kind is tuple:
+        return tuple([_of_the_copy(v) for v in value])
+    if kind is list:
+        return [_of_the_copy(v) for v in value]
+    if kind is dict:
         return {k: _of_the_copy(v) for k, v in value.items()}
     return value
 
 
 def needs_values(error: Exception) -> bool:
     """Whether a forward stopped because meta tensors hold no data (``nonzero`` in a detector)."""
-    return isinstance(error, NotImplementedError | RuntimeError) and bool(
+    return isinstance(error, NotImplementedError | RuntimeError | TypeError) and bool(
         re.search(r"(?<![a-z])meta(?![a-z])", str(error).lower())
     )
 
@@ -148,12 +160,14 @@ def copy_with_twins(
     """The copy, and for the ids of the model's modules and tensors those of the copy."""
     memo: dict[int, Any] = {}
     tensors: dict[int, Tensor] = {}
-    for module in model.modules():
+    plain: list[nn.Module] = []  # that copy.deepcopy copies attribute by attribute
+    modules = list(model.modules())
+    for module in modules:
         if is_scripted(module) or is_quantized(module):
             memo[id(module)] = StandIn(module)
             continue
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
+            if tensor is not None and id(tensor) not in tensors:
                 memo[id(tensor)] = tensors[id(tensor)] = _to_meta(tensor)
         for name, value in vars(module).items():
             if "_hooks" in name and isinstance(value, dict):
@@ -165,10 +179,17 @@ def copy_with_twins(
                 for tensor in tensors_in(value):  # detectors keep anchors in a plain list
                     if id(tensor) not in memo:
                         memo[id(tensor)] = tensors[id(tensor)] = _to_meta(tensor)
+        kind: Any = type(module)
+        if _copies_plainly(kind):
+            plain.append(module)
     own = dict(memo)
     try:
+        for module in plain:
+            memo[id(module)] = type(module).__new__(type(module))
+        for module in reversed(plain):  # a foreign __deepcopy__ gets children that are complete
+            _copy_attributes(module, memo)
         twin = copy.deepcopy(model, memo)
-        kept = {id(m): m for m in model.modules()}
+        kept = {id(m): m for m in modules}
         if shared := [m for m in twin.modules() if id(m) in kept]:
             # A __deepcopy__ that returns its own module: copied as any other module is.
             memo = own
@@ -185,11 +206,40 @@ def copy_with_twins(
             f"copy.deepcopy of the model fails ({type(error).__name__}: {first_line(error)});"
             " se_inject plans on a copy. Remove what cannot be copied from the modules first."
         ) from error
-    modules = {
-        id(m): memo[id(m)] for m in model.modules() if isinstance(memo.get(id(m)), nn.Module)
-    }
+    twins = {id(m): memo[id(m)] for m in modules if isinstance(memo.get(id(m)), nn.Module)}
     twin.eval()  # not `return twin.eval()`: a train() of the user's may return None
-    return twin, modules, tensors
+    return twin, twins, tensors
+
+
+# What a class may define so that copies of its instances are made in another way.
+_COPYING = {"__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__"}
+_COPYING |= {"__new__", "__getnewargs__", "__getnewargs_ex__", "__getattribute__", "__slots__"}
+
+
+@functools.cache
+def _copies_plainly(kind: Any) -> bool:
+    """Whether ``copy.deepcopy`` makes a new object of the class and copies all its attributes."""
+    if type(kind) is not type:
+        return False
+    own = (base for base in kind.__mro__ if base not in (nn.Module, object))
+    return not any(name in vars(base) for base in own for name in _COPYING)
+
+
+def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Fill the copy of a module that ``copy.deepcopy`` would copy in the same way, but slower."""
+    copied = vars(memo[id(module)])
+    for name, value in vars(module).items():
+        if value is None or type(value) in (bool, int, float, str):
+            copied[name] = value
+        elif id(value) in memo:
+            copied[name] = memo[id(value)]
+        elif type(value) is dict:
+            memo[id(value)] = copied[name] = items = {}
+            for key, item in value.items():
+                known = item is None or id(item) in memo
+                items[key] = memo.get(id(item)) if known else copy.deepcopy(item, memo)
+        else:
+            copied[name] = copy.deepcopy(value, memo)
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
@@ -198,6 +248,8 @@ def _to_meta(tensor: Tensor) -> Tensor:
 
 
 def _library_hooks(hooks: dict[int, Any]) -> OrderedDict[int, Any]:
+    if not hooks:
+        return OrderedDict()
     return OrderedDict(
         (key, hook)
         for key, hook in hooks.items()

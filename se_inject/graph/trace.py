@@ -9,35 +9,27 @@ A graph is kept only if it runs, operation by operation, what the module's own f
 expects (``isinstance(x, Tensor)``), and such a graph would be another network.
 """
 
-import contextlib
-import pickle
-import random
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy
 import torch
-import torch.utils.checkpoint
-from torch import fx, nn
+from torch import nn
 
-from se_inject.errors import ForwardError, first_line
+from se_inject.errors import ForwardError
+from se_inject.graph.containers import tensors_in
 from se_inject.graph.example import example_inputs
-from se_inject.graph.expect import bind
-from se_inject.graph.facts import TracedForward, run_graph
-from se_inject.graph.log import Value, tensors_in
-from se_inject.graph.meta import copy_with_twins, device_of, on_meta
-from se_inject.graph.patches import run_replaced
-from se_inject.graph.planning import (
-    THREAD,
-    OtherNetworkError,
-    place_of_error,
-    raise_interruption,
-    replacements,
-)
-from se_inject.graph.record import Arguments, Call, Shape, changed, rebuilt, record, state_of
+from se_inject.graph.facts import TracedForward
+from se_inject.graph.meta import copy_with_twins, device_of
+from se_inject.graph.operations.value import Value
+from se_inject.graph.recording.call import Arguments, Shape
+from se_inject.graph.recording.record import record
 from se_inject.graph.same import configuration
-from se_inject.graph.tracer import BlockTracer, holds_tensor, is_symbolic
+from se_inject.graph.thread import THREAD
+from se_inject.graph.tracing.block import trace_block
+from se_inject.graph.tracing.patches import run_replaced
+from se_inject.graph.tracing.replaced import replacements
+from se_inject.graph.tracing.undisturbed import foreign_random_numbers
 from se_inject.layers.layout import first_convolution
 
 _T = TypeVar("_T")
@@ -67,7 +59,8 @@ class UntracedBlock:
     why: str
     additions: tuple[Shape, ...]
     looks_residual: bool  # it convolves, and adds maps of the shape that it takes or returns
-    gated: bool = False  # a map is gated before the last of the additions
+    # Which of the additions have a gate on one of their operands; None: it was not followed.
+    gated: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,13 +117,13 @@ def on_a_copy(
 
     def plan() -> _T:
         # Tensors of inference mode do not say when they are changed in place.
-        with _foreign_random_numbers(), torch.inference_mode(False):
+        with foreign_random_numbers(), torch.inference_mode(False):
             twin, modules_of_copy, tensors_of_copy = copy_with_twins(model, hooks=hooks)
             THREAD.modules, THREAD.tensors = modules_of_copy, tensors_of_copy
             try:
                 return work(twin, device_of(model))
             finally:
-                THREAD.modules, THREAD.tensors = {}, {}
+                THREAD.modules, THREAD.tensors, THREAD.replay = {}, {}, None
 
     return run_replaced(replacements, plan)
 
@@ -158,7 +151,8 @@ def _trace_twin(
             traced[key] = trace_block(name, module, calls, device)
         result = traced[key]
         if isinstance(result, str):
-            additions = max((call.additions for call in calls), key=len)
+            longest = max(calls, key=lambda call: len(call.additions))
+            additions = longest.additions
             shapes = {
                 tuple(tensor.shape)
                 for call in calls
@@ -166,7 +160,7 @@ def _trace_twin(
             }
             convolves = first_convolution(module) is not None
             looks_residual = convolves and not shapes.isdisjoint(additions)
-            gated = _gates_before_addition(module, calls[0], device)
+            gated = tuple(added.is_gated for added in longest.sums) if follow else None
             blocks.append(UntracedBlock(name, result, tuple(additions), looks_residual, gated))
         else:
             pasts = tuple(call.past for call in calls if call.past is not None)
@@ -180,127 +174,3 @@ def _trace_twin(
         recording.guessed,
         recording.example,
     )
-
-
-def trace_block(
-    name: str, module: nn.Module, calls: Sequence[Call], device: torch.device
-) -> tuple[TracedForward, TracedForward] | str:
-    """The eval and train graphs of a block, or in words why there are none."""
-    if "forward" in vars(module):
-        return "its forward is replaced on the instance"
-    if isinstance(module, fx.GraphModule):
-        # Copying one, or recompiling it, would silently bring back its own graph.
-        return "it is a GraphModule: inject into the model that it was traced from"
-    if sets := [name for call in calls for name in call.sets]:
-        return f"its forward sets self.{sets[0]}"
-    if len({_flags(module, call) for call in calls}) > 1:
-        return "it is called with different flags in one forward"
-    try:
-        with _unchanged(module), _foreign_random_numbers() as drawn:
-            eval_graph, train_graph = _graphs(name, module, calls[0], device)
-            if drawn():  # a graph would freeze one draw
-                raise OtherNetworkError("its forward draws random numbers outside torch")
-    except OtherNetworkError as error:
-        return str(error)
-    except Exception as error:  # foreign Python runs on recorded values: anything may come
-        raise_interruption(error)
-        what = f"{type(error).__name__}: {first_line(error)}"
-        if any(kind in what for kind in ("'Int'", "not Int", "Scalar", "Machine", "Shape")):
-            what = "it hands a size or a property of a tensor to code that takes plain numbers"
-        return f"its forward cannot be followed{place_of_error(error)}: {what}"
-    try:
-        evaluated = run_graph(module, eval_graph, calls, device)
-        if train_graph is eval_graph:
-            return evaluated, evaluated
-        module.train()
-        return evaluated, run_graph(module, train_graph, calls, device)
-    except OtherNetworkError as error:
-        return str(error)
-    except Exception as error:
-        raise_interruption(error)
-        return f"its graph does not run ({type(error).__name__}: {first_line(error)})"
-    finally:
-        module.eval()
-
-
-def _gates_before_addition(module: nn.Module, call: Call, device: torch.device) -> bool:
-    """Whether the forward, run as it is, gates a map and adds maps after that."""
-    args, kwargs = rebuilt((call.args, call.kwargs))
-    try:
-        with on_meta(device), call.log() as log:
-            module(*args, **kwargs)
-    except Exception as error:  # a foreign forward
-        raise_interruption(error)
-    gates = [i for i, op in enumerate(log.ops) if op.gates]
-    additions = [i for i, op in enumerate(log.ops) if op.adds_maps]
-    return bool(gates and additions) and gates[0] < additions[-1]
-
-
-def _graphs(
-    name: str, module: nn.Module, call: Call, device: torch.device
-) -> tuple[fx.Graph, fx.Graph]:
-    """The graphs in eval and train mode; one object if the forward reads no mode."""
-    own = {id(m) for m in module.modules()}
-
-    def trace() -> tuple[fx.Graph, list[nn.Module]]:
-        tracer = BlockTracer(name, call)
-        with on_meta(device):
-            graph = tracer.trace(module)
-        # A layer that the forward itself has made is in the mode in which it was made.
-        return graph, [m for m in tracer.mode_readers if id(m) in own]
-
-    in_eval, readers = trace()
-    if not readers:
-        return in_eval, in_eval
-    module.train()
-    in_train, more = trace()
-    if any(reader is not module for reader in (*readers, *more)):
-        raise OtherNetworkError("its forward reads the mode of a child")
-    return in_eval, in_train
-
-
-@contextlib.contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Put back what a traced forward set on its module (proxies), and refuse such a forward."""
-    inner: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
-    attributes, contents = dict(vars(module)), [dict(d) for d in inner]
-    before = state_of(module)
-    try:
-        yield
-        module.eval()
-        if sets := changed(before, state_of(module)):
-            raise OtherNetworkError(f"its forward sets self.{sets[0]}")
-    finally:
-        vars(module).clear()
-        vars(module).update(attributes)
-        for own, content in zip(inner, contents, strict=True):
-            own.clear()
-            own.update(content)
-        module.eval()
-
-
-@contextlib.contextmanager
-def _foreign_random_numbers() -> Iterator[Callable[[], bool]]:
-    """Puts back the random states of Python and NumPy; yields whether any number was drawn."""
-    before, of_numpy = random.getstate(), _numpy_state()
-    try:
-        yield lambda: random.getstate() != before or _numpy_state() != of_numpy
-    finally:
-        random.setstate(before)
-        numpy.random.set_state(pickle.loads(of_numpy))
-
-
-def _numpy_state() -> bytes:
-    return pickle.dumps(numpy.random.get_state())
-
-
-def _flags(module: nn.Module, call: Call) -> Hashable:
-    """The arguments of a call that decide the way through the forward."""
-    arguments = bind(type(module).forward, module, call)
-    return tuple(
-        (name, None if holds_tensor(v) or is_symbolic(v) else repr(v), holds_tensor(v))
-        for name, v in arguments.items()
-    )
-
-
-# --- equal blocks are traced once --------------------------------------------------------------

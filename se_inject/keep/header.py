@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from se_inject.edit.block_class import Edit, edit_of
-from se_inject.graph.record import Arguments
+from se_inject.graph.recording.call import Arguments
 from se_inject.keep.fingerprint import dtype_name, hash_of, tensors_of
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.layers.variant import Variant

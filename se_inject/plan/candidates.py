@@ -86,7 +86,7 @@ def _find(
     *,
     follow: bool,
 ) -> Candidates | None:
-    """All candidates; None where a block asks what its arguments went through before its call."""
+    """All candidates; None where a block asks what its maps went through before its additions."""
     injected = [name for name, module in modules.items() if edit_of(module)]
     skipped = [Skipped(name, Reason.INJECTED) for name in injected]
     found: list[Candidate] = []
@@ -96,6 +96,8 @@ def _find(
         if block.name in injected:
             continue
         if isinstance(block, UntracedBlock):
+            if block.gated is None:
+                return None
             skipped += _untraced(block, modules[block.name])
             continue
         both = _sites_of(block, modules[block.name], injection.placement, images_only)
@@ -150,8 +152,8 @@ def _position(site: ScaledMap) -> tuple[str, int]:
 def _untraced(block: UntracedBlock, module: nn.Module) -> list[Skipped]:
     """Every addition of a block that has no graph, with the reason that fits its shape best."""
     skipped = []
-    for shape in block.additions:
-        if block.gated:
+    for number, shape in enumerate(block.additions):
+        if block.gated is not None and block.gated[number]:
             skipped.append(Skipped(block.name, Reason.GATED, block.why))
             continue
         kind = KINDS.get(len(shape))

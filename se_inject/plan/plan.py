@@ -9,7 +9,7 @@ from torch import nn
 from se_inject.edit.insert import insert, withdraw
 from se_inject.edit.site import Site
 from se_inject.graph.example import item_size
-from se_inject.graph.record import Arguments
+from se_inject.graph.recording.call import Arguments
 from se_inject.graph.trace import TracedBlock
 from se_inject.layers.attention import SELayer
 from se_inject.layers.cost import SECost, sum_costs

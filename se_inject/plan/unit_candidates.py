@@ -8,9 +8,9 @@ from torch import nn
 from se_inject.edit.block_class import edit_of
 from se_inject.edit.insert import restore
 from se_inject.errors import first_line
-from se_inject.graph.history import History, record_history
 from se_inject.graph.history_blocks import HistoryBlocks
-from se_inject.graph.planning import raise_interruption
+from se_inject.graph.recording.history import History, record_history
+from se_inject.graph.thread import raise_interruption
 from se_inject.graph.trace import TracedBlock, on_a_copy
 from se_inject.layers.layout import IMAGES
 from se_inject.plan.candidates import Candidate, Candidates

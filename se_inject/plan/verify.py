@@ -5,7 +5,8 @@ a real tensor has would go unnoticed. Here a copy of the block runs before and a
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from se_inject.edit.insert import insert
 from se_inject.edit.site import Site
 from se_inject.errors import SEInjectError, UnsupportedModelError
 from se_inject.graph.meta import copy_without_hooks
-from se_inject.graph.record import Arguments
+from se_inject.graph.recording.call import Arguments
 from se_inject.graph.trace import TracedBlock
 from se_inject.layers.variant import Variant
 from se_inject.names import block_label
@@ -35,7 +36,9 @@ def verify(
 ) -> None:
     """Compare each kind of block before and after its edit, on copies and to the bit.
 
-    The SE blocks of the check begin at a factor of 1, whatever is going to be inserted.
+    Blocks are of one kind if they have the same class, graphs that say the same and children of
+    the same classes. The smallest block of a kind is tried, since its trial is the cheapest. The SE
+    blocks of the trial begin at a factor of 1, whatever is going to be inserted.
 
     Raises:
         UnsupportedModelError: a block would compute something else.
@@ -43,14 +46,17 @@ def verify(
     by_block: dict[str, list[Site]] = {}
     for site in sites:
         by_block.setdefault(site.block, []).append(site)
-    seen: set[tuple[Any, ...]] = set()
-    for name, own in by_block.items():
-        block = blocks[name]
-        key = (type(modules[name]), id(block.eval), id(block.train), variant.placement)
-        if key in seen:
+    said: dict[int, Hashable] = {}  # by the id of a graph, which many blocks share
+    smallest: dict[Hashable, tuple[int, str]] = {}
+    for name in by_block:
+        size = _weights_of(modules[name])
+        if size is None or size > _MOST_WEIGHTS:
             continue
-        seen.add(key)
-        if not _is_kept(modules[name], own, block, variant):
+        kind = _kind_of(modules[name], blocks[name], said)
+        if kind not in smallest or size < smallest[kind][0]:
+            smallest[kind] = size, name
+    for _, name in smallest.values():
+        if not _is_kept(modules[name], by_block[name], blocks[name], variant):
             raise UnsupportedModelError(
                 f"{block_label(name)} would compute something else after the injection: its forward"
                 " asks for what a copy without values cannot know. Leave it out with"
@@ -58,14 +64,45 @@ def verify(
             )
 
 
+def _weights_of(module: nn.Module) -> int | None:
+    """How many numbers a block holds; None where it has no values at all (on meta)."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return None if any(t.is_meta for t in tensors) else sum(t.numel() for t in tensors)
+
+
+def _kind_of(module: nn.Module, block: TracedBlock, said: dict[int, Hashable]) -> Hashable:
+    """Equal for blocks of which one trial says what it says of the others."""
+    for graph in (block.eval.graph, block.train.graph):
+        if id(graph) not in said:
+            said[id(graph)] = tuple(
+                (node.op, str(node.target), str(node.args), str(node.kwargs))
+                for node in graph.nodes
+            )
+    graphs = said[id(block.eval.graph)], said[id(block.train.graph)]
+    return graphs, tuple(type(part) for part in module.modules())
+
+
 def _is_kept(module: nn.Module, sites: list[Site], block: TracedBlock, variant: Variant) -> bool:
     """Whether the outputs stay equal; also where this cannot be tried."""
-    tensors = [*module.parameters(), *module.buffers()]
-    if any(t.is_meta for t in tensors) or sum(t.numel() for t in tensors) > _MOST_WEIGHTS:
-        return True
+    tensors = itertools.chain(module.parameters(), module.buffers())
     device = next((t.device for t in tensors), torch.device("cpu"))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    own = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(own, device_type="cuda" if not own else device.type):
         return _stays_equal(module, sites, block, variant, device)
+
+
+def _seed(device: torch.device) -> None:
+    """Seed the random numbers of the CPU and of one device, and no others.
+
+    ``torch.manual_seed`` would seed CUDA as soon as somebody begins to use it, long after the user
+    has chosen a seed.
+    """
+    torch.default_generator.manual_seed(0)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
+    elif device.type != "cpu":
+        torch.get_device_module(device).manual_seed(0)
 
 
 def _stays_equal(
@@ -80,14 +117,14 @@ def _stays_equal(
         for example in _examples(block.example):
             inputs = _real(example, device)
             copied = copy_without_hooks(module)
-            before = _outputs(copied, inputs, training)
+            before = _outputs(copied, inputs, training, device)
             if before is None:
                 continue  # it rejects maps of this size
             # In train mode the first forward has moved the statistics of that copy.
             edited = copy_without_hooks(module) if training else copied
             if edited is None or not _inject(edited, sites, block, variant):
                 break
-            after = _outputs(edited, inputs, training)
+            after = _outputs(edited, inputs, training, device)
             if after is not None and not _equal(before, after):
                 return False
             break
@@ -148,12 +185,14 @@ def _real(example: Arguments, device: torch.device) -> Arguments:
     return inputs
 
 
-def _outputs(module: nn.Module | None, inputs: Arguments, training: bool) -> list[Any] | None:
+def _outputs(
+    module: nn.Module | None, inputs: Arguments, training: bool, device: torch.device
+) -> list[Any] | None:
     """What a copy of a block returns; None where it fails, as it does on too small maps."""
     if module is None:
         return None
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, inputs)
-    torch.manual_seed(0)
+    _seed(device)
     with torch.no_grad():
         try:
             module.train(training)

@@ -13,7 +13,7 @@ from torch import nn
 from se_inject.graph.example import batch_size
 from se_inject.graph.macs import run_and_count
 from se_inject.graph.meta import meta_copy, needs_values
-from se_inject.graph.record import Arguments
+from se_inject.graph.recording.call import Arguments
 from se_inject.plan.plan import Plan
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from se_inject.errors import ArgumentError, BenchmarkError, first_line
 from se_inject.graph import example
-from se_inject.graph.record import Arguments
+from se_inject.graph.recording.call import Arguments
 from se_inject.plan.plan import Plan
 from se_inject.torch_private import pytree
 

@@ -13,7 +13,7 @@ from se_inject.errors import NoSiteError
 from se_inject.graph.example import batch_size as batch_size_of
 from se_inject.graph.macs import run_and_count
 from se_inject.graph.meta import meta_copy
-from se_inject.graph.record import Arguments
+from se_inject.graph.recording.call import Arguments
 from se_inject.layers.cost import se_cost
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.names import plural

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from se_inject.graph.ops import CHANNELS_FIRST_NORM, Op
+from se_inject.graph.operations.ops import CHANNELS_FIRST_NORM, Op
+from se_inject.sites.additions import addition, operands
 from se_inject.sites.flow import Flow, Step
 
 
@@ -19,7 +20,7 @@ def collapses(module: nn.Module, flow: Flow, split_point: Step | None, node: fx.
     which one is a bare norm of the input.
     """
     terms = _terms(flow, _outermost(flow, node))
-    own = flow.operands(node)
+    own = operands(flow, node)
     if not all(_is_linear(flow, split_point, term) for term in own):
         return False
     cls: Any = type(module)
@@ -39,7 +40,7 @@ def _is_linear(flow: Flow, split_point: Step | None, end: fx.Node) -> bool:
 def _outermost(flow: Flow, node: fx.Node) -> fx.Node:
     """The last of a row of additions that ``node`` is in."""
     while True:
-        readers = [n for n in node.users if n in flow.inputs and flow.addition(n) is not None]
+        readers = [n for n in node.users if n in flow.inputs and addition(flow, n) is not None]
         if len(readers) != 1 or len(node.users) != 1:
             return node
         node = readers[0]
@@ -47,10 +48,10 @@ def _outermost(flow: Flow, node: fx.Node) -> fx.Node:
 
 def _terms(flow: Flow, node: fx.Node) -> list[fx.Node]:
     """What a row of additions adds: ``a``, ``b`` and ``c`` of ``(a + b) + c``."""
-    addition = flow.addition(node)
-    if addition is None or node not in flow.inputs:
+    added = addition(flow, node)
+    if added is None or node not in flow.inputs:
         return [node]
-    return [term for part in addition[:2] if part in flow.inputs for term in _terms(flow, part)]
+    return [term for part in added[:2] if part in flow.inputs for term in _terms(flow, part)]
 
 
 def _is_repvgg(paths: Sequence[Sequence[Op]]) -> bool:

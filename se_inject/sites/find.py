@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from se_inject.graph.facts import NodeFacts
+from se_inject.graph.operations.value import Value
 from se_inject.layers.layout import KINDS, Layout
 from se_inject.reasons import Reason
+from se_inject.sites.additions import addition, operands
 from se_inject.sites.flow import Flow, Past
-from se_inject.sites.placements import PLACEMENTS, Placement, Point, is_in_place
-from se_inject.sites.residual import Residual, is_inner, is_sibling, shape_verdict
+from se_inject.sites.memory import is_in_place
+from se_inject.sites.nested import is_inner, is_sibling
+from se_inject.sites.placements import PLACEMENTS, Placement, Point
+from se_inject.sites.residual import Residual, shape_verdict
 from se_inject.sites.scaled import ResidualSite
 
 
@@ -28,8 +32,8 @@ class Sites:
 
     sites: list[ResidualSite]
     rejected: list[Rejection]
-    # Whether an addition's operands come from different inputs of the block, so that what they
-    # went through before the call would tell more.
+    # Whether what the inputs of the block went through before the call would tell more: an
+    # addition's operands come from different ones, or a branch is multiplied by one of them.
     asks_past: bool
 
 
@@ -51,10 +55,10 @@ def find_sites(
             the same for all.
         adders: children that only add what they are given; their calls are additions.
         pasts: where the tensors that the block was given come from, one sequence a call; asked
-            only where the operands of an addition come from different inputs of the block.
+            only where ``Sites.asks_past`` says so.
     """
     flow = Flow(graph, calls[0], adders=adders)
-    additions = [n for n in graph.nodes if flow.addition(n) is not None]
+    additions = [n for n in graph.nodes if addition(flow, n) is not None]
     split_by_caller = [n for n in additions if _is_split_by_caller(flow, n)]
     flows = dict.fromkeys(additions, flow)
     shapes = {n: shape_verdict(flow, module, n) for n in additions}
@@ -67,7 +71,7 @@ def find_sites(
             flows[node] = whole
     for node in additions:
         # ``x + a(x) + b(x)``: neither addition has the whole branch on one side.
-        for part in flow.operands(node):
+        for part in operands(flow, node):
             inner = shapes.get(part)
             same_split_point = (
                 isinstance(inner, Residual) and inner.split_point is inner.flow.dominator[node]
@@ -90,16 +94,19 @@ def find_sites(
             rejected.append(Rejection(node, verdict))
     for node in graph.nodes:
         own = node.op in ("call_function", "call_method") or str(node.target) in adders
-        if node.op != "output" and own and flow.addition(node) is None:
+        if node.op != "output" and own and addition(flow, node) is None:
             ops = calls[0][node].ops
             hidden = sum(op.adds_maps for op in ops)
             rejected += [Rejection(node, Reason.HIDDEN)] * hidden
             rejected += [Rejection(node, Reason.BLENDED)] * sum(op.blends for op in ops)
-    return Sites(sites, rejected, bool(split_by_caller) and pasts is None)
+    asks = split_by_caller or any(
+        _is_scaled_by_input(flow, residuals[site.addition].branch) for site in sites
+    )
+    return Sites(sites, rejected, bool(asks) and pasts is None)
 
 
 def _is_split_by_caller(flow: Flow, node: fx.Node) -> bool:
-    a, b = flow.operands(node)
+    a, b = operands(flow, node)
     both = a in flow.roots and b in flow.roots
     return both and flow.meet(a, b) is None and not flow.roots[a] & flow.roots[b]
 
@@ -152,7 +159,7 @@ def _site(
         readers=point.readers,
         shortcut=residual.shortcut,
         fused=point.fused,
-        shortcut_first=flow.operands(node)[0] is residual.shortcut,
+        shortcut_first=operands(flow, node)[0] is residual.shortcut,
         in_place=is_in_place(node),
         channels=facts.shape[channel_dim],
         layout=layout,
@@ -171,3 +178,29 @@ def _channel_dim(flow: Flow, point: Point) -> int | None:
         if ops and ops[0].reads_channels_first and reader.all_input_nodes == [point.source]:
             return 1
     return None
+
+
+def _is_scaled_by_input(flow: Flow, branch: fx.Node) -> bool:
+    """Whether a map is multiplied by what another input of the block gives, perhaps a gate."""
+    value = flow.facts[branch].value
+    inputs = {v.number for facts in flow.facts.values() if (v := facts.value)} - {None}
+    if value is None or len(inputs) < 2:
+        return False
+    origins: dict[Value, frozenset[int | None]] = {}
+    stack = [value]
+    while stack:  # depth first: a value is left when its inputs are known
+        current = stack[-1]
+        if waiting := [v for v in current.inputs if v not in origins]:
+            stack += waiting
+            continue
+        stack.pop()
+        if current.number is not None:
+            origins[current] = frozenset([current.number])
+            continue
+        parts = [origins[v] for v in current.inputs]
+        origins[current] = frozenset[int | None]().union(*parts)
+        op = current.op
+        scaled = op is not None and op.is_product and not op.scales and len(parts) == 2
+        if scaled and not parts[0] & parts[1]:
+            return True
+    return False

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import fx
 
 from se_inject.graph.facts import NodeFacts
-from se_inject.graph.log import Value
-from se_inject.graph.ops import MATRIX_PRODUCT, Op
+from se_inject.graph.operations.ops import MATRIX_PRODUCT, Op
+from se_inject.graph.operations.value import Value
 
 # A step of the flow: a node of the block graph, or a value that no node of it stands for (what a
 # child with several outputs computed on the way, and what an argument went through before).
@@ -211,48 +211,6 @@ class Flow:
             deepest[node] = before + sum(op.adds_depth for op in self.passed[node])
         return deepest.get(end, 0)
 
-    def read_again(self, step: fx.Node) -> bool:
-        """Whether the tensor that an in-place step changes is read later by another name."""
-        changed = step.args[0]
-        assert isinstance(changed, fx.Node)
-        storage = self.facts[changed].storage
-        return any(
-            self._position[user] > self._position[step]
-            for node, facts in self.facts.items()
-            if facts.storage == storage and self._position[node] < self._position[step]
-            for user in node.users
-        )
-
-    def separable(self, source: fx.Node, readers: Sequence[fx.Node]) -> bool:
-        """Whether the readers can be given a tensor of their own in place of ``source``.
-
-        What they change in place from then on, nobody else may read, and not the caller, where the
-        tensor is the caller's. What others change is lost on them, and on the backward pass: the SE
-        block keeps its input for that.
-        """
-        storage = self.facts[source].storage
-        aliases = [n for n, facts in self.facts.items() if facts.storage == storage]
-        first = min(aliases, key=self._position.__getitem__)
-        is_callers = not self.facts[first].ops  # nothing in this block has made it
-        start = min(self._position[reader] for reader in readers)
-        moved: set[fx.Node] = set()
-        steps: list[tuple[bool, bool]] = []  # reads the old tensor; writes the old or the new
-        for node in self._position:
-            if self._position[node] < start or node not in self.facts:
-                continue
-            reads = [i for i in node.all_input_nodes if i in aliases or i in moved]
-            new = [i for i in reads if i in moved or (i is source and node in readers)]
-            facts = self.facts[node]
-            if new and is_callers and node.op == "output":
-                return False  # the caller may go on with its own tensor by two names
-            if new and facts.storage in (storage, None):  # a view, or a container of it
-                moved.add(node)
-            steps.append((len(new) < len(reads), storage in facts.writes))
-        return not any(
-            writes and (is_callers or any(old for old, _ in steps[i:]))
-            for i, (_, writes) in enumerate(steps)
-        )
-
     def next_step(
         self, node: fx.Node, wanted: Callable[[Sequence[Op]], bool], *, permuted: bool = False
     ) -> fx.Node | None:
@@ -283,58 +241,3 @@ class Flow:
                 any(inputs) if joined else all(inputs)
             )
         return kept.get(end, True)
-
-    def joins_after(self, node: fx.Node) -> set[Step]:
-        """The concatenations that ``node`` flows into without passing another addition."""
-        found: set[Step] = set()
-        reached: set[Step] = {node}
-        for step in sorted(self.inputs, key=self.order.__getitem__):
-            if not reached.intersection(self.inputs[step]) or step in reached:
-                continue
-            if isinstance(step, fx.Node) and self.addition(step) is not None:
-                continue
-            reached.add(step)
-            own = isinstance(step, fx.Node) and step.op == "call_function"
-            if own and any(op.joins for op in self.passed[step]):
-                found.add(step)
-        return found
-
-    def operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-        addition = self.addition(node)
-        assert addition is not None
-        return addition[:2]
-
-    def reader(self, node: fx.Node) -> fx.Node:
-        """What reads the operands of an addition: itself, or the stack that it adds up."""
-        a, b = self.operands(node)
-        if a in node.all_input_nodes and b in node.all_input_nodes:
-            return node
-        return next(n for n in node.all_input_nodes if a in n.all_input_nodes)
-
-    def addition(self, node: fx.Node) -> tuple[fx.Node, fx.Node, Op] | None:
-        """The operands, if the node itself adds two maps computed from the inputs."""
-        ops = self.facts[node].ops if node in self.facts else ()
-        op = next((op for op in ops if op.adds_maps), None)
-        others = [o for o in ops if o is not op and not (op and op.stacked and o.name == "stack")]
-        if op is None or others or "out" in node.kwargs:
-            return None
-        if node.op == "call_module":  # one that only adds what it is given
-            operands = [i for i in node.all_input_nodes if self.facts[i].value is not None]
-            if str(node.target) not in self.adders or len(operands) != 2:
-                return None
-            return operands[0], operands[1], op
-        if node.op not in ("call_function", "call_method"):
-            return None
-        named = [node.kwargs[k] for k in ("input", "other") if k in node.kwargs]
-        values = [*node.args, *named]
-        if op.stacked:
-            stack = next((v for v in values if isinstance(v, fx.Node)), None)
-            maps = stack.args[0] if stack is not None and stack.args else None
-            values = list(maps) if isinstance(maps, list | tuple) else []
-        elif op.name in ("addcmul", "addcmul_"):
-            named = [node.kwargs[k] for k in ("tensor1", "tensor2") if k in node.kwargs]
-            shape = self.facts[node].shape
-            nodes = [v for v in (*values, *named) if isinstance(v, fx.Node)]
-            values = [v for v in nodes if self.facts[v].value and self.facts[v].shape == shape]
-        a, b = [*values[:2], None, None][:2]
-        return (a, b, op) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None

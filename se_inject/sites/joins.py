@@ -7,7 +7,7 @@ one of them new.
 
 from collections.abc import Set
 
-from se_inject.graph.history import UNKNOWN
+from se_inject.graph.recording.history import UNKNOWN
 from se_inject.reasons import Reason
 from se_inject.sites.unit_flow import UnitFlow
 from se_inject.sites.unit_point import Found, Unit

@@ -6,9 +6,11 @@ from typing import Literal
 
 from torch import fx
 
-from se_inject.graph.ops import ADD, Op
+from se_inject.graph.operations.ops import ADD, Op
 from se_inject.reasons import Reason
+from se_inject.sites.additions import addition, reader_of
 from se_inject.sites.flow import Flow
+from se_inject.sites.memory import is_in_place, read_again, separable
 from se_inject.sites.residual import Residual
 
 Placement = Literal["standard", "pre", "post", "identity", "3x3"]
@@ -32,7 +34,7 @@ def _before_addition(flow: Flow, node: fx.Node, residual: Residual) -> Point | R
     mutates_shortcut = is_in_place(node) and node.args[0] is residual.shortcut
     for step in {node, reader}:
         # Who reads ``out`` after ``out += x`` reads the sum; after the SE block it would not.
-        if is_in_place(step) and step.args[0] in chain and flow.read_again(step):
+        if is_in_place(step) and step.args[0] in chain and read_again(flow, step):
             return Reason.SHARED_IN_PLACE
     # What stands between branch and addition moves no dim.
     fused = reader is node and not mutates_shortcut and _is_plain(flow, node)
@@ -41,7 +43,7 @@ def _before_addition(flow: Flow, node: fx.Node, residual: Residual) -> Point | R
 
 def _tail(flow: Flow, node: fx.Node, residual: Residual) -> list[fx.Node]:
     """What reads the branch map, the branch map itself, and what only drops or scales it."""
-    reader, chain = flow.reader(node), [residual.branch]
+    reader, chain = reader_of(flow, node), [residual.branch]
     while _is_tail(flow, chain[0]):
         reader = chain[0]
         source = flow.inputs[reader][0]
@@ -75,7 +77,7 @@ def _after_addition(flow: Flow, node: fx.Node, residual: Residual) -> Point | Re
 
 def _on_shortcut(flow: Flow, node: fx.Node, residual: Residual) -> Point | Reason:
     """identity: on the operand of the addition that is not the branch."""
-    return _separate(flow, Point(residual.shortcut, (flow.reader(node),), (residual.branch,)))
+    return _separate(flow, Point(residual.shortcut, (reader_of(flow, node),), (residual.branch,)))
 
 
 def _after_spatial_convolution(flow: Flow, node: fx.Node, residual: Residual) -> Point | Reason:
@@ -128,7 +130,7 @@ PLACEMENTS: dict[Placement, PlacementRule] = {
 
 def _separate(flow: Flow, point: Point) -> Point | Reason:
     """The point, unless the copy that the SE block makes would be seen."""
-    if not point.readers or not flow.separable(point.source, point.readers):
+    if not point.readers or not separable(flow, point.source, point.readers):
         return Reason.SHARED_IN_PLACE
     return point
 
@@ -161,8 +163,8 @@ def _is_tail(flow: Flow, node: fx.Node) -> bool:
 
 def _is_plain(flow: Flow, node: fx.Node) -> bool:
     """Whether a node is an addition in so many words, which the SE block can take over."""
-    addition = flow.addition(node)
-    return node.op != "call_module" and addition is not None and addition[2].name in ADD
+    added = addition(flow, node)
+    return node.op != "call_module" and added is not None and added[2].name in ADD
 
 
 def _readers(flow: Flow, source: fx.Node, end: fx.Node) -> list[fx.Node]:
@@ -172,10 +174,3 @@ def _readers(flow: Flow, source: fx.Node, end: fx.Node) -> list[fx.Node]:
         if before.intersection(node.users):
             before.add(node)
     return [user for user in source.users if user in before]
-
-
-def is_in_place(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in ("iadd", "imul", "isub", "itruediv") or (
-        node.op == "call_method" and name.endswith("_") and not name.endswith("__")
-    )

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from se_inject.graph.log import Value
-from se_inject.graph.ops import CHANNELS_FIRST_NORM, Op
+from se_inject.graph.operations.ops import Op
+from se_inject.graph.operations.value import Value
 from se_inject.layers.layout import KINDS
 from se_inject.reasons import Reason
+from se_inject.sites.additions import addition
 from se_inject.sites.collapse import collapses
 from se_inject.sites.flow import Flow, Step
+from se_inject.sites.fusion import is_decoded, is_second_path
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class Residual:
 
 
 def shape_verdict(flow: Flow, module: nn.Module, node: fx.Node) -> Residual | Reason:
-    addition = flow.addition(node)
-    assert addition is not None
-    a, b, op = addition
+    added = addition(flow, node)
+    assert added is not None
+    a, b, op = added
     if op.alpha != 1:
         return Reason.SCALED
     if len(op.shape) not in KINDS:
@@ -72,7 +74,7 @@ def _verdict_in(
         return Reason.NO_CONVOLUTION
     if _is_image(flow, split_point, node, branch):
         return Reason.IMAGE
-    if _is_decoded(flow, split_point, a, b) or _is_second_path(flow, split_point, branch, shortcut):
+    if is_decoded(flow, split_point, a, b) or is_second_path(flow, split_point, branch, shortcut):
         return Reason.FUSION
     if not _is_deeper(flow, split_point, branch, shortcut):
         return Reason.FUSION
@@ -145,58 +147,6 @@ def _bends(ops: Sequence[Op]) -> bool:
     return any(op.is_activation or op.is_product for op in ops)
 
 
-def _is_decoded(flow: Flow, split_point: Step | None, a: fx.Node, b: fx.Node) -> bool:
-    """Whether one operand alone comes from a smaller map (a pyramid, an hourglass, a U-Net)."""
-    return flow.enlarged(split_point, a) != flow.enlarged(split_point, b)
-
-
-def _is_second_path(
-    flow: Flow, split_point: Step | None, branch: fx.Node, shortcut: fx.Node
-) -> bool:
-    """Whether a projected operand is a path of its own, as in the sums of CSP stages.
-
-    A shortcut's projection has no activation behind it, and a branch beside one does not end in
-    several residual units on a projection of its own.
-    """
-    ops = list(flow.ops(flow.between(split_point, shortcut)))
-    last = max((i for i, op in enumerate(ops) if op.is_convolution), default=None)
-    if last is None:
-        return False
-    return any(op.is_activation for op in ops[last + 1 :]) or _is_stage(flow, branch)
-
-
-def _is_stage(flow: Flow, branch: fx.Node) -> bool:
-    """Whether a path is a 1x1 convolution and then two units or more that add an identity.
-
-    A row of units on the split point itself (RoR's stages) is a branch.
-    """
-    value, units = flow.facts[branch].value, 0
-    while value is not None and (op := value.op) is not None:
-        if op.is_activation or op.name in CHANNELS_FIRST_NORM:
-            value = value.inputs[0]
-            continue
-        if not op.adds_maps or len(value.inputs) != 2:
-            return units > 1 and op.is_convolution and not op.is_spatial_convolution
-        a, b = value.inputs
-        if not (_comes_from(a, b) or _comes_from(b, a)):
-            return False
-        value, units = (b if _comes_from(a, b) else a), units + 1
-    return False
-
-
-def _comes_from(value: Value, source: Value) -> bool:
-    seen: set[Value] = set()
-    stack = [value]
-    while stack:
-        current = stack.pop()
-        if current is source:
-            return True
-        if current not in seen:
-            seen.add(current)
-            stack += current.inputs
-    return False
-
-
 def _adds_tokens(flow: Flow, node: fx.Node, paths: Sequence[Step]) -> bool:
     """Whether the sum is [N, L, C] of a transformer rather than [N, C, L] of Conv1d layers."""
     kind = KINDS[len(flow.facts[node].shape or ())]
@@ -234,40 +184,3 @@ def _is_straight(flow: Flow, split_point: Step | None, step: Step) -> bool:
     return pads and not any(
         op.adds_depth or op.adds_maps for op in flow.ops(flow.between(split_point, step))
     )
-
-
-def is_inner(
-    node: fx.Node,
-    residual: Residual,
-    outer_node: fx.Node,
-    outer: Residual,
-) -> bool:
-    """Whether an addition is a part of another's branch rather than a residual unit in it.
-
-    Units in a row under a long skip (a network in one forward) stay sites of their own: the
-    whole branch passes each of them. Res2Net's inner additions see a part of the channels only,
-    and in ``a + b + x`` the first sum has the split_point of the second and nothing follows it.
-    """
-    flow = outer.flow
-    if outer_node is node or not flow.reaches(node, outer.branch):
-        return False
-    if outer.split_point is not None and flow.reaches(node, outer.split_point):
-        return False  # It comes before the outer branch begins.
-    if not flow.dominates(node, outer.branch):
-        return True
-    after = flow.between(node, outer.branch)
-    return residual.split_point is outer.split_point and not any(
-        op.is_convolution for op in flow.ops(after)
-    )
-
-
-def is_sibling(flow: Flow, node: fx.Node, residual: Residual, other: fx.Node) -> bool:
-    """Whether the cell computes ``other`` beside ``node`` from the same split_point and joins both.
-
-    NASNet's cells concatenate five such sums: none of them is the trunk of the network.
-    """
-    if flow.reaches(node, other) or flow.reaches(other, node):
-        return False
-    split_point = residual.split_point
-    from_split_point = split_point is None or flow.reaches(split_point, other)
-    return from_split_point and bool(flow.joins_after(node) & flow.joins_after(other))

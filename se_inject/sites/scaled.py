@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx
 
-from se_inject.graph.record import Shape
+from se_inject.graph.recording.call import Shape
 from se_inject.layers.layout import Layout
 
 SiteKind = Literal["residual", "unit"]

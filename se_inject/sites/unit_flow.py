@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from se_inject.graph.history import Event, History, is_container
+from se_inject.graph.recording.history import Event, History, is_container
 from se_inject.layers.layout import Layout
 from se_inject.sites.collapse import folds
 

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Set
 from torch import fx, nn
 
 from se_inject.graph.facts import NodeFacts, TracedForward
-from se_inject.graph.history import History, ModuleCall
+from se_inject.graph.recording.history import History, ModuleCall
 from se_inject.layers.layout import Layout
 from se_inject.reasons import Reason
 from se_inject.sites.chains import find_chains
 from se_inject.sites.flow import Flow
 from se_inject.sites.joins import find_joins
+from se_inject.sites.memory import separable
 from se_inject.sites.scaled import UnitSite
 from se_inject.sites.unit_flow import UnitFlow, layout_of
 from se_inject.sites.unit_point import Found, Unit
@@ -58,7 +59,7 @@ def unit_site(
         return Reason.CHANNELS_UNKNOWN
     readers = tuple(node.users)
     # A plain activation in place is safe: the chain is straight, nobody else reads its input.
-    if not unit.leaf and not Flow(forward.graph, facts).separable(node, readers):
+    if not unit.leaf and not separable(Flow(forward.graph, facts), node, readers):
         return Reason.SHARED_IN_PLACE
     shapes = tuple(shape for each in forward.calls if (shape := each[node].shape) is not None)
     if len({shape[dim] for shape in shapes}) > 1:

@@ -43,7 +43,7 @@ ENLARGE |= {"max_unpool1d", "max_unpool2d", "max_unpool3d"}
 JOIN = {"cat", "concat", "concatenate", "stack"}
 # Take only shape, dtype and device from their tensor: random masks are made so.
 CREATION = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "empty_like"}
-CREATION |= {"zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
+CREATION |= {"new", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
 # Linear in the map: a sum of such paths is one convolution, if somebody folds it.
 LINEAR_IN_MAP = ADD | SUBTRACT | CONVOLUTION | CHANNELS_FIRST_NORM | DROPOUT | PERMUTE | {"pad"}
 LINEAR_IN_MAP |= {"avg_pool1d", "avg_pool2d", "avg_pool3d", "contiguous", "sum", "stack"}

@@ -1,97 +1,24 @@
-"""What is replaced in torch while a model is planned, and what the planning thread knows.
+"""What is replaced in torch while a model is planned.
 
 Planning runs the forwards of a copy of the model. A forward may hold on to the user's own modules
 (a function that was put in place of ``forward`` and closes over one); a call that reaches such a
 module goes to its copy, and a write to it stops the planning there.
 """
 
-import os
-import threading
-import types
+import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.overrides
-import torch.utils.checkpoint
-from torch import Tensor, nn
+from torch import nn
+from torch.autograd.variable import Variable, VariableMeta
 
-from se_inject.graph.patches import Replacement, in_this_thread
+from se_inject.graph.scripted import named
+from se_inject.graph.thread import THREAD, OtherNetworkError
+from se_inject.graph.tracing.patches import Replacement, in_this_thread
 from se_inject.torch_private import training_property, wrapped_functions
-
-
-class OtherNetworkError(Exception):
-    """The graph would not do what the forward does."""
-
-
-class _Thread(threading.local):
-    """What the planning thread is doing; empty in every other thread."""
-
-    tracer: Any = None  # the BlockTracer that runs
-    modules: dict[int, nn.Module] = {}  # noqa: RUF012 - replaced, never changed
-    tensors: dict[int, Tensor] = {}  # noqa: RUF012
-
-    def twin_of(self, tensor: Tensor) -> Tensor:
-        """The copy of one of the user's tensors; any other tensor itself."""
-        return self.tensors.get(id(tensor), tensor)
-
-    def running(self) -> Any:
-        """The tracer, if what runs now is the forward that it traces."""
-        return self.tracer if self.tracer is not None and not self.tracer.quiet else None
-
-
-THREAD = _Thread()
-
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_KERNELS = tuple(
-    _TORCH + part for part in ("_refs", "_prims", "_decomp", "_meta_registrations", "_inductor")
-)
-
-
-def is_of_torch(frame: types.FrameType, *, kernels: bool = False) -> bool:
-    """Whether a frame runs code of torch (or, with ``kernels``, one of its kernels in Python)."""
-    return frame.f_code.co_filename.startswith(_KERNELS if kernels else _TORCH)
-
-
-def place_of(frame: types.FrameType | None) -> str:
-    """Where in the user's source a frame is: `` (net.py, line 12)``; empty if nowhere."""
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((_TORCH, _HERE)) and not name.startswith("<frozen"):
-            return f" ({os.path.basename(name)}, line {frame.f_lineno})"
-        frame = frame.f_back
-    return ""
-
-
-def in_checkpoint(frame: types.FrameType | None) -> bool:
-    """Whether ``torch.utils.checkpoint`` runs what the frame belongs to."""
-    while frame is not None:
-        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def place_of_error(error: BaseException) -> str:
-    """Where in the user's source an error was raised."""
-    place, step = "", error.__traceback__
-    while step is not None:
-        name = step.tb_frame.f_code.co_filename
-        if not name.startswith((_TORCH, _HERE, "<frozen")):
-            place = f" ({os.path.basename(name)}, line {step.tb_lineno})"
-        step = step.tb_next
-    return place
-
-
-def raise_interruption(error: BaseException | None) -> None:
-    """Raise a Ctrl-C that foreign code has turned into another error."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
 
 
 def replacements() -> list[Replacement]:
@@ -106,13 +33,20 @@ def replacements() -> list[Replacement]:
         _replaced(nn.Module, "__setattr__", _set_attribute),
         Replacement(nn.Module, "training", training_property(_mode_read)),
     ]
+    here += [
+        _replaced(torch.jit.ScriptFunction, "__call__", _scripted_call),
+        Replacement(VariableMeta, "__call__", in_this_thread(type.__call__, _variable)),
+    ]
     here += [_replaced(torch, name, _with_sizes) for name in _TAKE_NUMBERS]
+    here += [_replaced(math, name, _with_sizes) for name in _OF_NUMBERS]
     here += [_replaced(space, name, _leaf_function) for name, space in wrapped_functions()]
     return here
 
 
 # Functions that take a number and know none but Python's own.
 _TAKE_NUMBERS = ("arange", "full", "linspace")
+# Functions of numbers, such as sqrt(h * w) for a scale, which are the graph's too.
+_OF_NUMBERS = ("sqrt", "exp", "log", "log2", "log10", "pow")
 
 _Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -126,12 +60,41 @@ def _replaced(owner: Any, name: str, wrapper: _Wrapper) -> Replacement:
 def _module_call(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         module = THREAD.modules.get(id(module), module)
-        tracer = THREAD.running()
-        if tracer is None:
+        in_charge = THREAD.running() or THREAD.replay
+        if in_charge is None:
             return original(module, *args, **kwargs)
-        return tracer.call_module(module, original, args, kwargs)
+        return in_charge.call_module(module, original, args, kwargs)
 
     return call
+
+
+def _scripted_call(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A TorchScript function is one node: no mode sees what runs in it."""
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        tracer = THREAD.running()
+        if tracer is None or not tracer.holds_traced((args, kwargs)):
+            return original(function, *args, **kwargs)
+        target = named(function, sys._getframe(2).f_globals)
+        if target is None:
+            raise tracer.refused(
+                "calls a TorchScript function that no module has a name for",
+                "keep the function in a module, under a name of its own",
+            )
+        return tracer.apply(target, args, kwargs)
+
+    return call
+
+
+def _variable(kind: Any, *args: Any, **kwargs: Any) -> Any:
+    """``Variable(x)`` of old code: another name of x, without its gradients."""
+    if kind is not Variable or len(args) != 1 or any(kwargs.values()):
+        if THREAD.running():
+            raise THREAD.running().refused(
+                "makes a Variable with gradients", "use the tensor itself"
+            )
+        return type.__call__(kind, *args, **kwargs)
+    return args[0].detach()
 
 
 def _set_attribute(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,7 +102,8 @@ def _set_attribute(original: Callable[..., Any]) -> Callable[..., Any]:
         if id(module) in THREAD.modules:
             raise OtherNetworkError(
                 f"sets {name!r} of your own {type(module).__name__}, which its forward holds on to"
-                " (a function in the place of a forward?)"
+                " (a function in the place of a forward?)",
+                "give the module a class with that forward",
             )
         original(module, name, value)
 

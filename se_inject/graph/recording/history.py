@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_inject.graph.log import tensors_in
+from se_inject.graph.containers import tensors_in
 from se_inject.graph.meta import on_meta
-from se_inject.graph.ops import JOIN, Op
-from se_inject.graph.record import Arguments, Call, _Recorder
+from se_inject.graph.operations.ops import JOIN, Op
+from se_inject.graph.recording.call import Arguments, Call
+from se_inject.graph.recording.recorder import Recorder
 
 # A map that no operation of the history made: what an autograd.Function returned, say.
 UNKNOWN = -(10**9)
@@ -90,7 +91,7 @@ def record_history(twin: nn.Module, example: Arguments, device: torch.device) ->
     return recorder.history
 
 
-class _HistoryRecorder(_Recorder):
+class _HistoryRecorder(Recorder):
     """Numbers the operations, and the calls of all modules, plain layers included."""
 
     def __init__(self, model: nn.Module, example: Arguments) -> None:

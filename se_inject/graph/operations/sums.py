@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from se_inject.graph.ops import ADD, BLEND, NEGATE, SUBTRACT
+from se_inject.graph.operations.ops import ADD, BLEND, NEGATE, SUBTRACT
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,21 @@ from typing import Any, TypeVar
 import torch
 import torch.utils.checkpoint
 
-from se_inject.graph.planning import THREAD, is_of_torch
+from se_inject.graph.frames import is_of_torch
+from se_inject.graph.thread import THREAD
+from se_inject.graph.tracing.legacy import LEGACY_TYPES
+from se_inject.graph.tracing.nodes import CHECKPOINT
 
 T = TypeVar("T")
 
+_AUTOCAST = "enters autocast", "run the whole model under autocast, or exclude= the block"
+_CHECKPOINT = "is checkpointed", CHECKPOINT
+# What the forward does, and what the user can do instead.
 _FUNCTIONS = {
-    torch.autocast.__init__.__code__: "enters autocast",
-    torch.autocast.__enter__.__code__: "enters autocast",
-    torch.inference_mode.__enter__.__code__: "enters inference mode",
-    torch.autograd.graph.saved_tensors_hooks.__enter__.__code__: "is checkpointed",
+    torch.autocast.__init__.__code__: _AUTOCAST,
+    torch.autocast.__enter__.__code__: _AUTOCAST,
+    torch.inference_mode.__enter__.__code__: ("enters inference mode", "write x.detach()"),
+    torch.autograd.graph.saved_tensors_hooks.__enter__.__code__: _CHECKPOINT,
 }
 _MODES = {
     torch.is_autocast_enabled: "autocast",
@@ -27,8 +33,6 @@ _MODES = {
     torch.is_grad_enabled: "gradient mode",
     torch.is_inference_mode_enabled: "inference mode",
 }
-_KINDS = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-_LEGACY_TYPES = {f"{kind}Tensor" for kind in _KINDS}
 
 
 def watched(body: Callable[[], T]) -> T:
@@ -51,22 +55,29 @@ def _see(frame: types.FrameType, event: str, argument: Any) -> None:
     if event == "call":
         what = _FUNCTIONS.get(frame.f_code)
         if what is None and frame.f_code.co_filename == torch.utils.checkpoint.__file__:
-            what = "is checkpointed"
+            what = _CHECKPOINT
         if what is not None:
-            raise tracer.refused(what)
+            raise tracer.refused(*what)
     elif event == "c_call":
         owner = getattr(argument, "__self__", None)
         if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
             if argument.__name__ == "apply":
-                raise tracer.refused("calls an autograd.Function")
+                raise tracer.refused(
+                    "calls an autograd.Function", "compute the same with functions of torch"
+                )
         elif is_of_torch(frame):
             return  # torch asks for its own purposes
         elif argument is isinstance:
             # Such a type has a device and a dtype in it, and a copy on meta is of none of them.
-            if not _LEGACY_TYPES.isdisjoint(frame.f_code.co_names):
-                raise tracer.refused("asks whether a tensor is a torch.FloatTensor or the like")
+            if not LEGACY_TYPES.isdisjoint(frame.f_code.co_names):
+                raise tracer.refused(
+                    "asks whether a tensor is a torch.FloatTensor or the like",
+                    "ask x.is_floating_point()",
+                )
         elif (mode := _mode_of(argument)) is not None:
-            raise tracer.refused(f"asks whether {mode} is on, and may take another way then")
+            raise tracer.refused(
+                f"asks whether {mode} is on, and may take another way then", "take one way for both"
+            )
 
 
 def _mode_of(function: Any) -> str | None:

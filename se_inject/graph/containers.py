@@ -1,0 +1,59 @@
+"""Nested tuples, lists and dicts of tensors: what forwards are given and what they return."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from se_inject.torch_private import pytree
+
+
+def leaves(value: Any) -> list[Any]:
+    """The leaves of nested tuples, lists and dicts (a fast ``pytree.tree_leaves``)."""
+    found: list[Any] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[Any]) -> None:
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            _collect(item, found)
+    elif isinstance(value, dict | Mapping):  # the test for a dict alone is much the faster one
+        for item in value.values():
+            _collect(item, found)
+    else:
+        found.append(value)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested containers."""
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def rebuilt(value: Any) -> Any:
+    """The same tensors in new containers: HRNet's modules write into the list they are given."""
+    if isinstance(value, Tensor) or value is None:
+        return value
+    if isinstance(value, tuple) and all(isinstance(v, Tensor) for v in value):
+        return value
+    return pytree.tree_map(lambda leaf: leaf, value)
+
+
+def all_leaves(value: Any) -> Iterator[Any]:
+    """:func:`leaves` without asking a traced tuple of sizes for its length."""
+    if isinstance(value, tuple | list):
+        for item in tuple.__iter__(value) if isinstance(value, tuple) else value:
+            yield from all_leaves(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from all_leaves(item)
+    else:
+        yield value
+
+
+def holds_tensor(value: Any) -> bool:
+    """Whether there is a tensor among the leaves."""
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))

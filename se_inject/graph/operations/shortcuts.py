@@ -1,0 +1,53 @@
+"""What functions of torch return on meta tensors, without the slow way that torch takes there.
+
+Many functions have no kernel of their own for meta tensors: torch runs a decomposition in Python
+for them, which takes up to two milliseconds (``hardswish``) and most of the time of a forward. The
+output of those below is like their input, so it is made directly.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from se_inject.torch_private import without_torch_functions
+
+_NORMS = (F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm, F.rms_norm)
+# The place of the argument ``inplace``; -1 where there is none.
+_LIKE_INPUT: dict[Any, int] = dict.fromkeys(_NORMS, -1)
+_LIKE_INPUT |= dict.fromkeys((F.relu, F.relu6, F.silu, F.mish, F.hardswish, F.hardsigmoid), 1)
+_LIKE_INPUT |= {F.selu: 1, F.leaky_relu: 2, F.elu: 2, F.celu: 2, F.hardtanh: 3}
+_LIKE_INPUT |= dict.fromkeys((F.gelu, F.softplus, F.logsigmoid, F.sigmoid, F.tanh), -1)
+_LIKE_INPUT |= dict.fromkeys((torch.relu, torch.sigmoid, torch.tanh), -1)
+_LIKE_INPUT |= dict.fromkeys((Tensor.relu, Tensor.sigmoid, Tensor.tanh), -1)
+_OF_TWO = {torch.add, torch.mul, Tensor.add, Tensor.mul, Tensor.__add__, Tensor.__mul__}
+
+
+def shortcut(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """The output of a function on meta; None where torch has to say what it is."""
+    place = _LIKE_INPUT.get(func)
+    if place is None:
+        return _sum_or_product(*args) if func in _OF_TWO and len(args) == 2 and not kwargs else None
+    x = args[0] if args else kwargs.get("input")
+    # What is asked of a tensor here must not come back as a function of the forward.
+    with without_torch_functions():
+        if not isinstance(x, Tensor) or not (x.is_meta and x.is_floating_point()):
+            return None
+        in_place = kwargs.get("inplace", 0 < place < len(args) and args[place])
+        return x.relu_() if in_place else x.clone()
+
+
+def _sum_or_product(a: Any, b: Any) -> Tensor | None:
+    """Of two maps of one shape, or of a map and its gate."""
+    with without_torch_functions():
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_meta and b.is_meta):
+            return None
+        if a.dtype != b.dtype or a.dim() != b.dim() or not a.is_floating_point():
+            return None
+        if not all(n in (1, m) for m, n in zip(a.shape, b.shape, strict=True)):
+            return None
+        return a.clone() if a.stride() == b.stride() or a.is_contiguous() else None
