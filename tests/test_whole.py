@@ -107,12 +107,15 @@ class Interrupter:
         return False
 
 
-def moments(event: str, *modules: types.ModuleType) -> Iterator[Interrupter]:
-    """An interrupter for every line, or every seventh bytecode, until one was not needed.
+def moments(event: str, *modules: types.ModuleType, step: int = 1) -> Iterator[Interrupter]:
+    """An interrupter for every line, or every 23rd bytecode, until one was not needed.
 
-    ``EVERY_BYTECODE=1`` in the environment takes each bytecode, which needs minutes.
+    ``EVERY_BYTECODE=1`` in the environment takes each of both, which needs minutes. Else ``step``
+    says which lines are taken where reading a file comes before each of them.
     """
-    step = 7 if event == "opcode" and not os.environ.get("EVERY_BYTECODE") else 1
+    every = bool(os.environ.get("EVERY_BYTECODE"))
+    step = 1 if every else step
+    step = 23 if event == "opcode" and not every else step
     for n in range(1, 20_000, step):
         interrupter = Interrupter(n, event, modules)
         yield interrupter
@@ -183,7 +186,7 @@ def test_the_rollback_of_load_se_interrupted(
 
     monkeypatch.setattr(se_inject.keep.load, "_fill", fill)
     interrupted = 0
-    for interrupter in moments(event, se_inject.edit.whole):
+    for interrupter in moments(event, se_inject.edit.whole, step=3):
 
         def load() -> None:
             with pytest.raises(CheckpointError, match="bad"):
@@ -205,7 +208,7 @@ def test_load_se_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     before, twin = state(base), copy.deepcopy(base)
     plan = plan_se(base, 1, divisor=1, example_input=X)
     monkeypatch.setattr(se_inject.keep.load, "_plan", lambda *_: plan)  # planning takes its time
-    for interrupter in moments("line", se_inject.keep.load, *EDIT[:2]):
+    for interrupter in moments("line", se_inject.keep.load, *EDIT[:2], step=3):
         interrupter.run(lambda: load_se(base, tmp_path / "se.safetensors"))
         if state(base) != before:
             assert all(edit_of(block) for block in list(base)[1:])
