@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from se_inject.errors import UnsupportedModelError
 from se_inject.graph.recording.call import Arguments
 from se_inject.graph.source import ForwardSource
 from se_inject.layers.variant import Variant
@@ -72,8 +73,38 @@ class Edit:
             "__reduce_ex__": _reduce,
             "_se_inject": self,
             "forward": forward,
+            "qconfig": NotQuantized(),
         }
         return _subclass(self.base, members)
+
+
+class NotQuantized:
+    """The attribute by which eager quantization (``prepare``) says that it wants a module.
+
+    It replaces layers by quantized ones and rewrites no forward. An SE block between them would get
+    quantized maps, for which its operations do not exist, so ``convert`` would leave a network that
+    fails in its first forward. ``prepare`` fails in words instead. FX and PT2E quantization, which
+    rewrite the forward, set no such attribute of a block.
+    """
+
+    def __get__(self, module: nn.Module | None, kind: type | None = None) -> Any:
+        if module is None:
+            return self
+        try:
+            return vars(module)["qconfig"]
+        except KeyError:
+            raise AttributeError("qconfig") from None
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        if value is not None:
+            raise UnsupportedModelError(
+                f"eager quantization has no way into {type(module).__name__}, which has an SE"
+                " block. Use FX (prepare_fx) or PT2E quantization, or remove_se(model) first."
+            )
+        vars(module)["qconfig"] = None
+
+    def __delete__(self, module: nn.Module) -> None:
+        vars(module).pop("qconfig", None)
 
 
 def edit_of(module: nn.Module) -> Edit | None:

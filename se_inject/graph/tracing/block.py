@@ -23,6 +23,8 @@ def trace_block(
     """The eval and train graphs of a block, or in words why there are none."""
     if "forward" in vars(module):
         return "its forward is replaced on the instance"
+    if vars(module).get("qconfig") is not None:
+        return "it is prepared for eager quantization; inject first, and quantize by FX or PT2E"
     if isinstance(module, fx.GraphModule):
         # Copying one, or recompiling it, would silently bring back its own graph.
         return "it is a GraphModule: inject into the model that it was traced from"
