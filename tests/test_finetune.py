@@ -30,10 +30,10 @@ from se_inject.finetune import config, network, results
 from se_inject.finetune import evaluate as use
 from se_inject.finetune import trainer as running
 from se_inject.finetune.data import NO_IMAGE, Images, loader, open_data
+from se_inject.finetune.divide import split
 from se_inject.finetune.images import to_rgb
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.settings import Settings
-from se_inject.finetune.split import split
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"

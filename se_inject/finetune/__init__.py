@@ -4,7 +4,7 @@
 
     settings.py   all options of a run; config.py keeps them in ``config.json``
     sources.py    what ``--data`` names -> labelled images (folders, tables, shards, hub, images)
-    split.py      which image is trained on, validated on or kept for the test
+    parts.py      the parts train, val and test; divide.py divides, split.py keeps it in the run
     data.py       a source -> training and validation set, the same in every run
     network.py    MODEL -> the base with its weights, a head for the classes
     recipe.py     the LightningModule: what is frozen when, rates, loss, metrics

@@ -25,9 +25,9 @@ from se_inject.finetune.network import (
     with_head,
     zero_branches,
 )
+from se_inject.finetune.parts import Split
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.settings import Settings
-from se_inject.finetune.split import Split
 from se_inject.names import few, plural
 from se_inject.plan.planner import make_plan
 

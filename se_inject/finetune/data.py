@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from se_inject.errors import ArgumentError
+from se_inject.finetune.parts import Part, Split
 from se_inject.finetune.settings import Settings
-from se_inject.finetune.split import Part, Split, open_split
+from se_inject.finetune.split import open_split
 
 NO_IMAGE = -1  # the label of what is no image
 Sample = tuple[Tensor, int, str]  # image, label, and what is wrong with it

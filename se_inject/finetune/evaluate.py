@@ -19,8 +19,9 @@ from se_inject.finetune.folders import Folder
 from se_inject.finetune.images import to_rgb
 from se_inject.finetune.measure import by_class, measure
 from se_inject.finetune.network import base_of, blocks_of, with_head
+from se_inject.finetune.parts import Split
 from se_inject.finetune.settings import Settings
-from se_inject.finetune.split import Split, open_split, trained_names
+from se_inject.finetune.split import open_split, trained_names
 from se_inject.finetune.trust import check_code
 from se_inject.keep.atomic import atomic_write
 from se_inject.keep.load import load_se

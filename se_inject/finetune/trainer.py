@@ -13,9 +13,10 @@ from se_inject.errors import ArgumentError
 from se_inject.finetune.arm import Arm
 from se_inject.finetune.config import read_config, write_config
 from se_inject.finetune.machine import rank
+from se_inject.finetune.parts import Split, table_of
 from se_inject.finetune.results import curves, summarize, write_rows
 from se_inject.finetune.settings import Settings
-from se_inject.finetune.split import SPLIT, Split, open_split, table_of, write_split
+from se_inject.finetune.split import SPLIT, open_split, write_split
 from se_inject.finetune.trust import check_code
 from se_inject.keep.atomic import atomic_write
 
