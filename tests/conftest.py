@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker on its own core, the processes that it starts too.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -66,3 +67,17 @@ def call(
         return int(caught.value.code or 0), captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def here(call: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    """As ``call``, and warnings are printed as a user sees them, and not errors of the test."""
+
+    def here(*args: str) -> tuple[int, str, str]:
+        with warnings.catch_warnings():
+            warnings.resetwarnings()
+            for category in (DeprecationWarning, FutureWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", category)
+            return call(*args)
+
+    return here

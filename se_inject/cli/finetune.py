@@ -24,7 +24,8 @@ def finetune(
         Path | None,
         typer.Option(
             metavar="RUN",
-            help="Go on with a run that was stopped; the machine may be another.",
+            help="Go on with a run that was stopped; the machine may be another. With --epochs,"
+            " train a finished run for longer.",
             show_default=False,
         ),
     ] = None,
@@ -47,9 +48,9 @@ def finetune(
     """
     if ("model" in given) == (resume is not None):
         raise typer.BadParameter("give MODEL, or --resume RUN")
-    if resume is not None and (others := sorted(given.keys() - set(ON_RESUME))):
+    if resume is not None and (others := sorted(given.keys() - {*ON_RESUME, "epochs"})):
         raise typer.BadParameter(
-            f"--resume goes on as {resume / 'config.json'} says; only"
+            f"--resume goes on as {resume / 'config.json'} says; only --epochs,"
             f" {', '.join(map(flag, ON_RESUME))} may be others than before, not"
             f" {', '.join(map(flag, others))}"
         )

@@ -12,10 +12,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from se_inject.api import remove_se, se_parameters
-from se_inject.errors import ArgumentError
+from se_inject.errors import ArgumentError, SEInjectError
 from se_inject.finetune.callbacks import RunFolder
+from se_inject.finetune.config import to_dict
 from se_inject.finetune.data import Data, Images, balanced_weights, data_of, loader
-from se_inject.finetune.machine import check_space, epochs_done, ranks_of, stoppable, trainer_of
+from se_inject.finetune.machine import (
+    check_space,
+    damaged,
+    epochs_done,
+    ranks_of,
+    stoppable,
+    trainer_of,
+)
 from se_inject.finetune.measure import measure
 from se_inject.finetune.network import (
     base_of,
@@ -81,7 +89,7 @@ class Arm:
         history = RunFolder(self.folder, self.arm, self.seed, settings, plain)
         trainer = trainer_of(settings, self.folder, history, self.console)
         if trainer.is_global_zero:
-            check_space(self.folder, params)
+            check_space(self.folder, params, settings)
             self._say(data, recipe, trainer)
         last = self.folder / "last.ckpt"
         done = epochs_done(last)
@@ -89,14 +97,24 @@ class Arm:
             warnings.warn(
                 f"{last} is missing, so this arm begins anew at its first epoch.", stacklevel=2
             )
-        with stoppable(run, settings):
-            trainer.fit(
-                recipe,
-                loader(data.train, settings, training=True, epoch=done, **ranks_of(trainer)),
-                loader(data.val, settings, training=False, epoch=done, **ranks_of(trainer)),
-                ckpt_path=str(last) if last.exists() else None,
-                weights_only=True,
-            )
+        resumes = last.exists()
+        try:
+            with stoppable(run, settings):
+                trainer.fit(
+                    recipe,
+                    loader(data.train, settings, training=True, epoch=done, **ranks_of(trainer)),
+                    loader(data.val, settings, training=False, epoch=done, **ranks_of(trainer)),
+                    ckpt_path=str(last) if resumes else None,
+                    weights_only=True,
+                )
+        except (SEInjectError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if resumes and not history.began:  # it failed while the checkpoint was read
+                raise damaged(last, error) from error
+            raise
+        if not history.rows:
+            raise damaged(last, ValueError("it has no epochs"))
         if history.unreadable and trainer.is_global_zero:
             first = next(iter(history.unreadable))
             warnings.warn(
@@ -124,6 +142,7 @@ class Arm:
             "classes": list(data.classes),
             "input_size": [3, size, size],
             "history": rows,
+            "settings": to_dict(settings),
         }
 
     def _dead_blocks(self, network: nn.Module, example: torch.Tensor) -> list[str]:

@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from torch import nn
 
+from se_inject.finetune.config import to_dict
 from se_inject.finetune.network import blocks_of
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.results import write_rows
@@ -38,6 +39,7 @@ class RunFolder(Callback):
         self.best, self.best_loss, self.best_epoch = -1.0, float("inf"), 0
         self.seconds = 0.0
         self.unreadable: dict[str, None] = {}  # in the order in which they were met
+        self.began = False  # whether a step was taken, and so all of a checkpoint could be read
         self._since = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -48,6 +50,7 @@ class RunFolder(Callback):
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
             "unreadable": list(self.unreadable),
+            "settings": to_dict(self.settings),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -61,6 +64,9 @@ class RunFolder(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since = time.perf_counter()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.began = True
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Recipe)

@@ -1,7 +1,6 @@
 """What a run is good for afterwards: measure its best network, and ask it about images."""
 
 import csv
-import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from se_inject.api import remove_se
-from se_inject.errors import ArgumentError, DataError
+from se_inject.errors import DataError
 from se_inject.finetune.config import read_config
 from se_inject.finetune.data import data_of, transforms
 from se_inject.finetune.folders import Folder
@@ -20,6 +19,7 @@ from se_inject.finetune.images import to_rgb
 from se_inject.finetune.measure import by_class, measure
 from se_inject.finetune.network import base_of, blocks_of, with_head
 from se_inject.finetune.parts import Split
+from se_inject.finetune.records import read_classes
 from se_inject.finetune.settings import Settings
 from se_inject.finetune.split import open_split, trained_names
 from se_inject.finetune.trust import check_code
@@ -56,10 +56,7 @@ def load_run(folder: Path, *, trust_code: bool = False) -> Trained:
     """
     settings = read_config(folder)
     check_code(settings.model, folder, trusted=trust_code)
-    summary = folder / "summary.json"
-    if not summary.exists():
-        raise ArgumentError(f"{folder} is not finished: se-inject finetune --resume {folder}")
-    classes = tuple(json.loads(summary.read_text())["classes"])
+    classes = read_classes(folder)
     best = folder / "best.safetensors"
     # The file holds all that was trained; only a base that stayed frozen is fetched again.
     network, config = base_of(replace(settings, pretrained=False, checkpoint=None))

@@ -137,22 +137,50 @@ def epochs_done(last: Path) -> int:
     if not last.exists():
         return 0
     try:
-        checkpoint = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = read_last(last)
         return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(last, error) from error
+
+
+def read_last(last: Path) -> dict[str, Any]:
+    """What Lightning and the callbacks kept after the last whole epoch.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        found = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(found, dict):
+            raise TypeError("it is no checkpoint of a run")
     except Exception as error:  # a damaged file fails in many ways
-        raise CheckpointError(
-            f"{last} is damaged ({first_line(error)}). Remove it to train this arm from its first"
-            " epoch on."
-        ) from error
+        raise damaged(last, error) from error
+    return found
+
+
+def damaged(last: Path, error: Exception) -> CheckpointError:
+    """The error for a checkpoint that cannot be gone on from, with the way out."""
+    return CheckpointError(
+        f"{last} is damaged ({type(error).__name__}: {first_line(error)}). Remove it to train this"
+        " arm from its first epoch on."
+    )
 
 
 def ranks_of(trainer: pl.Trainer) -> dict[str, int]:
     return {"rank": trainer.global_rank, "world": trainer.world_size}
 
 
-def check_space(folder: Path, params: int) -> None:
-    """The run keeps weights, two moments and the best weights, twice while files are replaced."""
-    wanted, free = 32 * params, shutil.disk_usage(folder).free
+def check_space(folder: Path, params: int, settings: Settings) -> None:
+    """Raise an :class:`ArgumentError` where the files of an arm do not fit on the disk.
+
+    It keeps the weights, two moments of each, the best weights and, with --ema, their average, all
+    of four bytes; while a file is replaced, the old one and the new one. What is there already
+    takes no more room.
+    """
+    kept = (folder / "last.ckpt", folder / "best.safetensors")
+    there = sum(path.stat().st_size for path in kept if path.exists())
+    wanted = 2 * 4 * params * (5 if settings.ema else 4) - there
+    free = shutil.disk_usage(folder).free
     if free < wanted:
         raise ArgumentError(
             f"{folder}: {free / 1e6:.0f} MB are free, the run needs about {wanted / 1e6:.0f} MB."

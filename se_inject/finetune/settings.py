@@ -5,7 +5,7 @@ The command line makes its options from these fields, ``config.json`` keeps them
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from se_inject.errors import ArgumentError
@@ -221,7 +221,7 @@ class Settings(Injection):
             )
         if not 0 < self.val_split < 1:
             raise ArgumentError(f"--val-split {self.val_split} is a share between 0 and 1.")
-        if not self.lr > 0:  # nor nan
+        if not 0 < self.lr < math.inf:  # nor nan
             raise ArgumentError(f"--lr {self.lr} must be above 0.")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ArgumentError(f"--ema {self.ema} must be at least 0 and below 1.")
@@ -232,11 +232,7 @@ class Settings(Injection):
                 f"--devices {self.devices} is no number of devices: give auto, 1, 2, ... or the"
                 " indices of GPUs, such as 0,2."
             )
-        numbers = ("base_lr_scale", "weight_decay", "clip", "mixup", "cutmix", "label_smoothing")
-        for name in numbers:
-            if not 0 <= getattr(self, name) < math.inf:
-                option_name = "--" + name.replace("_", "-")
-                raise ArgumentError(f"{option_name} {getattr(self, name)} must be 0 or more.")
+        self._check_limits()
         if self.strategy == "fsdp" and (self.ema or self.compile):
             raise ArgumentError("--strategy fsdp goes with neither --ema nor --compile.")
         if self.control and self.train == "se":
@@ -244,3 +240,15 @@ class Settings(Injection):
                 "--control with --train se has nothing to train: the control has no SE blocks."
                 " Use --train se+head or all."
             )
+
+    def _check_limits(self) -> None:
+        """Numbers between the limits of their options, which hold for files and Python too."""
+        for known in fields(self):
+            low, high = known.metadata.get("min"), known.metadata.get("max")
+            value = getattr(self, known.name)
+            if low is None or value is None:
+                continue
+            if not low <= value <= (math.inf if high is None else high) or math.isinf(value):
+                wanted = f"{low} or more" if high is None else f"between {low} and {high}"
+                flag = "--" + known.name.replace("_", "-")
+                raise ArgumentError(f"{flag} {value} must be {wanted}.")

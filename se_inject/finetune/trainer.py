@@ -1,5 +1,6 @@
 """One command: the arms and seeds of a run, its folder, and how it goes on after a stop."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -9,11 +10,13 @@ from typing import Any
 
 from rich.console import Console
 
-from se_inject.errors import ArgumentError
+from se_inject.errors import ArgumentError, CheckpointError
 from se_inject.finetune.arm import Arm
 from se_inject.finetune.config import read_config, write_config
+from se_inject.finetune.lock import only_writer
 from se_inject.finetune.machine import rank
 from se_inject.finetune.parts import Split, table_of
+from se_inject.finetune.records import ARM, LAST, SUMMARY, check_edits, read_arm
 from se_inject.finetune.results import curves, summarize, write_rows
 from se_inject.finetune.settings import Settings
 from se_inject.finetune.split import SPLIT, open_split, write_split
@@ -33,35 +36,45 @@ def start(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
     settings = dataclasses.replace(settings, freeze_epochs=settings.frozen_epochs)
     if rank() != 0:  # torchrun's others: the first process writes
         return _run(settings, folder, console, begun=False)
-    if any(folder.glob("**/last.ckpt")) or any(folder.glob("**/arm.json")):
-        raise ArgumentError(
-            f"{folder} holds a run already: --resume {folder} goes on with it, --output another"
-            " folder begins anew."
-        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(settings, folder)
     except OSError as error:
         raise ArgumentError(f"--output {folder} cannot be written ({error}).") from error
-    return _run(settings, folder, console, begun=False)
+    with only_writer(folder):
+        if any(folder.glob(f"**/{LAST}")) or any(folder.glob(f"**/{ARM}")):
+            raise ArgumentError(
+                f"{folder} holds a run already: --resume {folder} goes on with it, --output another"
+                " folder begins anew."
+            )
+        write_config(settings, folder)
+        return _run(settings, folder, console, begun=False)
 
 
 def resume(
-    folder: Path, console: Console, *, trust_code: bool = False, **machine: Any
+    folder: Path, console: Console, *, trust_code: bool = False, **changes: Any
 ) -> dict[str, Any]:
     """Go on with a run from the last whole epoch of each of its arms.
 
     Args:
         trust_code: import the ``module:callable`` that the configuration names.
-        machine: settings that may differ from those of the run: devices, nodes, strategy, workers.
+        changes: settings that may differ from those of the run: those of the machine, which hold
+            for this command, and ``epochs``, which the run folder keeps.
 
     Raises:
-        ArgumentError: the folder has no run, or names code and is not trusted.
+        ArgumentError: the folder has no run, or names code and is not trusted; another process
+            writes to it; its configuration was edited where that would change what is learnt.
+        CheckpointError: its files are damaged.
     """
-    settings = dataclasses.replace(read_config(folder), **machine)
-    check_code(settings.model, folder, trusted=trust_code)
-    settings.check()
-    return _run(settings, folder, console, begun=True)
+    check_code(read_config(folder).model, folder, trusted=trust_code)
+    first = rank() == 0
+    with only_writer(folder) if first else contextlib.nullcontext():
+        kept = read_config(folder)
+        settings = dataclasses.replace(kept, **changes)
+        settings.check()
+        check_edits(settings, folder)
+        if first and settings.epochs != kept.epochs:
+            write_config(dataclasses.replace(kept, epochs=settings.epochs), folder)
+        return _run(settings, folder, console, begun=True)
 
 
 def _run(settings: Settings, folder: Path, console: Console, *, begun: bool) -> dict[str, Any]:
@@ -75,10 +88,19 @@ def _run(settings: Settings, folder: Path, console: Console, *, begun: bool) -> 
     split: Split | None = None
     for arm, seed in arms:
         own = folder if len(arms) == 1 else folder / f"{arm}-{seed}"
-        done = own / "arm.json"
+        done = own / ARM
         if done.exists():
-            results.append(json.loads(done.read_text()))
-            continue
+            result = read_arm(done)
+            # An older version kept no settings; an arm that was stopped early has fewer epochs.
+            had = result.get("settings", {}).get("epochs", len(result["history"]))
+            if had >= settings.epochs:
+                results.append(result)
+                continue
+            if not (own / LAST).exists():
+                raise CheckpointError(
+                    f"{own / LAST} is missing, so --epochs {settings.epochs} cannot go on from"
+                    f" epoch {had}."
+                )
         own.mkdir(parents=True, exist_ok=True)
         if split is None:
             split = _split(settings, folder, console, begun=begun)
@@ -89,7 +111,7 @@ def _run(settings: Settings, folder: Path, console: Console, *, begun: bool) -> 
     summary = summarize(results)
     if not first:
         return summary
-    with atomic_write(folder / "summary.json") as part:
+    with atomic_write(folder / SUMMARY) as part:
         part.write_text(json.dumps(summary, indent=2) + "\n")
     if len(arms) > 1:
         best = max((r for r in results if r["arm"] == "se"), key=lambda r: r["val_acc"])
