@@ -32,6 +32,7 @@ from se_inject.finetune import trainer as running
 from se_inject.finetune.data import NO_IMAGE, Images, loader, open_data
 from se_inject.finetune.divide import split
 from se_inject.finetune.images import to_rgb
+from se_inject.finetune.optimizer import groups_of
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.settings import Settings
 
@@ -165,7 +166,7 @@ def test_freezing_survives_train() -> None:
 
 def test_rates_and_decay_by_group() -> None:
     network = inject_se(timm.create_model("test_resnet"), example_input=torch.empty(2, 3, 32, 32))
-    groups = list(Recipe(network, SETTINGS, 1000, 0)._groups())
+    groups = list(groups_of(network, Recipe(network, SETTINGS, 1000, 0).new, SETTINGS))
     names = {id(p): name for name, p in network.named_parameters()}
     seen = {}
     for group in groups:
@@ -238,6 +239,7 @@ import signal
 import sys
 from pathlib import Path
 from se_inject.finetune import sources
+from se_inject.finetune.optimizer import groups_of
 from se_inject.finetune.recipe import Recipe
 from rich.console import Console
 from se_inject.errors import SEInjectError

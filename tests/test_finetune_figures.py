@@ -226,7 +226,7 @@ def test_class_weights_are_those_of_scikit_learn(tmp_path: Path) -> None:
     from sklearn.utils.class_weight import compute_class_weight
 
     data = open_data(settings_of(colors(tmp_path, a=20, b=10, c=5)), CONFIG, 0)
-    weights = balanced_weights(data.train)
+    weights = balanced_weights(data.train, 3)
     labels = np.array(data.train.labels)
     assert weights.numpy() == pytest.approx(
         compute_class_weight("balanced", classes=np.unique(labels), y=labels)

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from se_inject.cli.lightning import TrustCode, need_lightning
-from se_inject.cli.options import Given, expand, flag
+from se_inject.cli.options import AUTO, Given, expand, flag
+from se_inject.finetune.config import read_yaml
 from se_inject.finetune.settings import ON_RESUME, Settings
 
 
@@ -18,7 +19,12 @@ def finetune(
     given: Annotated[Given, Settings],
     output: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="The run folder.", show_default="runs/MODEL-DATA"),
+        typer.Option(
+            metavar="RUN",
+            help="The run folder.",
+            show_default="runs/MODEL-DATA",
+            rich_help_panel="Output",
+        ),
     ] = None,
     resume: Annotated[
         Path | None,
@@ -27,6 +33,17 @@ def finetune(
             help="Go on with a run that was stopped; the machine may be another. With --epochs,"
             " train a finished run for longer.",
             show_default=False,
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml",
+            help="Options by name, as a run writes them into its config.yaml; those of the command"
+            " line win over them.",
+            show_default=False,
+            rich_help_panel="Output",
         ),
     ] = None,
     trust_code: TrustCode = False,
@@ -46,6 +63,10 @@ def finetune(
 
     - `se-inject finetune --resume runs/resnet50-flowers`
     """
+    if config is not None:
+        if resume is not None:
+            raise typer.BadParameter("--config begins a run, and --resume goes on with one")
+        given = Given({**read_yaml(config.expanduser()), **given})
     if ("model" in given) == (resume is not None):
         raise typer.BadParameter("give MODEL, or --resume RUN")
     if resume is not None and (others := sorted(given.keys() - {*ON_RESUME, "epochs"})):
@@ -65,9 +86,12 @@ def finetune(
         folder = resume.expanduser()
         summary = trainer.resume(folder, console, trust_code=trust_code, **given)
     else:
+        find = frozenset(name for name, value in given.items() if value == AUTO)
+        find &= {"lr", "batch_size"}
+        given = Given({name: value for name, value in given.items() if name not in find})
         settings = _with_whole_paths(Settings(**given))
         folder = output.expanduser() if output else _default_folder(settings)
-        summary = trainer.start(settings, folder, console)
+        summary = trainer.start(settings, folder, console, find=find)
     if rank() == 0:
         _print_summary(summary, folder)
 

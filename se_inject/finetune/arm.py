@@ -11,11 +11,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from se_inject.api import remove_se, se_parameters
-from se_inject.errors import ArgumentError, SEInjectError
+from se_inject.api import se_parameters
+from se_inject.errors import SEInjectError
 from se_inject.finetune.callbacks import RunFolder
 from se_inject.finetune.config import to_dict
-from se_inject.finetune.data import Data, Images, balanced_weights, data_of, loader
+from se_inject.finetune.data import Data, Images, balanced_weights, loader
 from se_inject.finetune.machine import (
     check_space,
     damaged,
@@ -25,19 +25,12 @@ from se_inject.finetune.machine import (
     trainer_of,
 )
 from se_inject.finetune.measure import measure
-from se_inject.finetune.network import (
-    base_of,
-    blocks_of,
-    head_of,
-    size_of,
-    with_head,
-    zero_branches,
-)
+from se_inject.finetune.network import size_of, zero_branches
 from se_inject.finetune.parts import Split
+from se_inject.finetune.prepare import prepare
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.settings import Settings
 from se_inject.names import few, plural
-from se_inject.plan.planner import make_plan
 
 
 class Arm:
@@ -55,21 +48,8 @@ class Arm:
 
     def train(self, run: Path) -> dict[str, Any]:
         settings = self.settings
-        pl.seed_everything(self.seed, workers=True, verbose=False)
-        network, config = base_of(settings)
-        data = data_of(self.split, settings, config, self.seed)
-        old = head_of(network)
-        network = with_head(network, len(data.classes))
-        if settings.train == "se" and head_of(network) is not old:
-            raise ArgumentError(
-                f"--train se keeps the head of {settings.model}, which is for other classes than"
-                f" the {len(data.classes)} of the data. Use --train se+head."
-            )
-        size = settings.img_size or config["input_size"][-1]
-        example = torch.empty(2, 3, size, size)
-        if not blocks_of(network):
-            make_plan(network, settings, example).apply()
-        blocks = blocks_of(network)
+        prepared = prepare(settings, self.split, self.arm, self.seed)
+        network, data, example = prepared.network, prepared.data, prepared.example
         if self.arm == "se" and (dead := self._dead_blocks(network, example)):
             warnings.warn(
                 f"{plural(len(dead), 'block')} ({few(dead)}): the branch is multiplied by 0, so its"
@@ -77,13 +57,13 @@ class Arm:
                 " base from the first epoch on.",
                 stacklevel=2,
             )
-        if self.arm == "control":
-            remove_se(network)
         params, macs = size_of(network, example)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        weights = balanced_weights(data.train) if settings.class_weights == "balanced" else None
-        recipe = Recipe(network, settings, len(data.classes), self.seed, blocks, weights)
+        classes = len(data.classes)
+        balanced = settings.class_weights == "balanced"
+        weights = balanced_weights(data.train, classes) if balanced else None
+        recipe = Recipe(network, settings, classes, self.seed, prepared.blocks, weights)
         sharded = settings.strategy == "fsdp"
         plain = copy.deepcopy(network) if sharded else None
         history = RunFolder(self.folder, self.arm, self.seed, settings, plain)
@@ -125,7 +105,7 @@ class Arm:
         rows = history.rows
         test = None
         if data.test is not None and trainer.is_global_zero:
-            test = self._test(plain or network, data.test, len(data.classes))
+            test = self._test(plain or network, data.test, classes)
         return {
             "arm": self.arm,
             "seed": self.seed,
@@ -140,7 +120,7 @@ class Arm:
             "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             "unreadable": list(history.unreadable),
             "classes": list(data.classes),
-            "input_size": [3, size, size],
+            "input_size": list(example.shape[1:]),
             "history": rows,
             "settings": to_dict(settings),
         }
@@ -194,7 +174,8 @@ class Arm:
         say(f"  {added:,} parameters are in SE blocks")
         say(
             f"  {trainer.accelerator.__class__.__name__} x {trainer.world_size}, precision"
-            f" {trainer.precision}, effective batch {settings.batch_size}, rate {settings.lr:g}"
+            f" {trainer.precision}, effective batch {settings.batch_size * settings.accumulate},"
+            f" {settings.opt}, rate {settings.lr:g}"
             f" (base {settings.lr * settings.base_lr_scale:g})",
             soft_wrap=True,
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from torch import nn
@@ -143,6 +143,18 @@ class PlainLines(Callback):
                 f" {float(m['images_per_s']):.0f} images/s",
                 highlight=False,
             )
+
+
+class EarlyStop(EarlyStopping):
+    """Stops an arm whose validation accuracy did not get better, also one that is gone on with."""
+
+    def __init__(self, epochs: int) -> None:
+        super().__init__("val_acc", patience=epochs, mode="max", verbose=False)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop a run that was killed between the epoch that ended it and the summary."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
 
 
 class WholeFiles(TorchCheckpointIO):

@@ -18,7 +18,7 @@ from se_inject.finetune.folders import Folder
 from se_inject.finetune.images import to_rgb
 from se_inject.finetune.measure import by_class, measure
 from se_inject.finetune.network import base_of, blocks_of, with_head
-from se_inject.finetune.parts import Split
+from se_inject.finetune.parts import Split, limited
 from se_inject.finetune.records import read_classes
 from se_inject.finetune.settings import Settings
 from se_inject.finetune.split import open_split, trained_names
@@ -79,6 +79,8 @@ def evaluate(run: Trained, folder: Path, data: str | None = None) -> dict[str, A
     """
     settings = run.settings if data is None else replace(run.settings, data=data)
     split = open_split(settings, folder) if data is None else open_split(settings, whole=True)
+    if data is None:
+        split = limited(split, settings.limit)
     opened = data_of(split, settings, run.data_config, settings.seed)
     if data is not None and (known := _trained_on(run, folder, split)):
         warnings.warn(f"{known} of these images were trained on in this run.", stacklevel=2)

@@ -11,13 +11,19 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from se_inject.errors import ArgumentError, CheckpointError, TrainingError, first_line
-from se_inject.finetune.callbacks import PlainLines, RunFolder, WholeFiles, average_of
+from se_inject.finetune.callbacks import EarlyStop, PlainLines, RunFolder, WholeFiles, average_of
+from se_inject.finetune.loggers import loggers_of
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.settings import Settings
 
@@ -62,6 +68,11 @@ def trainer_of(
     callbacks: list[Callback] = [history]
     if settings.ema:
         callbacks.append(average_of(settings.ema))
+    if settings.early_stop is not None:
+        callbacks.append(EarlyStop(settings.early_stop))
+    loggers = loggers_of(settings, folder)
+    if loggers:
+        callbacks.append(LearningRateMonitor(logging_interval="epoch"))
     callbacks.append(
         ModelCheckpoint(
             dirpath=folder,
@@ -95,10 +106,12 @@ def trainer_of(
             devices=int(devices) if str(devices).isdigit() else devices,
             num_nodes=settings.nodes,
             strategy=strategy,
-            precision=settings.precision or ("bf16-mixed" if gpu else "32-true"),  # type: ignore[arg-type]  # the user's words
+            precision=precision_of(settings),
             gradient_clip_val=settings.clip,
             callbacks=callbacks,
-            logger=False,
+            logger=loggers or False,
+            log_every_n_steps=10,
+            accumulate_grad_batches=settings.accumulate,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             enable_model_summary=False,
@@ -112,6 +125,11 @@ def trainer_of(
             f"--precision {settings.precision}, --devices {settings.devices}: Lightning cannot"
             f" train so ({first_line(error)})."
         ) from error
+
+
+def precision_of(settings: Settings) -> Any:
+    """The precision in Lightning's words, which are checked by Lightning."""
+    return settings.precision or ("bf16-mixed" if torch.cuda.is_available() else "32-true")
 
 
 class Sharded(ModelParallelStrategy):

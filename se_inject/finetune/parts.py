@@ -40,6 +40,22 @@ class Split:
                 yield image, self.classes[label], name
 
 
+def limited(split: Split, limit: int | None) -> Split:
+    """At most so many images of each part: one of each class in turn, in the order of the data."""
+    if limit is None:
+        return split
+    parts = {}
+    for name, part in split.parts.items():
+        turns: Counter[int] = Counter()
+        ranked = []
+        for index, label in zip(part.indices, part.labels, strict=True):
+            ranked.append((turns[label], label, index))
+            turns[label] += 1
+        kept = sorted((index, label) for _, label, index in sorted(ranked)[:limit])
+        parts[name] = Part(part.source, [i for i, _ in kept], [label for _, label in kept])
+    return Split(split.classes, parts)
+
+
 def table_of(result: Split) -> list[str]:
     """The images of each class in each part, in lines; the first and last few of many classes."""
     counts, total = result.counts(), len(result.classes)

@@ -15,17 +15,23 @@ from se_inject.finetune.arm import Arm
 from se_inject.finetune.config import read_config, write_config
 from se_inject.finetune.lock import only_writer
 from se_inject.finetune.machine import rank
-from se_inject.finetune.parts import Split, table_of
+from se_inject.finetune.parts import Split, limited, table_of
 from se_inject.finetune.records import ARM, LAST, SUMMARY, check_edits, read_arm
 from se_inject.finetune.results import curves, summarize, write_rows
 from se_inject.finetune.settings import Settings
 from se_inject.finetune.split import SPLIT, open_split, write_split
 from se_inject.finetune.trust import check_code
+from se_inject.finetune.tune import find_settings
 from se_inject.keep.atomic import atomic_write
 
 
-def start(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
+def start(
+    settings: Settings, folder: Path, console: Console, *, find: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """Begin a run in a new folder, or one that holds nothing of a run.
+
+    Args:
+        find: the settings that are found by trying before the run begins: lr, batch_size.
 
     Raises:
         ArgumentError: the settings cannot work, or the folder cannot be written or has a run.
@@ -46,6 +52,8 @@ def start(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
                 f"{folder} holds a run already: --resume {folder} goes on with it, --output another"
                 " folder begins anew."
             )
+        if find:
+            settings = find_settings(settings, find, folder, console)
         write_config(settings, folder)
         return _run(settings, folder, console, begun=False)
 
@@ -135,6 +143,6 @@ def _split(settings: Settings, folder: Path, console: Console, *, begun: bool) -
     if rank() == 0:
         if not recorded:
             write_split(split, folder)
-        for line in table_of(split):
+        for line in table_of(limited(split, settings.limit)):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return split
+    return limited(split, settings.limit)
