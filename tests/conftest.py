@@ -11,8 +11,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker on its own core, the processes that it starts too.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,3 +83,24 @@ def here(call: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, 
             return call(*args)
 
     return here
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished fine-tuning run of two arms, one epoch each; tests work on copies."""
+    from dataclasses import replace
+
+    from rich.console import Console
+    from test_finetune_data import settings_of, tree
+
+    from se_inject.finetune.trainer import start
+
+    root = tmp_path_factory.mktemp("finished")
+    data = tree(root / "data", "a", "b")
+    start(replace(settings_of(data), control=True), root / "run", Console(quiet=True))
+    return root / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")

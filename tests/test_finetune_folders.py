@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from test_finetune_data import SETTINGS, settings_of, tree
+from test_finetune_data import SETTINGS, tree
 
 from se_inject import ArgumentError, CheckpointError, TrainingError
 from se_inject.finetune import evaluate as use
@@ -31,20 +31,6 @@ pytestmark = pytest.mark.filterwarnings(
     *("ignore::DeprecationWarning", "ignore::FutureWarning"),
     *("ignore:.*:UserWarning:lightning", "ignore:Checkpoint directory"),
 )
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two arms, one epoch each; tests work on copies."""
-    root = tmp_path_factory.mktemp("finished")
-    data = tree(root / "data", "a", "b")
-    running.start(replace(settings_of(data), control=True), root / "run", QUIET)
-    return root / "run"
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(finished, tmp_path / "run")
 
 
 def edit(path: Path, **changes: Any) -> None:

@@ -158,6 +158,9 @@ def _parameter(field: "Field[Any]", hint: Any) -> inspect.Parameter:
         hint = list[str] | None
     elif hint == str | SELayer | None:
         hint = str | None
+    elif typing.get_origin(hint) is typing.Literal and "metavar" not in extra:
+        # Typer puts no spaces between the values, and a narrow terminal breaks them in a word.
+        info = typer.Option(flag(field.name), metavar=" | ".join(typing.get_args(hint)), **extra)
     elif can_be_auto:
         for limit in ("min", "max"):
             extra.pop(limit, None)

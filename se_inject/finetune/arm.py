@@ -42,9 +42,10 @@ class Arm:
         seed: int,
         folder: Path,
         console: Console,
+        arms_after: int = 0,
     ) -> None:
         self.settings, self.split, self.arm, self.seed = settings, split, arm, seed
-        self.folder, self.console = folder, console
+        self.folder, self.console, self.arms_after = folder, console, arms_after
 
     def train(self, run: Path) -> dict[str, Any]:
         settings = self.settings
@@ -67,7 +68,7 @@ class Arm:
         sharded = settings.strategy == "fsdp"
         plain = copy.deepcopy(network) if sharded else None
         history = RunFolder(self.folder, self.arm, self.seed, settings, plain)
-        trainer = trainer_of(settings, self.folder, history, self.console)
+        trainer = trainer_of(settings, self.folder, history, self.console, self.arms_after)
         if trainer.is_global_zero:
             check_space(self.folder, params, settings)
             self._say(data, recipe, trainer)

@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from rich.console import Console
 from torch import nn
 
 from se_inject.finetune.config import to_dict
@@ -125,24 +124,6 @@ def save_network(network: nn.Module, path: Path, *, base_is_known: bool) -> None
 
     with atomic_write(path) as part:
         save_file({k: v.detach().clone() for k, v in network.state_dict().items()}, part)
-
-
-class PlainLines(Callback):
-    """Prints a line after each epoch, where the output is no terminal."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            m = trainer.callback_metrics
-            self.console.print(
-                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}:"
-                f" loss {float(m['train_loss_epoch']):.4f}, val loss {float(m['val_loss']):.4f},"
-                f" val acc {100 * float(m['val_acc']):.2f} %,"
-                f" {float(m['images_per_s']):.0f} images/s",
-                highlight=False,
-            )
 
 
 class EarlyStop(EarlyStopping):

@@ -15,15 +15,15 @@ from lightning.pytorch.callbacks import (
     Callback,
     LearningRateMonitor,
     ModelCheckpoint,
-    RichProgressBar,
 )
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from se_inject.errors import ArgumentError, CheckpointError, TrainingError, first_line
-from se_inject.finetune.callbacks import EarlyStop, PlainLines, RunFolder, WholeFiles, average_of
+from se_inject.finetune.callbacks import EarlyStop, RunFolder, WholeFiles, average_of
 from se_inject.finetune.loggers import loggers_of
+from se_inject.finetune.progress import EpochBar, EpochLines
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.settings import Settings
 
@@ -62,9 +62,9 @@ def processes(settings: Settings) -> int:
 
 
 def trainer_of(
-    settings: Settings, folder: Path, history: RunFolder, console: Console
+    settings: Settings, folder: Path, history: RunFolder, console: Console, arms_after: int = 0
 ) -> pl.Trainer:
-    """The Lightning Trainer of one arm."""
+    """The Lightning Trainer of one arm, after which so many others are to be trained."""
     callbacks: list[Callback] = [history]
     if settings.ema:
         callbacks.append(average_of(settings.ema))
@@ -81,10 +81,9 @@ def trainer_of(
             save_on_train_epoch_end=True,
         )
     )
+    callbacks.append(EpochLines(console, arms_after))
     if console.is_terminal:
-        callbacks.append(RichProgressBar(leave=True))
-    else:
-        callbacks.append(PlainLines(console))
+        callbacks.append(EpochBar(console))
     gpu = torch.cuda.is_available()
     world = processes(settings)
     two_phases = settings.train == "all" and settings.frozen_epochs > 0
@@ -115,7 +114,7 @@ def trainer_of(
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             enable_model_summary=False,
-            enable_progress_bar=console.is_terminal,
+            enable_progress_bar=False,
             deterministic=not gpu,
             default_root_dir=folder,
             plugins=[WholeFiles()],

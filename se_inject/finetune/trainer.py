@@ -16,8 +16,9 @@ from se_inject.finetune.config import read_config, write_config
 from se_inject.finetune.lock import only_writer
 from se_inject.finetune.machine import rank
 from se_inject.finetune.parts import Split, limited, table_of
+from se_inject.finetune.pictures import curves
 from se_inject.finetune.records import ARM, LAST, SUMMARY, check_edits, read_arm
-from se_inject.finetune.results import curves, summarize, write_rows
+from se_inject.finetune.results import summarize, write_rows
 from se_inject.finetune.settings import Settings
 from se_inject.finetune.split import SPLIT, open_split, write_split
 from se_inject.finetune.trust import check_code
@@ -94,7 +95,7 @@ def _run(settings: Settings, folder: Path, console: Console, *, begun: bool) -> 
     ]
     results = []
     split: Split | None = None
-    for arm, seed in arms:
+    for number, (arm, seed) in enumerate(arms, start=1):
         own = folder if len(arms) == 1 else folder / f"{arm}-{seed}"
         done = own / ARM
         if done.exists():
@@ -112,7 +113,9 @@ def _run(settings: Settings, folder: Path, console: Console, *, begun: bool) -> 
         own.mkdir(parents=True, exist_ok=True)
         if split is None:
             split = _split(settings, folder, console, begun=begun)
-        results.append(Arm(settings, split, arm, seed, own, console).train(folder))
+        results.append(
+            Arm(settings, split, arm, seed, own, console, len(arms) - number).train(folder)
+        )
         if first:
             with atomic_write(done) as part:
                 part.write_text(json.dumps(results[-1], indent=2) + "\n")
@@ -126,7 +129,12 @@ def _run(settings: Settings, folder: Path, console: Console, *, begun: bool) -> 
         own = folder / f"se-{best['seed']}"
         shutil.copyfile(own / "best.safetensors", folder / "best.safetensors")
         write_rows(folder / "metrics.csv", [row for r in results for row in r["history"]])
-    curves([row for r in results for row in r["history"]], folder / "curves.png")
+    curves(
+        [row for r in results for row in r["history"]],
+        folder / "curves.png",
+        frozen_epochs=settings.frozen_epochs if settings.train == "all" else 0,
+        best={(r["arm"], r["seed"]): r.get("best_epoch") or 0 for r in results},
+    )
     return summary
 
 
