@@ -12,7 +12,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,15 +71,13 @@ def call(
 
 
 @pytest.fixture
-def here(call: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
-    """As ``call``, and warnings are printed as a user sees them, and not errors of the test."""
+def here() -> Callable[..., tuple[int, str, str]]:
+    """``se-inject ARGS`` in this process: exit status, stdout and stderr, warnings among it."""
+    from commands import command
 
     def here(*args: str) -> tuple[int, str, str]:
-        with warnings.catch_warnings():
-            warnings.resetwarnings()
-            for category in (DeprecationWarning, FutureWarning, ImportWarning, ResourceWarning):
-                warnings.simplefilter("ignore", category)
-            return call(*args)
+        result = command(*args)
+        return result.returncode, result.stdout, result.stderr
 
     return here
 

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from commands import command
 from helpers import randomize
 from PIL import Image
 from rich.console import Console
-from test_cli import run as command
 from torch import Tensor, nn
 
 from se_inject import ArgumentError, DataError, TrainingError, UnknownModelError, inject_se, save_se
@@ -676,7 +676,7 @@ def test_the_command_trains_and_says_so(tmp_path: Path) -> None:
         *("--img-size", "32", "--workers", "0", "--output", str(tmp_path / "run")),
     )
     assert result.returncode == 0, result.stderr
-    assert "1438 images to train, 359 to validate, 10 classes" in result.stderr
+    assert "160 images to train, 40 to validate, 10 classes" in result.stderr
     assert "epoch 1/1: loss" in result.stderr
     assert "383,026" in result.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["classes"][3] == "3"

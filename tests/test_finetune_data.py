@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
+from commands import command
 from PIL import Image
 from rich.console import Console
-from test_cli import run as command
 
 from se_inject import DataError
 from se_inject.finetune import evaluate as use

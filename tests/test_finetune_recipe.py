@@ -172,6 +172,43 @@ def test_the_loss_is_smoothed_and_the_figures_are_not() -> None:
     assert not torch.equal(small(label_smoothing=0.3)._smoothing(scores, labels), plain)
 
 
+def test_mixed_labels_are_smoothed_as_others_are() -> None:
+    mixup = small(mixup=0.4, label_smoothing=0.3)._mixup
+    assert mixup is not None
+    _, targets = mixup(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long))
+    torch.testing.assert_close(targets, torch.tensor([[0.8, 0.1, 0.1]]).repeat(4, 1))
+    assert small()._mixup is None
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_a_step_draws_follows_from_seed_and_step_alone(accumulate: int) -> None:
+    class Drawn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            drawn.append(torch.rand(()).item())
+            return self.fc(x.mean((2, 3)))
+
+    class OneProcess:
+        world_size, global_rank, global_step, current_epoch = 1, 0, 5, 0
+
+    def draw(seed: int, index: int) -> float:
+        recipe = Recipe(Drawn(), replace(SETTINGS, accumulate=accumulate, train="se+head"), 3, seed)
+        recipe._trainer = OneProcess()  # type: ignore[assignment]
+        recipe._fabric = None
+        recipe.log = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+        recipe.training_step((torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), []), index)
+        return drawn[-1]
+
+    drawn: list[float] = []
+    first = draw(0, 0)
+    torch.rand(7)
+    assert draw(0, 0) == first != draw(1, 0)
+    assert (draw(0, 1) == first) == (accumulate == 1)  # the next part of a step is another
+
+
 def test_the_average_of_the_weights_is_what_is_kept(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

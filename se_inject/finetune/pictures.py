@@ -56,15 +56,17 @@ def curves(
 
         figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
         last = max(row["epoch"] for row in rows)
+        seeds = list(dict.fromkeys(row["seed"] for row in rows))  # the later, the paler
         for arm, seed in dict.fromkeys((row["arm"], row["seed"]) for row in rows):
             own = [row for row in rows if (row["arm"], row["seed"]) == (arm, seed)]
             chosen, label = (best or {}).get((arm, seed), 0), f"{arm}, {seed}"
+            look = {"color": _COLORS[arm], "alpha": max(0.3, 0.75 ** seeds.index(seed))}
             for axis, figure_of, factor in ((axes[0], "loss", 1), (axes[1], "acc", 100)):
-                _line(axis, own, f"train_{figure_of}", factor, color=_COLORS[arm], linestyle=":")
+                _line(axis, own, f"train_{figure_of}", factor, **look, linestyle=":")
                 name = f"val_{figure_of}"
-                _line(axis, own, name, factor, color=_COLORS[arm], label=label)
+                _line(axis, own, name, factor, **look, label=label)
                 star = [row for row in own if row["epoch"] == chosen]
-                _line(axis, star, name, factor, color=_COLORS[arm], marker="*", markersize=12)
+                _line(axis, star, name, factor, **look, marker="*", markersize=12)
         for axis, label in zip(axes, ("loss", "accuracy in %"), strict=True):
             axis.set(xlabel="epoch", ylabel=f"{label} (dotted: training)")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -99,7 +101,7 @@ def _line(
 def confusion_picture(matrix: Tensor, classes: Sequence[str], path: Path) -> None:
     """Draw a confusion matrix: the rows are the true classes, colored by their shares in percent.
 
-    Up to twenty classes each cell says its percentage and count.
+    A cell that is not empty says its percentage and count; beyond twenty classes its count alone.
     """
     count = len(classes)
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
@@ -117,19 +119,17 @@ def confusion_picture(matrix: Tensor, classes: Sequence[str], path: Path) -> Non
         text = {"parse_math": False, "fontsize": 9 if count <= 20 else 7}
         axes.set_xticks(ticks, shown, rotation=90, **text)
         axes.set_yticks(ticks, shown, **text)
-        if count <= 20:
-            for i, row in enumerate(matrix.tolist()):
-                for j, value in enumerate(row):
-                    share = float(shares[i, j])
-                    axes.text(
-                        j,
-                        i,
-                        f"{100 * share:.0f} %\n{value}" if value else "0",
-                        ha="center",
-                        va="center",
-                        fontsize=7,
-                        color="white" if share > 0.5 else "black",
-                    )
+        for i, j in matrix.nonzero().tolist() if count <= 100 else ():
+            share, value = float(shares[i, j]), int(matrix[i, j])
+            axes.text(
+                j,
+                i,
+                f"{100 * share:.0f} %\n{value}" if count <= 20 else str(value),
+                ha="center",
+                va="center",
+                fontsize=7 if count <= 20 else 5,
+                color="white" if share > 0.5 else "black",
+            )
         with atomic_write(path) as part:
             figure.savefig(part, dpi=120)
         pyplot.close(figure)
