@@ -397,3 +397,18 @@ def test_the_options_of_finetune_are_in_panels(here: Here) -> None:
     assert [title for title in titles if title in panels] == panels
     assert np.unique(titles).size == len(titles)
     assert SETTINGS.epochs == 1
+
+
+def test_no_line_of_a_run_is_wider_than_a_terminal(tmp_path: Path, here: Here) -> None:
+    data = tree(tmp_path / "data", "a", "b")
+    status, out, err = here(
+        *("finetune", "test_resnet", "--no-pretrained", "--img-size", "32", "--workers", "0"),
+        *("--batch-size", "8", "--epochs", "2", "--freeze-epochs", "1", "--data", str(data)),
+        *("--output", str(tmp_path / "r")),
+    )
+    assert status == 0, err
+    assert "  epoch 1: SE blocks and head; 9,562 parameters learn (2.50 %)" in err.splitlines()
+    assert "  epoch 2: all; 382,250 parameters learn (100.00 %)" in err.splitlines()
+    assert "  382,250 parameters, 9,368 of them in SE blocks" in err.splitlines()
+    lines = [line for line in (out + err).splitlines() if str(tmp_path) not in line]
+    assert max(map(len, (line for line in lines if not line.startswith("warning")))) <= 80

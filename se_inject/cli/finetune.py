@@ -134,7 +134,7 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
     for arm, row in arms.items():
         for line in _about(arm, row):
             console.print(line, highlight=False, soft_wrap=True)
-    console.print(summary["verdict"], highlight=False, soft_wrap=True)
+    console.print(summary["verdict"], highlight=False)
     console.print(f"Best weights, metrics, curves: {folder}", highlight=False, soft_wrap=True)
 
 

@@ -166,17 +166,16 @@ class Arm:
         begin = 1
         for epochs, what, count in phases:
             if epochs:
+                when = f"{begin} to {begin + epochs - 1}" if epochs > 1 else f"{begin}"
                 say(
-                    f"  epochs {begin} to {begin + epochs - 1}: {what}; trainable {count:,} of"
-                    f" {total:,} parameters ({100 * count / total:.2f} %)",
-                    soft_wrap=True,
+                    f"  {'epochs' if epochs > 1 else 'epoch'} {when}: {what};"
+                    f" {count:,} parameters learn ({100 * count / total:.2f} %)"
                 )
             begin += epochs
-        say(f"  {added:,} parameters are in SE blocks")
+        say(f"  {total:,} parameters, {added:,} of them in SE blocks")
+        kind = trainer.accelerator.__class__.__name__
+        say(f"  {kind} x {trainer.world_size}, precision {trainer.precision}")
         say(
-            f"  {trainer.accelerator.__class__.__name__} x {trainer.world_size}, precision"
-            f" {trainer.precision}, effective batch {settings.batch_size * settings.accumulate},"
-            f" {settings.opt}, rate {settings.lr:g}"
-            f" (base {settings.lr * settings.base_lr_scale:g})",
-            soft_wrap=True,
+            f"  {settings.opt}, effective batch {settings.batch_size * settings.accumulate}, rate"
+            f" {settings.lr:g} (base {settings.lr * settings.base_lr_scale:g})"
         )
