@@ -150,6 +150,20 @@ def test_a_damaged_summary_is_written_anew(content: str, run: Path) -> None:
     assert (run / "summary.json").read_text() == before
 
 
+@pytest.mark.parametrize("content", [None, b"", b"not a file of save_se"])
+def test_missing_or_damaged_weights_are_named(content: bytes | None, run: Path) -> None:
+    path = run / "best.safetensors"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"best\.safetensors") as caught:
+        use.load_run(run)
+    assert len(str(caught.value).splitlines()) <= 2
+    running.resume(run, QUIET)  # the arm has them
+    use.load_run(run)
+    (run / "se-0" / "best.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"se-0/best\.safetensors is missing\. Remove"):
+        running.resume(run, QUIET)
+
+
 def without(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in checkpoint.items() if key != name}
 
@@ -160,6 +174,8 @@ CHECKPOINTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no weights": lambda c: without(c, "state_dict"),
     "another network": lambda c: c | {"state_dict": {"network.x": torch.zeros(3)}},
     "no optimizer": lambda c: without(c, "optimizer_states"),
+    "no callbacks": lambda c: c | {"callbacks": [1]},
+    "wrong settings": lambda c: c | {"callbacks": {"RunFolder": {"settings": 3}}},
     "no rows": lambda c: c | {"callbacks": {}},
     "wrong rows": lambda c: c | {"callbacks": {"RunFolder": {"rows": 3}}},
 }
@@ -173,6 +189,14 @@ def test_a_checkpoint_with_wrong_contents_is_named(kind: str, run: Path) -> None
     with pytest.raises(CheckpointError, match=r"se-0/last\.ckpt is damaged .*Remove it") as caught:
         running.resume(run, QUIET)
     assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_a_finished_arm_needs_no_checkpoint(run: Path) -> None:
+    (run / "se-0" / "last.ckpt").write_bytes(b"x")
+    running.resume(run, QUIET)
+    with pytest.raises(CheckpointError, match=r"se-0/last\.ckpt is damaged"):
+        running.resume(run, QUIET, epochs=2)
+    assert read_config(run).epochs == 1
 
 
 # --- space ---------------------------------------------------------------------------------------

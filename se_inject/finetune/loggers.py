@@ -32,7 +32,9 @@ def loggers_of(settings: Settings, folder: Path) -> list[Logger]:
 
 
 def _tensorboard(folder: Path) -> Logger:
-    return loggers.TensorBoardLogger(folder, name="", version="tensorboard")
+    return loggers.TensorBoardLogger(
+        folder, name="", version="tensorboard", default_hp_metric=False
+    )
 
 
 def _csv(folder: Path) -> Logger:

@@ -7,7 +7,7 @@ from typing import Any
 
 from se_inject.errors import ArgumentError, CheckpointError, first_line
 from se_inject.finetune.config import CONFIG, to_dict
-from se_inject.finetune.machine import epochs_done, read_last
+from se_inject.finetune.machine import damaged, epochs_done, read_last
 from se_inject.finetune.settings import ON_RESUME, Settings
 
 ARM, LAST, SUMMARY = "arm.json", "last.ckpt", "summary.json"
@@ -44,7 +44,15 @@ def read_arm(path: Path) -> dict[str, Any]:
         isinstance(row, dict) and set(_OF_ROW) <= row.keys() for row in found["history"]
     ):
         raise CheckpointError(f"{path} is damaged (its history is no list of epochs). {way_out}")
+    if not isinstance(found.get("settings", {}), dict):
+        raise CheckpointError(f"{path} is damaged (it has no settings by name). {way_out}")
     return found
+
+
+def epochs_of(arm: Mapping[str, Any]) -> int:
+    """The epochs that an arm was to have; one that was stopped early has fewer in its history."""
+    settings = arm.get("settings") or {}  # an older version kept none
+    return int(settings.get("epochs", len(arm["history"])))
 
 
 def read_classes(folder: Path) -> tuple[str, ...]:
@@ -92,7 +100,7 @@ def check_edits(settings: Settings, folder: Path) -> None:
         ArgumentError: a setting is another than when the run began, or more epochs are done.
     """
     now = to_dict(settings)
-    for path, done, begun in _begun(folder):
+    for path, done, begun in _begun(folder, settings.epochs):
         if done > settings.epochs:
             raise ArgumentError(
                 f"--epochs {settings.epochs}: {path.parent} has {done} epochs already."
@@ -112,15 +120,24 @@ def check_edits(settings: Settings, folder: Path) -> None:
             )
 
 
-def _begun(folder: Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+def _begun(folder: Path, epochs: int) -> Iterator[tuple[Path, int, dict[str, Any]]]:
     """File, whole epochs and settings of each arm that has begun."""
     for path in sorted((*folder.glob(ARM), *folder.glob(f"*/{ARM}"))):
         arm = read_arm(path)
         yield path, len(arm["history"]), arm.get("settings") or {}
     for path in sorted((*folder.glob(LAST), *folder.glob(f"*/{LAST}"))):
-        done = epochs_done(path)
-        callbacks = read_last(path).get("callbacks") or {}
-        yield path, done, callbacks.get("RunFolder", {}).get("settings") or {}
+        try:
+            done = epochs_done(path)
+        except CheckpointError:
+            beside = path.with_name(ARM)
+            if beside.exists() and epochs_of(read_arm(beside)) >= epochs:
+                continue  # nobody needs it any more
+            raise
+        try:
+            begun = dict(read_last(path)["callbacks"]["RunFolder"].get("settings", {}))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise damaged(path, error) from error
+        yield path, done, begun
 
 
 def _grows(begun: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

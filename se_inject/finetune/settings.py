@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, fields
 from se_inject.errors import ArgumentError
 from se_inject.finetune.choices import (
     LOGGERS,
-    DataChoices,
     MachineChoices,
     NetworkChoices,
     OutputChoices,
     RecipeChoices,
 )
+from se_inject.finetune.data_choices import DataChoices
 from se_inject.plan.injection import Injection
 
 # What may be another than before when a run goes on: the machine, and nothing that is learnt.

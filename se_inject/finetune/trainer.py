@@ -17,12 +17,12 @@ from se_inject.finetune.lock import only_writer
 from se_inject.finetune.machine import rank
 from se_inject.finetune.parts import Split, limited, table_of
 from se_inject.finetune.pictures import curves
-from se_inject.finetune.records import ARM, LAST, SUMMARY, check_edits, read_arm
+from se_inject.finetune.records import ARM, LAST, SUMMARY, check_edits, epochs_of, read_arm
 from se_inject.finetune.results import summarize, write_rows
 from se_inject.finetune.settings import Settings
 from se_inject.finetune.split import SPLIT, open_split, write_split
 from se_inject.finetune.trust import check_code
-from se_inject.finetune.tune import find_settings
+from se_inject.finetune.tune import check_alone, find_settings
 from se_inject.keep.atomic import atomic_write
 
 
@@ -41,6 +41,8 @@ def start(
     settings.check()
     # A run that goes on for longer keeps the epochs of its frozen base.
     settings = dataclasses.replace(settings, freeze_epochs=settings.frozen_epochs)
+    if find:
+        check_alone(settings)
     if rank() != 0:  # torchrun's others: the first process writes
         return _run(settings, folder, console, begun=False)
     try:
@@ -100,8 +102,7 @@ def _run(settings: Settings, folder: Path, console: Console, *, begun: bool) -> 
         done = own / ARM
         if done.exists():
             result = read_arm(done)
-            # An older version kept no settings; an arm that was stopped early has fewer epochs.
-            had = result.get("settings", {}).get("epochs", len(result["history"]))
+            had = epochs_of(result)
             if had >= settings.epochs:
                 results.append(result)
                 continue
@@ -127,7 +128,13 @@ def _run(settings: Settings, folder: Path, console: Console, *, begun: bool) -> 
     if len(arms) > 1:
         best = max((r for r in results if r["arm"] == "se"), key=lambda r: r["val_acc"])
         own = folder / f"se-{best['seed']}"
-        shutil.copyfile(own / "best.safetensors", folder / "best.safetensors")
+        chosen = own / "best.safetensors"
+        if not chosen.exists():
+            raise CheckpointError(
+                f"{chosen} is missing. Remove {own / ARM} and {own / LAST} to train this arm again."
+            )
+        with atomic_write(folder / "best.safetensors") as part:
+            shutil.copyfile(chosen, part)
         write_rows(folder / "metrics.csv", [row for r in results for row in r["history"]])
     curves(
         [row for r in results for row in r["history"]],

@@ -33,13 +33,8 @@ def find_settings(
         find: of "lr" and "batch_size".
 
     Raises:
-        ArgumentError: several processes train, or no rate is found.
+        ArgumentError: no rate is found.
     """
-    if processes(settings) > 1:
-        raise ArgumentError(
-            "--lr auto and --batch-size auto are found by one process. Find them so, with"
-            " --devices 1 --epochs 1, and give several processes the numbers."
-        )
     split = limited(open_split(settings), settings.limit)
     prepared = prepare(settings, split, "se", settings.seed)
     if "batch_size" in find:
@@ -49,6 +44,15 @@ def find_settings(
         settings = replace(settings, lr=_rate(settings, prepared, folder))
         console.print(f"--lr auto: {settings.lr:.3g}", highlight=False)
     return settings
+
+
+def check_alone(settings: Settings) -> None:
+    """Raise an :class:`ArgumentError` where several processes are to train."""
+    if processes(settings) > 1:
+        raise ArgumentError(
+            "--lr auto and --batch-size auto are found by one process. Find them so, with"
+            " --devices 1 --epochs 1, and give several processes the numbers."
+        )
 
 
 def _rate(settings: Settings, prepared: Prepared, folder: Path) -> float:
