@@ -485,3 +485,41 @@ def test_several_processes_find_nothing(data: Path, tmp_path: Path) -> None:
     settings = replace(settings_of(data), devices="2")
     with pytest.raises(ArgumentError, match="are found by one process"):
         running.start(settings, tmp_path / "run", QUIET, find=frozenset({"lr"}))
+
+
+# --- going on ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"opt": "sgd", "accumulate": 2, "drop_path": 0.3, "sched": "poly", "lr_warmup": 0.5},
+        {"ema": 0.9, "mixup": 0.4, "layer_decay": 0.8, "reprob": 0.5, "sampler": "balanced"},
+        {"logger": "csv", "early_stop": 1, "color_jitter": 0.4, "limit": 9},
+    ],
+    ids=["sgd", "ema", "csv"],
+)
+def test_a_steered_run_goes_on_to_the_same_weights(
+    options: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(settings_of(data), batch_size=4, epochs=2, lr=0.01, **options)
+    running.start(settings, tmp_path / "whole", QUIET)
+    step = Recipe.training_step
+
+    def stop(self: Recipe, batch: Any, index: int) -> Any:
+        if self.current_epoch == 1 and index == 1:
+            raise KeyboardInterrupt
+        return step(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recipe, "training_step", stop)
+        with pytest.raises(TrainingError, match=r"stopped\. Go on with"):
+            running.start(settings, tmp_path / "parts", QUIET)
+    running.resume(tmp_path / "parts", QUIET)
+    one, two = (
+        torch.load(tmp_path / run / "last.ckpt", weights_only=True) for run in ("whole", "parts")
+    )
+    assert one["global_step"] == two["global_step"]
+    for name in ("state_dict", "current_model_state"):
+        whole, parts = one.get(name, {}), two.get(name, {})
+        assert [key for key in whole if not torch.equal(whole[key], parts[key])] == []
