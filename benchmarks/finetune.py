@@ -52,7 +52,7 @@ def main() -> None:
         for compiled in (False, True) if torch.cuda.is_available() else (False,):
             settings = Settings(
                 options.model,
-                data,
+                data=data,
                 pretrained=False,
                 epochs=options.epochs,
                 freeze_epochs=0,

@@ -11,7 +11,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker on its own core, the processes that it starts too.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,3 +68,36 @@ def call(
         return int(caught.value.code or 0), captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def here() -> Callable[..., tuple[int, str, str]]:
+    """``se-inject ARGS`` in this process: exit status, stdout and stderr, warnings among it."""
+    from commands import command
+
+    def here(*args: str) -> tuple[int, str, str]:
+        result = command(*args)
+        return result.returncode, result.stdout, result.stderr
+
+    return here
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished fine-tuning run of two arms, one epoch each; tests work on copies."""
+    from dataclasses import replace
+
+    from rich.console import Console
+    from test_finetune_data import settings_of, tree
+
+    from se_inject.finetune.trainer import start
+
+    root = tmp_path_factory.mktemp("finished")
+    data = tree(root / "data", "a", "b")
+    start(replace(settings_of(data), control=True), root / "run", Console(quiet=True))
+    return root / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")

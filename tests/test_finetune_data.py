@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
+from commands import command
 from PIL import Image
 from rich.console import Console
-from test_cli import run as command
 
 from se_inject import DataError
 from se_inject.finetune import evaluate as use
@@ -25,9 +25,10 @@ from se_inject.finetune import trainer as running
 from se_inject.finetune.data import open_data
 from se_inject.finetune.folders import split_folders
 from se_inject.finetune.images import to_rgb
+from se_inject.finetune.parts import table_of
 from se_inject.finetune.settings import Settings
 from se_inject.finetune.sources import open_sources
-from se_inject.finetune.split import open_split, table_of, write_split
+from se_inject.finetune.split import open_split, write_split
 
 SETTINGS = Settings(
     "test_resnet",

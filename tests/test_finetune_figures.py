@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from commands import command
 from PIL import Image
 from rich.console import Console
 from sklearn import metrics
-from test_finetune_data import COMMAND, CONFIG, SETTINGS, command, settings_of, tree
+from test_finetune_data import COMMAND, CONFIG, SETTINGS, settings_of, tree
 from torch import nn
 
 from se_inject import inject_se
@@ -27,6 +29,7 @@ from se_inject.finetune.measure import by_class, figures_of, measure
 from se_inject.finetune.network import zero_branches
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.settings import Settings
+from se_inject.finetune.split import open_split, write_split
 
 QUIET = Console(quiet=True)
 
@@ -226,7 +229,7 @@ def test_class_weights_are_those_of_scikit_learn(tmp_path: Path) -> None:
     from sklearn.utils.class_weight import compute_class_weight
 
     data = open_data(settings_of(colors(tmp_path, a=20, b=10, c=5)), CONFIG, 0)
-    weights = balanced_weights(data.train)
+    weights = balanced_weights(data.train, 3)
     labels = np.array(data.train.labels)
     assert weights.numpy() == pytest.approx(
         compute_class_weight("balanced", classes=np.unique(labels), y=labels)
@@ -296,3 +299,78 @@ def test_how_long_the_base_is_frozen(change: dict[str, Any], epochs: int) -> Non
     assert (
         replace(SETTINGS, **{"epochs": 10, "freeze_epochs": None, **change}).frozen_epochs == epochs
     )
+
+
+# --- what a table says is what was counted -------------------------------------------------------
+
+
+def test_a_spread_is_that_of_a_sample() -> None:
+    own = [0.5, 0.6, 0.9]
+    arm = {
+        "arm": "se",
+        "params": 1,
+        "macs": 1,
+        "seconds": 1.0,
+        "unreadable": [],
+        "classes": ["a"],
+        "input_size": [3, 8, 8],
+        "select": "best",
+        "best_epoch": 1,
+    }
+    row = {"epoch": 1, "val_balanced": 0.25, "val_macro_f1": 0.75, "val_majority": 0.5}
+    rows = [row, row | {"epoch": 2, "val_balanced": 1.0, "val_macro_f1": 1.0, "val_majority": 1.0}]
+    found = results.summarize(
+        [
+            arm
+            | {"seed": i, "val_acc": a, "last_val_acc": a / 2, "history": rows}
+            | {"test": {"top1": a / 4}}
+            for i, a in enumerate(own)
+        ]
+    )["arms"]["se"]
+    assert found["mean"] == pytest.approx(2 / 3)
+    assert found["sd"] == pytest.approx(np.std(own, ddof=1))
+    assert found["last"]["mean"] == pytest.approx(1 / 3)
+    assert found["last"]["sd"] == pytest.approx(np.std(own, ddof=1) / 2)
+    assert found["test"]["mean"] == pytest.approx(1 / 6)
+    figures = (found["balanced_accuracy"], found["macro_f1"], found["majority_share"])
+    assert figures == (0.25, 0.75, 0.5)  # of the chosen epoch, and not of the last
+
+
+class _Always(use.Trained):
+    """A network that takes everything for the first class."""
+
+    def scores(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[1.0, 0.0]]).repeat(len(images), 1)
+
+
+def test_the_rows_of_the_matrix_are_the_true_classes(tmp_path: Path) -> None:
+    root = colors(tmp_path / "data", a=10, b=20)
+    settings = settings_of(root)
+    write_split(open_split(settings), tmp_path)
+    run = _Always(nn.Identity(), settings, ("a", "b"), CONFIG)
+    found = use.evaluate(run, tmp_path)
+    with (tmp_path / "confusion.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows == [["true \\ predicted", "a", "b"], ["a", "2", "0"], ["b", "4", "0"]]
+    assert found["classes"] == {"a": 1.0, "b": 0.0}
+    of_a, of_b = found["by_class"]["a"], found["by_class"]["b"]
+    assert (of_a["recall"], of_b["recall"]) == (1.0, 0.0)
+    assert (of_a["precision"], of_b["precision"]) == (pytest.approx(1 / 3), 0.0)
+    assert of_a["f1"] == pytest.approx(1 / 2)
+    assert (of_a["images"], of_b["images"]) == (2, 4)
+    assert (found["majority_share"], found["balanced_accuracy"]) == (pytest.approx(2 / 3), 0.5)
+
+
+@pytest.mark.parametrize("better", [0, 1])
+def test_the_best_seed_gives_the_weights_of_the_run(better: int, run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"seeds": 2}))
+    for arm in ("se", "control"):
+        shutil.copytree(run / f"{arm}-0", run / f"{arm}-1")
+        for seed in (0, 1):
+            path = run / f"{arm}-{seed}" / "arm.json"
+            change = {"seed": seed, "val_acc": 0.5 + 0.25 * (seed == better)}
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
+            (run / f"{arm}-{seed}" / "best.safetensors").write_bytes(f"{arm} {seed}".encode())
+    running.resume(run, QUIET)
+    assert (run / "best.safetensors").read_bytes() == f"se {better}".encode()

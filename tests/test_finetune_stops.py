@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import command
+from test_cli import run as process
 from test_finetune import BEFORE_ROOMS, QUIET
-from test_finetune_data import COMMAND, SETTINGS, command, settings_of, tree
+from test_finetune_data import COMMAND, SETTINGS, settings_of, tree
 
 from se_inject import ArgumentError, CheckpointError
 from se_inject.finetune import evaluate as use
@@ -57,7 +59,7 @@ def test_predict_on_a_foreign_run_folder_runs_nothing(
     run = hostile(tmp_path)
     monkeypatch.chdir(tmp_path)
     for args in (("predict", str(run), "image.png"), ("predict", "x", "i.png", "--trust-code")):
-        result = command(*args, env={"PYTHONPATH": str(Path(__file__).parents[1])})
+        result = process(*args, env={"PYTHONPATH": str(Path(__file__).parents[1])})
         assert result.returncode == 1
         assert "names code" in result.stderr
         assert len(result.stderr.splitlines()) <= 2

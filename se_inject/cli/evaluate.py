@@ -1,8 +1,9 @@
 """``se-inject evaluate``: what the best network of a run is worth."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -13,27 +14,60 @@ from se_inject.cli.lightning import TrustCode, need_lightning
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False),
+    ],
     data: Annotated[
         str | None,
-        typer.Option(help="Other data with the same classes.", show_default="those of the run"),
+        typer.Option(
+            help="Other data with the same classes, named as for finetune; its confusion matrix"
+            " lies beside that of the run.",
+            show_default="those of the run",
+        ),
     ] = None,
+    arm: Annotated[
+        Literal["se", "control"],
+        typer.Option(
+            metavar="se | control",
+            help="Which network is measured: that with SE blocks, or the control's; of several"
+            " seeds the best.",
+        ),
+    ] = "se",
+    tta: Annotated[
+        bool,
+        typer.Option("--tta", help="Average the probabilities of each image and its mirror image."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
     """Measure the chosen network of RUN on the images that the run validated on.
 
     The confusion matrix goes into the run folder, as a table and as a picture.
+
+    Examples:
+
+    - `se-inject evaluate runs/resnet50-flowers`
+
+    - `se-inject evaluate runs/resnet50-flowers --arm control --json`
+
+    - `se-inject evaluate runs/resnet50-flowers --data ./other-flowers --tta`
     """
     need_lightning()
     run = run.expanduser()
     from se_inject.finetune import evaluate as use
-    from se_inject.finetune.trust import printable
 
-    result = use.evaluate(use.load_run(run, trust_code=trust_code), run, data)
+    trained = use.load_run(run, trust_code=trust_code, arm=arm)
+    result = use.evaluate(replace(trained, mirrored=tta), run, data)
     if as_json:
         print(json.dumps(result, indent=2))
-        return
+    else:
+        _print(result)
+
+
+def _print(result: dict[str, Any]) -> None:
+    from se_inject.finetune.trust import printable
+
     console = Console()
     top5 = "" if result["top5"] is None else f", top-5 {100 * result['top5']:.2f} %"
     console.print(
@@ -54,4 +88,5 @@ def evaluate(
     console.print(table)
     if result["unreadable"]:
         console.print(f"{len(result['unreadable'])} images could not be read.", highlight=False)
-    console.print(f"Confusion matrix: {run / 'confusion.png'}, .csv", highlight=False)
+    files = ", ".join(result["files"])
+    console.print(f"Confusion matrix: {files}", highlight=False, soft_wrap=True)

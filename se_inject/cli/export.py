@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from se_inject.cli.lightning import TrustCode, need_lightning
 from se_inject.cli.options import Only, expand
+from se_inject.finetune.config import CONFIG
 from se_inject.keep.formats import FORMATS
 from se_inject.plan.injection import Injection
 
@@ -24,19 +26,24 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL",
-            help="The base: a timm name, torchvision/NAME, or module:callable.",
+            metavar="MODEL | RUN",
+            help="The base: a timm name, torchvision/NAME, or module:callable; or the folder of a"
+            " fine-tuning run, which knows its base and its weights.",
             show_default=False,
         ),
-    ],
-    weights: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help="What save_se or a fine-tuning run wrote."),
     ],
     output: Annotated[
         Path, typer.Option(metavar="FILE", help="The file to write; replaced as a whole.")
     ],
     injection: Annotated[Injection, Only("attention")],
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What save_se or a fine-tuning run wrote; a RUN has it.",
+            show_default=False,
+        ),
+    ] = None,
     target: Annotated[
         str,
         typer.Option(
@@ -64,6 +71,7 @@ def export(
         int | None,
         typer.Option(min=1, help="Input channels of the base.", show_default="the model's own"),
     ] = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Write a trained network in a form that needs no se_inject to load.
 
@@ -75,20 +83,35 @@ def export(
     - `se-inject export resnet50 --weights best.safetensors --output seresnet50.safetensors`
 
     - `se-inject export resnet50 --weights best.safetensors --format onnx --output net.onnx`
+
+    - `se-inject export runs/resnet50-flowers --format onnx --output flowers.onnx`
     """
     from se_inject.keep.restore import restore_model
 
+    run = Path(model).expanduser()
+    is_run = weights is None and (run / CONFIG).exists()
+    if weights is None and not is_run:
+        raise typer.BadParameter("give --weights FILE, or the folder of a run in place of MODEL")
+    if is_run:
+        need_lightning()
+        if any(x is not None for x in (checkpoint, num_classes, in_chans, injection.attention)):
+            raise typer.BadParameter("a run knows its base: give --output and --format alone")
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         # torch and onnxscript warn of their own deprecations, some of which name another module.
         warnings.filterwarnings("ignore", module="torch|onnxscript")
         warnings.filterwarnings("ignore", category=FutureWarning)
-        network = restore_model(
-            model,
-            weights,
-            checkpoint=checkpoint,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            se_layer=injection.se_layer,
-        )
+        if weights is None:
+            from se_inject.finetune.trained import load_run
+
+            network = load_run(run, trust_code=trust_code).network.cpu()
+        else:
+            network = restore_model(
+                model,
+                weights,
+                checkpoint=checkpoint,
+                in_chans=in_chans,
+                num_classes=num_classes,
+                se_layer=injection.se_layer,
+            )
         hint = FORMATS[target].write(network, output)
     print(f"{output}: same outputs as the model. Load it with {hint}")

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from se_inject.cli.lightning import TrustCode, need_lightning
-from se_inject.cli.options import Given, expand, flag
+from se_inject.cli.options import AUTO, Given, expand, flag
+from se_inject.finetune.config import read_yaml
 from se_inject.finetune.settings import ON_RESUME, Settings
 
 
@@ -18,14 +19,31 @@ def finetune(
     given: Annotated[Given, Settings],
     output: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="The run folder.", show_default="runs/MODEL-DATA"),
+        typer.Option(
+            metavar="RUN",
+            help="The run folder.",
+            show_default="runs/MODEL-DATA",
+            rich_help_panel="Output",
+        ),
     ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(
             metavar="RUN",
-            help="Go on with a run that was stopped; the machine may be another.",
+            help="Go on with a run that was stopped; the machine may be another. With --epochs,"
+            " train a finished run for longer.",
             show_default=False,
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml",
+            help="Options by name, as a run writes them into its config.yaml; those of the command"
+            " line win over them.",
+            show_default=False,
+            rich_help_panel="Output",
         ),
     ] = None,
     trust_code: TrustCode = False,
@@ -45,11 +63,15 @@ def finetune(
 
     - `se-inject finetune --resume runs/resnet50-flowers`
     """
+    if config is not None:
+        if resume is not None:
+            raise typer.BadParameter("--config begins a run, and --resume goes on with one")
+        given = Given({**read_yaml(config.expanduser()), **given})
     if ("model" in given) == (resume is not None):
         raise typer.BadParameter("give MODEL, or --resume RUN")
-    if resume is not None and (others := sorted(given.keys() - set(ON_RESUME))):
+    if resume is not None and (others := sorted(given.keys() - {*ON_RESUME, "epochs"})):
         raise typer.BadParameter(
-            f"--resume goes on as {resume / 'config.json'} says; only"
+            f"--resume goes on as {resume / 'config.json'} says; only --epochs,"
             f" {', '.join(map(flag, ON_RESUME))} may be others than before, not"
             f" {', '.join(map(flag, others))}"
         )
@@ -64,9 +86,12 @@ def finetune(
         folder = resume.expanduser()
         summary = trainer.resume(folder, console, trust_code=trust_code, **given)
     else:
+        find = frozenset(name for name, value in given.items() if value == AUTO)
+        find &= {"lr", "batch_size"}
+        given = Given({name: value for name, value in given.items() if name not in find})
         settings = _with_whole_paths(Settings(**given))
         folder = output.expanduser() if output else _default_folder(settings)
-        summary = trainer.start(settings, folder, console)
+        summary = trainer.start(settings, folder, console, find=find)
     if rank() == 0:
         _print_summary(summary, folder)
 
@@ -109,7 +134,7 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
     for arm, row in arms.items():
         for line in _about(arm, row):
             console.print(line, highlight=False, soft_wrap=True)
-    console.print(summary["verdict"], highlight=False, soft_wrap=True)
+    console.print(summary["verdict"], highlight=False)
     console.print(f"Best weights, metrics, curves: {folder}", highlight=False, soft_wrap=True)
 
 

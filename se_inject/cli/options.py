@@ -26,6 +26,7 @@ from se_inject.names import Patterns
 from se_inject.plan.injection import Ratio
 
 _CONTEXT = "context_of_the_options"
+AUTO = "auto"  # what stands for a number that is to be found
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ def _parameter(field: "Field[Any]", hint: Any) -> inspect.Parameter:
     extra = dict(field.metadata)
     extra["rich_help_panel"] = extra.pop("panel", None)
     extra.pop("alias", None)
+    can_be_auto = extra.pop("auto", False)
     default: Any = None if field.default is MISSING else field.default
     if extra.pop("argument", False):
         info: Any = typer.Argument(**extra)
@@ -156,12 +158,33 @@ def _parameter(field: "Field[Any]", hint: Any) -> inspect.Parameter:
         hint = list[str] | None
     elif hint == str | SELayer | None:
         hint = str | None
+    elif typing.get_origin(hint) is typing.Literal and "metavar" not in extra:
+        # Typer puts no spaces between the values, and a narrow terminal breaks them in a word.
+        info = typer.Option(flag(field.name), metavar=" | ".join(typing.get_args(hint)), **extra)
+    elif can_be_auto:
+        for limit in ("min", "max"):
+            extra.pop(limit, None)
+        extra |= {"metavar": "auto|" + ("N" if hint is int else "NUMBER"), "parser": _or_auto(hint)}
+        info = typer.Option(flag(field.name), **extra)
+        hint, default = str, str(default)
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
         annotation=Annotated[hint, info],
         default=default,
     )
+
+
+def _or_auto(kind: type[int] | type[float]) -> Callable[[str], Any]:
+    """The word "auto", or a number."""
+
+    def parse(text: str) -> Any:
+        try:
+            return text if text == AUTO else kind(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is neither a number nor {AUTO}.") from None
+
+    return parse
 
 
 def _in_python(hint: Any, value: Any) -> Any:

@@ -2,20 +2,26 @@
 
     Settings ──▶ data ──▶ arms (with SE, control) × seeds ──▶ Lightning ──▶ run folder ──▶ summary
 
-    settings.py   all options of a run; config.py keeps them in ``config.json``
+    choices.py    all options of a run; settings.py checks them, config.py keeps them in its folder
     sources.py    what ``--data`` names -> labelled images (folders, tables, shards, hub, images)
-    split.py      which image is trained on, validated on or kept for the test
+    parts.py      the parts train, val and test; divide.py divides, split.py keeps it in the run
     data.py       a source -> training and validation set, the same in every run
     network.py    MODEL -> the base with its weights, a head for the classes
-    recipe.py     the LightningModule: what is frozen when, rates, loss, metrics
-    results.py    the summary, its verdict, the curves
+    prepare.py    what an arm begins with: its network and its data
+    recipe.py     the LightningModule: what is frozen when, loss, metrics
+    optimizer.py  timm's optimizers and schedules; tune.py finds rate and batch size
+    results.py    the summary and its verdict; pictures.py draws the curves
+    progress.py   a line an epoch, and a bar
     callbacks.py  what a run keeps after each epoch, and what it says
-    machine.py    processes, the Lightning Trainer, stops
+    machine.py    processes, the Lightning Trainer, stops; loggers.py its loggers
+    lock.py       one writer a run folder
+    records.py    what a run folder says of itself, and edits of its settings
     arm.py        one arm with one seed
     trainer.py    one command: ``start`` and ``resume``
-    evaluate.py   the best network of a run, measured and asked about images
+    trained.py    the best network of a run; evaluate.py measures it, predict.py asks it
 
-The command line uses ``Settings``, ``start``, ``resume``, ``load_run``, ``evaluate`` and
-``predict``; nothing else of this room is for others. All but ``settings.py`` and ``config.py``
-import Lightning, which is an extra (``pip install 'se-inject[finetune]'``).
+The command line uses ``Settings``, ``start``, ``resume``, ``load_run``, ``evaluate`` and what
+``predict.py`` has; nothing else of this room is for others. All but ``choices.py``,
+``settings.py``, ``config.py`` and ``trust.py`` import Lightning, which is an extra
+(``pip install 'se-inject[finetune]'``).
 """

@@ -11,25 +11,26 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from se_inject.api import remove_se, se_parameters
-from se_inject.errors import ArgumentError
+from se_inject.api import se_parameters
+from se_inject.errors import SEInjectError
 from se_inject.finetune.callbacks import RunFolder
-from se_inject.finetune.data import Data, Images, balanced_weights, data_of, loader
-from se_inject.finetune.machine import check_space, epochs_done, ranks_of, stoppable, trainer_of
-from se_inject.finetune.measure import measure
-from se_inject.finetune.network import (
-    base_of,
-    blocks_of,
-    head_of,
-    size_of,
-    with_head,
-    zero_branches,
+from se_inject.finetune.config import to_dict
+from se_inject.finetune.data import Data, Images, balanced_weights, loader
+from se_inject.finetune.machine import (
+    check_space,
+    damaged,
+    epochs_done,
+    ranks_of,
+    stoppable,
+    trainer_of,
 )
+from se_inject.finetune.measure import measure
+from se_inject.finetune.network import size_of, zero_branches
+from se_inject.finetune.parts import Split
+from se_inject.finetune.prepare import prepare
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.settings import Settings
-from se_inject.finetune.split import Split
 from se_inject.names import few, plural
-from se_inject.plan.planner import make_plan
 
 
 class Arm:
@@ -41,27 +42,15 @@ class Arm:
         seed: int,
         folder: Path,
         console: Console,
+        arms_after: int = 0,
     ) -> None:
         self.settings, self.split, self.arm, self.seed = settings, split, arm, seed
-        self.folder, self.console = folder, console
+        self.folder, self.console, self.arms_after = folder, console, arms_after
 
     def train(self, run: Path) -> dict[str, Any]:
         settings = self.settings
-        pl.seed_everything(self.seed, workers=True, verbose=False)
-        network, config = base_of(settings)
-        data = data_of(self.split, settings, config, self.seed)
-        old = head_of(network)
-        network = with_head(network, len(data.classes))
-        if settings.train == "se" and head_of(network) is not old:
-            raise ArgumentError(
-                f"--train se keeps the head of {settings.model}, which is for other classes than"
-                f" the {len(data.classes)} of the data. Use --train se+head."
-            )
-        size = settings.img_size or config["input_size"][-1]
-        example = torch.empty(2, 3, size, size)
-        if not blocks_of(network):
-            make_plan(network, settings, example).apply()
-        blocks = blocks_of(network)
+        prepared = prepare(settings, self.split, self.arm, self.seed)
+        network, data, example = prepared.network, prepared.data, prepared.example
         if self.arm == "se" and (dead := self._dead_blocks(network, example)):
             warnings.warn(
                 f"{plural(len(dead), 'block')} ({few(dead)}): the branch is multiplied by 0, so its"
@@ -69,19 +58,19 @@ class Arm:
                 " base from the first epoch on.",
                 stacklevel=2,
             )
-        if self.arm == "control":
-            remove_se(network)
         params, macs = size_of(network, example)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        weights = balanced_weights(data.train) if settings.class_weights == "balanced" else None
-        recipe = Recipe(network, settings, len(data.classes), self.seed, blocks, weights)
+        classes = len(data.classes)
+        balanced = settings.class_weights == "balanced"
+        weights = balanced_weights(data.train, classes) if balanced else None
+        recipe = Recipe(network, settings, classes, self.seed, prepared.blocks, weights)
         sharded = settings.strategy == "fsdp"
         plain = copy.deepcopy(network) if sharded else None
         history = RunFolder(self.folder, self.arm, self.seed, settings, plain)
-        trainer = trainer_of(settings, self.folder, history, self.console)
+        trainer = trainer_of(settings, self.folder, history, self.console, self.arms_after)
         if trainer.is_global_zero:
-            check_space(self.folder, params)
+            check_space(self.folder, params, settings)
             self._say(data, recipe, trainer)
         last = self.folder / "last.ckpt"
         done = epochs_done(last)
@@ -89,14 +78,24 @@ class Arm:
             warnings.warn(
                 f"{last} is missing, so this arm begins anew at its first epoch.", stacklevel=2
             )
-        with stoppable(run, settings):
-            trainer.fit(
-                recipe,
-                loader(data.train, settings, training=True, epoch=done, **ranks_of(trainer)),
-                loader(data.val, settings, training=False, epoch=done, **ranks_of(trainer)),
-                ckpt_path=str(last) if last.exists() else None,
-                weights_only=True,
-            )
+        resumes = last.exists()
+        try:
+            with stoppable(run, settings):
+                trainer.fit(
+                    recipe,
+                    loader(data.train, settings, training=True, epoch=done, **ranks_of(trainer)),
+                    loader(data.val, settings, training=False, epoch=done, **ranks_of(trainer)),
+                    ckpt_path=str(last) if resumes else None,
+                    weights_only=True,
+                )
+        except (SEInjectError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if resumes and not history.began:  # it failed while the checkpoint was read
+                raise damaged(last, error) from error
+            raise
+        if not history.rows:
+            raise damaged(last, ValueError("it has no epochs"))
         if history.unreadable and trainer.is_global_zero:
             first = next(iter(history.unreadable))
             warnings.warn(
@@ -107,7 +106,7 @@ class Arm:
         rows = history.rows
         test = None
         if data.test is not None and trainer.is_global_zero:
-            test = self._test(plain or network, data.test, len(data.classes))
+            test = self._test(plain or network, data.test, classes)
         return {
             "arm": self.arm,
             "seed": self.seed,
@@ -122,8 +121,9 @@ class Arm:
             "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             "unreadable": list(history.unreadable),
             "classes": list(data.classes),
-            "input_size": [3, size, size],
+            "input_size": list(example.shape[1:]),
             "history": rows,
+            "settings": to_dict(settings),
         }
 
     def _dead_blocks(self, network: nn.Module, example: torch.Tensor) -> list[str]:
@@ -166,16 +166,16 @@ class Arm:
         begin = 1
         for epochs, what, count in phases:
             if epochs:
+                when = f"{begin} to {begin + epochs - 1}" if epochs > 1 else f"{begin}"
                 say(
-                    f"  epochs {begin} to {begin + epochs - 1}: {what}; trainable {count:,} of"
-                    f" {total:,} parameters ({100 * count / total:.2f} %)",
-                    soft_wrap=True,
+                    f"  {'epochs' if epochs > 1 else 'epoch'} {when}: {what};"
+                    f" {count:,} parameters learn ({100 * count / total:.2f} %)"
                 )
             begin += epochs
-        say(f"  {added:,} parameters are in SE blocks")
+        say(f"  {total:,} parameters, {added:,} of them in SE blocks")
+        kind = trainer.accelerator.__class__.__name__
+        say(f"  {kind} x {trainer.world_size}, precision {trainer.precision}")
         say(
-            f"  {trainer.accelerator.__class__.__name__} x {trainer.world_size}, precision"
-            f" {trainer.precision}, effective batch {settings.batch_size}, rate {settings.lr:g}"
-            f" (base {settings.lr * settings.base_lr_scale:g})",
-            soft_wrap=True,
+            f"  {settings.opt}, effective batch {settings.batch_size * settings.accumulate}, rate"
+            f" {settings.lr:g} (base {settings.lr * settings.base_lr_scale:g})"
         )

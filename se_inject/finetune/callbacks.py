@@ -7,11 +7,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from rich.console import Console
 from torch import nn
 
+from se_inject.finetune.config import to_dict
 from se_inject.finetune.network import blocks_of
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.results import write_rows
@@ -38,6 +38,7 @@ class RunFolder(Callback):
         self.best, self.best_loss, self.best_epoch = -1.0, float("inf"), 0
         self.seconds = 0.0
         self.unreadable: dict[str, None] = {}  # in the order in which they were met
+        self.began = False  # whether a step was taken, and so all of a checkpoint could be read
         self._since = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -48,6 +49,7 @@ class RunFolder(Callback):
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
             "unreadable": list(self.unreadable),
+            "settings": to_dict(self.settings),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -61,6 +63,9 @@ class RunFolder(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since = time.perf_counter()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.began = True
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Recipe)
@@ -121,22 +126,16 @@ def save_network(network: nn.Module, path: Path, *, base_is_known: bool) -> None
         save_file({k: v.detach().clone() for k, v in network.state_dict().items()}, part)
 
 
-class PlainLines(Callback):
-    """Prints a line after each epoch, where the output is no terminal."""
+class EarlyStop(EarlyStopping):
+    """Stops an arm whose validation accuracy did not get better, also one that is gone on with."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, epochs: int) -> None:
+        super().__init__("val_acc", patience=epochs, mode="max", verbose=False)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            m = trainer.callback_metrics
-            self.console.print(
-                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}:"
-                f" loss {float(m['train_loss_epoch']):.4f}, val loss {float(m['val_loss']):.4f},"
-                f" val acc {100 * float(m['val_acc']):.2f} %,"
-                f" {float(m['images_per_s']):.0f} images/s",
-                highlight=False,
-            )
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop a run that was killed between the epoch that ended it and the summary."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
 
 
 class WholeFiles(TorchCheckpointIO):

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from se_inject.errors import ArgumentError
+from se_inject.finetune.parts import Part, Split
 from se_inject.finetune.settings import Settings
-from se_inject.finetune.split import Part, Split, open_split
+from se_inject.finetune.split import open_split
 
 NO_IMAGE = -1  # the label of what is no image
 Sample = tuple[Tensor, int, str]  # image, label, and what is wrong with it
@@ -139,9 +140,8 @@ def loader(
     )
 
 
-def balanced_weights(images: Images) -> Tensor:
+def balanced_weights(images: Images, classes: int) -> Tensor:
     """A weight for each class, so that all classes weigh the same and the mean image 1."""
-    classes = max(images.labels) + 1
     counts = torch.tensor(images.labels).bincount(minlength=classes).clamp(min=1)
     return len(images) / (classes * counts.float())
 
@@ -192,9 +192,11 @@ def transforms(settings: Settings, config: dict[str, Any]) -> tuple[Any, Any]:
             **config,
             is_training=True,
             auto_augment=settings.aa,
-            scale=(0.7, 1.0),
-            hflip=0.0 if settings.data == "digits" else 0.5,
-            color_jitter=None,
+            scale=(settings.scale, 1.0),
+            hflip=_hflip(settings),
+            vflip=settings.vflip,
+            color_jitter=settings.color_jitter,
+            re_prob=settings.reprob,
         )
     except Exception as error:  # timm reads the words with asserts and look-ups
         if settings.aa is None:
@@ -204,3 +206,10 @@ def transforms(settings: Settings, config: dict[str, Any]) -> tuple[Any, Any]:
             " augmix-m3-w3 or original."
         ) from error
     return training, create_transform(**{**config, "crop_pct": 1.0}, is_training=False)
+
+
+def _hflip(settings: Settings) -> float:
+    """A mirrored digit is another character or none."""
+    if settings.hflip is None:
+        return 0.0 if settings.data == "digits" else 0.5
+    return settings.hflip

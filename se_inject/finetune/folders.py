@@ -127,6 +127,11 @@ def _class_images(root: Path, top: Path, left: Counter[str]) -> Iterator[tuple[s
             left[entry.suffix.lower() or "files without extension"] += 1
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files of a folder and of those below it, but for junk."""
+    return _files(folder, set())
+
+
 def _files(folder: Path, above: set[str]) -> Iterator[Path]:
     """All files below; a link that leads up again is not followed."""
     real = os.path.realpath(folder)

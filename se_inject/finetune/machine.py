@@ -11,13 +11,19 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from se_inject.errors import ArgumentError, CheckpointError, TrainingError, first_line
-from se_inject.finetune.callbacks import PlainLines, RunFolder, WholeFiles, average_of
+from se_inject.finetune.callbacks import EarlyStop, RunFolder, WholeFiles, average_of
+from se_inject.finetune.loggers import loggers_of
+from se_inject.finetune.progress import EpochBar, EpochLines
 from se_inject.finetune.recipe import Recipe
 from se_inject.finetune.settings import Settings
 
@@ -56,12 +62,17 @@ def processes(settings: Settings) -> int:
 
 
 def trainer_of(
-    settings: Settings, folder: Path, history: RunFolder, console: Console
+    settings: Settings, folder: Path, history: RunFolder, console: Console, arms_after: int = 0
 ) -> pl.Trainer:
-    """The Lightning Trainer of one arm."""
+    """The Lightning Trainer of one arm, after which so many others are to be trained."""
     callbacks: list[Callback] = [history]
     if settings.ema:
         callbacks.append(average_of(settings.ema))
+    if settings.early_stop is not None:
+        callbacks.append(EarlyStop(settings.early_stop))
+    loggers = loggers_of(settings, folder)
+    if loggers:
+        callbacks.append(LearningRateMonitor(logging_interval="epoch"))
     callbacks.append(
         ModelCheckpoint(
             dirpath=folder,
@@ -70,10 +81,9 @@ def trainer_of(
             save_on_train_epoch_end=True,
         )
     )
+    callbacks.append(EpochLines(console, arms_after))
     if console.is_terminal:
-        callbacks.append(RichProgressBar(leave=True))
-    else:
-        callbacks.append(PlainLines(console))
+        callbacks.append(EpochBar(console))
     gpu = torch.cuda.is_available()
     world = processes(settings)
     two_phases = settings.train == "all" and settings.frozen_epochs > 0
@@ -95,14 +105,16 @@ def trainer_of(
             devices=int(devices) if str(devices).isdigit() else devices,
             num_nodes=settings.nodes,
             strategy=strategy,
-            precision=settings.precision or ("bf16-mixed" if gpu else "32-true"),  # type: ignore[arg-type]  # the user's words
+            precision=precision_of(settings),
             gradient_clip_val=settings.clip,
             callbacks=callbacks,
-            logger=False,
+            logger=loggers or False,
+            log_every_n_steps=10,
+            accumulate_grad_batches=settings.accumulate,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             enable_model_summary=False,
-            enable_progress_bar=console.is_terminal,
+            enable_progress_bar=False,
             deterministic=not gpu,
             default_root_dir=folder,
             plugins=[WholeFiles()],
@@ -112,6 +124,11 @@ def trainer_of(
             f"--precision {settings.precision}, --devices {settings.devices}: Lightning cannot"
             f" train so ({first_line(error)})."
         ) from error
+
+
+def precision_of(settings: Settings) -> Any:
+    """The precision in Lightning's words, which are checked by Lightning."""
+    return settings.precision or ("bf16-mixed" if torch.cuda.is_available() else "32-true")
 
 
 class Sharded(ModelParallelStrategy):
@@ -137,22 +154,50 @@ def epochs_done(last: Path) -> int:
     if not last.exists():
         return 0
     try:
-        checkpoint = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = read_last(last)
         return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(last, error) from error
+
+
+def read_last(last: Path) -> dict[str, Any]:
+    """What Lightning and the callbacks kept after the last whole epoch.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        found = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(found, dict):
+            raise TypeError("it is no checkpoint of a run")
     except Exception as error:  # a damaged file fails in many ways
-        raise CheckpointError(
-            f"{last} is damaged ({first_line(error)}). Remove it to train this arm from its first"
-            " epoch on."
-        ) from error
+        raise damaged(last, error) from error
+    return found
+
+
+def damaged(last: Path, error: Exception) -> CheckpointError:
+    """The error for a checkpoint that cannot be gone on from, with the way out."""
+    return CheckpointError(
+        f"{last} is damaged ({type(error).__name__}: {first_line(error)}). Remove it to train this"
+        " arm from its first epoch on."
+    )
 
 
 def ranks_of(trainer: pl.Trainer) -> dict[str, int]:
     return {"rank": trainer.global_rank, "world": trainer.world_size}
 
 
-def check_space(folder: Path, params: int) -> None:
-    """The run keeps weights, two moments and the best weights, twice while files are replaced."""
-    wanted, free = 32 * params, shutil.disk_usage(folder).free
+def check_space(folder: Path, params: int, settings: Settings) -> None:
+    """Raise an :class:`ArgumentError` where the files of an arm do not fit on the disk.
+
+    It keeps the weights, two moments of each, the best weights and, with --ema, their average, all
+    of four bytes; while a file is replaced, the old one and the new one. What is there already
+    takes no more room.
+    """
+    kept = (folder / "last.ckpt", folder / "best.safetensors")
+    there = sum(path.stat().st_size for path in kept if path.exists())
+    wanted = 2 * 4 * params * (5 if settings.ema else 4) - there
+    free = shutil.disk_usage(folder).free
     if free < wanted:
         raise ArgumentError(
             f"{folder}: {free / 1e6:.0f} MB are free, the run needs about {wanted / 1e6:.0f} MB."

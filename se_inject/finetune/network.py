@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from se_inject.edit.block_class import edit_of
-from se_inject.errors import ForeignFileError, TrainingError, UnknownModelError
+from se_inject.errors import ArgumentError, ForeignFileError, TrainingError, UnknownModelError
 from se_inject.finetune.settings import Settings
 from se_inject.keep.read import read_header
 from se_inject.keep.restore import restore_model
@@ -22,11 +22,15 @@ def base_of(settings: Settings) -> tuple[nn.Module, dict[str, Any]]:
     """The network with its weights, and how timm prepares images for it."""
     checkpoint = None if settings.checkpoint is None else Path(settings.checkpoint)
     if checkpoint is not None and _is_se_file(checkpoint):
+        if settings.drop_path is not None:
+            raise ArgumentError("--drop-path does not go with a --checkpoint of save_se.")
         network = restore_model(settings.model, checkpoint, se_layer=settings.se_layer)
     else:
         pretrained = settings.pretrained and checkpoint is None
         try:
-            network = load_model(settings.model, pretrained=pretrained)
+            network = load_model(
+                settings.model, pretrained=pretrained, drop_path=settings.drop_path
+            )
         except UnknownModelError as error:
             if not pretrained:
                 raise

@@ -1,8 +1,7 @@
 """What is trained when, at which rate, on which loss: a LightningModule."""
 
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +18,7 @@ from se_inject.errors import TrainingError
 from se_inject.finetune.data import NO_IMAGE, Batch, seed_of, seeded
 from se_inject.finetune.measure import TOP5_FROM, figures_of
 from se_inject.finetune.network import head_of
+from se_inject.finetune.optimizer import optimizer_of
 from se_inject.finetune.settings import Settings
 
 
@@ -118,11 +118,14 @@ class Recipe(pl.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         images, labels = self._images_of(batch)
         # Dropout and stochastic depth follow from the step: a resumed run draws the same numbers.
-        torch.manual_seed(seed_of(self.seed, self.global_step, self.global_rank))
+        step: tuple[int, ...] = (self.seed, self.global_step, self.global_rank)
+        if self.settings.accumulate > 1:
+            step += (index % self.settings.accumulate,)
+        torch.manual_seed(seed_of(*step))
         count = int((labels != NO_IMAGE).sum())
         if self._mixup is not None and count > 1:
             even = count // 2 * 2  # it mixes pairs
-            with seeded(self.seed, self.global_step, self.global_rank):
+            with seeded(*step):
                 images, targets = self._mixup(images[:even], labels[:even])
             labels = labels[:even]
             scores = self._forward[0](images)
@@ -135,9 +138,12 @@ class Recipe(pl.LightningModule):
             scores = self._forward[0](images)
             loss = scores.sum() * 0
         if not torch.isfinite(loss):
+            kept = "The weights of the last whole epoch are kept."
+            if not self.current_epoch:
+                kept = "No weights are kept, for no epoch was whole."
             raise TrainingError(
-                f"the loss is {loss.item()} at epoch {self.current_epoch + 1}, step {index}. The"
-                " weights of the last whole epoch are kept; try a smaller --lr."
+                f"the loss is {loss.item()} at epoch {self.current_epoch + 1}, step {index}."
+                f" {kept} Try a smaller --lr."
             )
         self._images += count * self.trainer.world_size
         accuracy = (scores.argmax(1) == labels).float().mean()
@@ -186,39 +192,8 @@ class Recipe(pl.LightningModule):
     # --- optimizer -------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """AdamW; the base at a smaller rate, no decay on biases and norms; warm-up and cosine."""
-        optimizer = torch.optim.AdamW(list(self._groups()))
         steps = int(self.trainer.estimated_stepping_batches)
-        warmup = max(1, steps // 20)
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
-
-    def _groups(self) -> Iterator[dict[str, Any]]:
-        settings = self.settings
-        for new in (False, True):
-            for decays in (False, True):
-                parameters = [
-                    p
-                    for name, p in self.network.named_parameters()
-                    if p.requires_grad
-                    and (name in self.new) == new
-                    and (p.dim() > 1 and not name.endswith("bias")) == decays
-                ]
-                if parameters:
-                    yield {
-                        "params": parameters,
-                        "lr": settings.lr * (1.0 if new else settings.base_lr_scale),
-                        "weight_decay": settings.weight_decay if decays else 0.0,
-                    }
+        return optimizer_of(self.network, self.new, self.settings, steps)
 
 
 def new_parameters(network: nn.Module, settings: Settings) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""What a run says of itself at the end: the summary, its verdict, the curves and the rows."""
+"""What a run says of itself at the end: the summary, its verdict and the rows."""
 
 import csv
 import statistics
@@ -94,28 +94,3 @@ def verdict(arms: dict[str, list[dict[str, Any]]]) -> str:
         f"With SE {mean:+.2f} points{where}, 95 % interval ±{margin:.2f} over {len(se)} seeds:"
         f" {beyond}."
     )
-
-
-def curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss and accuracy over the epochs, with one line for each arm and seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    colors = {"se": "tab:blue", "control": "tab:orange"}
-    for arm, seed in dict.fromkeys((row["arm"], row["seed"]) for row in rows):
-        own = [row for row in rows if (row["arm"], row["seed"]) == (arm, seed)]
-        epochs, color = [row["epoch"] for row in own], colors[arm]
-        left.plot(epochs, [row["train_loss"] for row in own], color=color, linestyle=":")
-        left.plot(epochs, [row["val_loss"] for row in own], color=color, label=f"{arm}, {seed}")
-        right.plot(
-            epochs, [100 * row["val_acc"] for row in own], color=color, label=f"{arm}, {seed}"
-        )
-    left.set(xlabel="epoch", ylabel="loss (dotted: training)")
-    right.set(xlabel="epoch", ylabel="validation accuracy in %")
-    right.legend(title="arm, seed")
-    with atomic_write(path) as part:
-        figure.savefig(part, dpi=120)
-    plt.close(figure)

@@ -1,5 +1,6 @@
 """One command: the arms and seeds of a run, its folder, and how it goes on after a stop."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -9,19 +10,29 @@ from typing import Any
 
 from rich.console import Console
 
-from se_inject.errors import ArgumentError
+from se_inject.errors import ArgumentError, CheckpointError
 from se_inject.finetune.arm import Arm
 from se_inject.finetune.config import read_config, write_config
+from se_inject.finetune.lock import only_writer
 from se_inject.finetune.machine import rank
-from se_inject.finetune.results import curves, summarize, write_rows
+from se_inject.finetune.parts import Split, limited, table_of
+from se_inject.finetune.pictures import curves
+from se_inject.finetune.records import ARM, LAST, SUMMARY, check_edits, epochs_of, read_arm
+from se_inject.finetune.results import summarize, write_rows
 from se_inject.finetune.settings import Settings
-from se_inject.finetune.split import SPLIT, Split, open_split, table_of, write_split
+from se_inject.finetune.split import SPLIT, open_split, write_split
 from se_inject.finetune.trust import check_code
+from se_inject.finetune.tune import check_alone, find_settings
 from se_inject.keep.atomic import atomic_write
 
 
-def start(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
+def start(
+    settings: Settings, folder: Path, console: Console, *, find: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """Begin a run in a new folder, or one that holds nothing of a run.
+
+    Args:
+        find: the settings that are found by trying before the run begins: lr, batch_size.
 
     Raises:
         ArgumentError: the settings cannot work, or the folder cannot be written or has a run.
@@ -30,37 +41,51 @@ def start(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
     settings.check()
     # A run that goes on for longer keeps the epochs of its frozen base.
     settings = dataclasses.replace(settings, freeze_epochs=settings.frozen_epochs)
+    if find:
+        check_alone(settings)
     if rank() != 0:  # torchrun's others: the first process writes
         return _run(settings, folder, console, begun=False)
-    if any(folder.glob("**/last.ckpt")) or any(folder.glob("**/arm.json")):
-        raise ArgumentError(
-            f"{folder} holds a run already: --resume {folder} goes on with it, --output another"
-            " folder begins anew."
-        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(settings, folder)
     except OSError as error:
         raise ArgumentError(f"--output {folder} cannot be written ({error}).") from error
-    return _run(settings, folder, console, begun=False)
+    with only_writer(folder):
+        if any(folder.glob(f"**/{LAST}")) or any(folder.glob(f"**/{ARM}")):
+            raise ArgumentError(
+                f"{folder} holds a run already: --resume {folder} goes on with it, --output another"
+                " folder begins anew."
+            )
+        if find:
+            settings = find_settings(settings, find, folder, console)
+        write_config(settings, folder)
+        return _run(settings, folder, console, begun=False)
 
 
 def resume(
-    folder: Path, console: Console, *, trust_code: bool = False, **machine: Any
+    folder: Path, console: Console, *, trust_code: bool = False, **changes: Any
 ) -> dict[str, Any]:
     """Go on with a run from the last whole epoch of each of its arms.
 
     Args:
         trust_code: import the ``module:callable`` that the configuration names.
-        machine: settings that may differ from those of the run: devices, nodes, strategy, workers.
+        changes: settings that may differ from those of the run: those of the machine, which hold
+            for this command, and ``epochs``, which the run folder keeps.
 
     Raises:
-        ArgumentError: the folder has no run, or names code and is not trusted.
+        ArgumentError: the folder has no run, or names code and is not trusted; another process
+            writes to it; its configuration was edited where that would change what is learnt.
+        CheckpointError: its files are damaged.
     """
-    settings = dataclasses.replace(read_config(folder), **machine)
-    check_code(settings.model, folder, trusted=trust_code)
-    settings.check()
-    return _run(settings, folder, console, begun=True)
+    check_code(read_config(folder).model, folder, trusted=trust_code)
+    first = rank() == 0
+    with only_writer(folder) if first else contextlib.nullcontext():
+        kept = read_config(folder)
+        settings = dataclasses.replace(kept, **changes)
+        settings.check()
+        check_edits(settings, folder)
+        if first and settings.epochs != kept.epochs:
+            write_config(dataclasses.replace(kept, epochs=settings.epochs), folder)
+        return _run(settings, folder, console, begun=True)
 
 
 def _run(settings: Settings, folder: Path, console: Console, *, begun: bool) -> dict[str, Any]:
@@ -72,30 +97,51 @@ def _run(settings: Settings, folder: Path, console: Console, *, begun: bool) -> 
     ]
     results = []
     split: Split | None = None
-    for arm, seed in arms:
+    for number, (arm, seed) in enumerate(arms, start=1):
         own = folder if len(arms) == 1 else folder / f"{arm}-{seed}"
-        done = own / "arm.json"
+        done = own / ARM
         if done.exists():
-            results.append(json.loads(done.read_text()))
-            continue
+            result = read_arm(done)
+            had = epochs_of(result)
+            if had >= settings.epochs:
+                results.append(result)
+                continue
+            if not (own / LAST).exists():
+                raise CheckpointError(
+                    f"{own / LAST} is missing, so --epochs {settings.epochs} cannot go on from"
+                    f" epoch {had}."
+                )
         own.mkdir(parents=True, exist_ok=True)
         if split is None:
             split = _split(settings, folder, console, begun=begun)
-        results.append(Arm(settings, split, arm, seed, own, console).train(folder))
+        results.append(
+            Arm(settings, split, arm, seed, own, console, len(arms) - number).train(folder)
+        )
         if first:
             with atomic_write(done) as part:
                 part.write_text(json.dumps(results[-1], indent=2) + "\n")
     summary = summarize(results)
     if not first:
         return summary
-    with atomic_write(folder / "summary.json") as part:
+    with atomic_write(folder / SUMMARY) as part:
         part.write_text(json.dumps(summary, indent=2) + "\n")
     if len(arms) > 1:
         best = max((r for r in results if r["arm"] == "se"), key=lambda r: r["val_acc"])
         own = folder / f"se-{best['seed']}"
-        shutil.copyfile(own / "best.safetensors", folder / "best.safetensors")
+        chosen = own / "best.safetensors"
+        if not chosen.exists():
+            raise CheckpointError(
+                f"{chosen} is missing. Remove {own / ARM} and {own / LAST} to train this arm again."
+            )
+        with atomic_write(folder / "best.safetensors") as part:
+            shutil.copyfile(chosen, part)
         write_rows(folder / "metrics.csv", [row for r in results for row in r["history"]])
-    curves([row for r in results for row in r["history"]], folder / "curves.png")
+    curves(
+        [row for r in results for row in r["history"]],
+        folder / "curves.png",
+        frozen_epochs=settings.frozen_epochs if settings.train == "all" else 0,
+        best={(r["arm"], r["seed"]): r.get("best_epoch") or 0 for r in results},
+    )
     return summary
 
 
@@ -112,6 +158,6 @@ def _split(settings: Settings, folder: Path, console: Console, *, begun: bool) -
     if rank() == 0:
         if not recorded:
             write_split(split, folder)
-        for line in table_of(split):
+        for line in table_of(limited(split, settings.limit)):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return split
+    return limited(split, settings.limit)

@@ -14,7 +14,8 @@ from se_inject.errors import ArgumentError
 # What the name of every temporary file begins with: the machine, since others may share the disk.
 # The id of the process follows. The name of the file itself is not in it, so that a name of 255
 # bytes works.
-_PREFIX = f".se-inject-{zlib.crc32(platform.node().encode()):08x}-"
+_ANY_PREFIX = ".se-inject-"
+_PREFIX = f"{_ANY_PREFIX}{zlib.crc32(platform.node().encode()):08x}-"
 
 # Temporary files end in .part, so that no glob for finished files (*.safetensors) finds them. Only
 # these keep their suffix at the end, because libraries tell the format by it.
@@ -36,7 +37,7 @@ def atomic_write(path: Path, suffix: str = "") -> Iterator[Path]:
     if suffix and path.suffix != suffix:
         raise ArgumentError(f"{path}: its name must end in {suffix}, or it will not be read.")
     target, old = _target(path)
-    _sweep(target.parent)
+    sweep(target.parent)
     descriptor, name = tempfile.mkstemp(
         dir=target.parent,
         prefix=f"{_PREFIX}{os.getpid()}-",
@@ -102,16 +103,24 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sweep(folder: Path) -> None:
-    """Delete the temporary files of processes that were killed."""
-    for part in folder.glob(f"{_PREFIX}*"):
-        owner = part.name.removeprefix(_PREFIX).partition("-")[0]
-        if owner.isdecimal() and not _lives(int(owner)):
+def sweep(folder: Path, *, of_other_machines: bool = False) -> None:
+    """Delete the temporary files of processes that were killed.
+
+    Args:
+        of_other_machines: those of other machines too, whose processes nobody can ask for here.
+    """
+    for part in folder.glob(f"{_ANY_PREFIX}*"):
+        dead = of_other_machines
+        if part.name.startswith(_PREFIX):
+            owner = part.name.removeprefix(_PREFIX).partition("-")[0]
+            dead = owner.isdecimal() and not process_lives(int(owner))
+        if dead:
             with contextlib.suppress(OSError):
                 part.unlink()
 
 
-def _lives(process: int) -> bool:
+def process_lives(process: int) -> bool:
+    """Whether this machine has a process of that number."""
     if os.name != "posix":
         return True  # Signal 0 would end the process there.
     try:

@@ -1,5 +1,6 @@
 """Weights of a whole network from a file."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from se_inject.errors import CheckpointError, first_line
+
+
+def _plain_name(key: Any) -> Any:
+    return key.removeprefix("module.").removeprefix("_orig_mod.") if isinstance(key, str) else key
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -20,16 +25,21 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # timm's train.py keeps its arguments beside the weights; a Namespace runs no code.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file.") from None
     except Exception as error:  # of two formats, many kinds
         raise CheckpointError(
             f"{path}: no weights that can be read without running code ({first_line(error)})."
         ) from error
-    for key in ("state_dict", "model"):  # as training scripts nest them
+    # As training scripts nest them; timm's average of the weights is what it validated.
+    for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    if isinstance(state, dict):  # of a network that was compiled or trained by several processes
+        state = {_plain_name(key): value for key, value in state.items()}
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -21,6 +21,7 @@ def load_model(
     in_chans: int | None = None,
     num_classes: int | None = None,
     pretrained: bool = False,
+    drop_path: float | None = None,
     meta: bool = False,
 ) -> nn.Module:
     """Build a model by name, with random weights or with those that its library offers.
@@ -34,22 +35,27 @@ def load_model(
         num_classes: outputs of the classifier, for library models.
         pretrained: with the weights of the tag, or the library's default ones; they may be
             downloaded. A callable loads what it loads.
+        drop_path: the rate of stochastic depth at the last block, for timm models.
         meta: build on the meta device, without memory or random numbers (what a callable builds
             goes there afterwards).
 
     Raises:
         UnknownModelError: nothing has that name (near names are shown), or it cannot be built.
-        ArgumentError: ``in_chans`` or ``num_classes`` for a model that cannot take it.
+        ArgumentError: ``in_chans``, ``num_classes`` or ``drop_path`` for a model that cannot take
+            it.
     """
     options: dict[str, Any] = {
         "in_chans": in_chans,
         "num_classes": num_classes,
         "pretrained": pretrained,
+        "drop_path": drop_path,
     }
     if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         # A user's builder may load weights or read them, which meta tensors cannot serve.
         if num_classes is not None:
             raise ArgumentError(f"{name} builds what it builds; --num-classes is for libraries.")
+        if drop_path is not None:
+            raise ArgumentError(f"{name} builds what it builds; --drop-path is for timm.")
         model = _from_callable(name)
         return model.to("meta") if meta else model
     if not meta:
@@ -66,9 +72,16 @@ def load_model(
 
 
 def _from_library(
-    name: str, *, in_chans: int | None, num_classes: int | None, pretrained: bool
+    name: str,
+    *,
+    in_chans: int | None,
+    num_classes: int | None,
+    pretrained: bool,
+    drop_path: float | None,
 ) -> nn.Module:
     if name.startswith("torchvision/"):
+        if drop_path is not None:
+            raise ArgumentError(f"{name}: --drop-path is for models of timm.")
         name = name.removeprefix("torchvision/")
         return _from_torchvision(name, in_chans, num_classes, pretrained)
     import timm
@@ -76,6 +89,8 @@ def _from_library(
     options: dict[str, Any] = {"pretrained": pretrained, "in_chans": in_chans}
     if num_classes is not None:
         options["num_classes"] = num_classes
+    if drop_path is not None:
+        options["drop_path_rate"] = drop_path
 
     name = name.removeprefix("timm/")
     architecture, _, tag = name.partition(".")
@@ -90,7 +105,12 @@ def _from_library(
         raise UnknownModelError(
             f"timm's {architecture} has no tag {tag!r}. Near tags: {', '.join(near)}."
         )
-    return _build(name, timm.create_model, name, **options)
+    try:
+        return _build(name, timm.create_model, name, **options)
+    except UnknownModelError as error:
+        if drop_path is None or "drop_path_rate" not in str(error):
+            raise
+        raise ArgumentError(f"{name} has no stochastic depth: leave out --drop-path.") from error
 
 
 # What initialisations do to a tensor in place; none changes its shape or dtype.
