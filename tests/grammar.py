@@ -5,101 +5,11 @@ into ``test_tricky_blocks.py`` as it is. The answer is built along with the text
 the rule and not from a graph.
 """
 
-import textwrap
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
+from grammar_kinds import KINDS
+from grammar_source import HEADER, Draw, Network, Source, chance
 from hypothesis import strategies as st
-from torch import nn
 
 from se_inject.reasons import Reason
-
-HEADER = """\
-import torch
-import torch.nn.functional as F
-from timm.layers import DropPath
-from torch import nn
-
-
-class Gate(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.fc = nn.Conv2d(c, c, 1)
-
-    def forward(self, x):
-        return x * self.fc(x.mean((2, 3), keepdim=True)).sigmoid()
-
-
-class Scale(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((c, 1, 1), 0.5))
-
-    def forward(self, x):
-        return x * self.gamma
-"""
-
-
-@dataclass
-class Source:
-    """A module being written, and what a plan must say of it (names relative to it)."""
-
-    init: list[str] = field(default_factory=list)
-    forward: list[str] = field(default_factory=list)
-    classes: list[str] = field(default_factory=list)  # of its children, written out
-    sites: Counter[tuple[str, int]] = field(default_factory=Counter)  # (block, channels)
-    skipped: Counter[tuple[str, Reason]] = field(default_factory=Counter)
-    gated: bool = False  # a gate somewhere in it
-    depth: int = 0  # most layers over channels on a path through it
-    one_spatial: bool = False  # its branch begins with one convolution, a spatial one
-
-    def child(self, stem: str, made: str) -> str:
-        """Add a child and return the expression that calls it."""
-        name = f"{stem}{len(self.init)}"
-        self.init.append(f"self.{name} = {made}")
-        return f"self.{name}"
-
-    def nest(self, name: str, inner: "Source") -> None:
-        """Take over what is said of a child."""
-        self.classes += inner.classes
-        self.gated |= inner.gated
-        for (block, channels), n in inner.sites.items():
-            self.sites[f"{name}.{block}".rstrip("."), channels] += n
-        for (block, reason), n in inner.skipped.items():
-            self.skipped[f"{name}.{block}".rstrip("."), reason] += n
-
-    def write(self, name: str) -> str:
-        """The text of the class."""
-        init = "\n".join(["super().__init__()", *self.init])
-        forward = "\n".join(self.forward)
-        return (
-            f"class {name}(nn.Module):\n    def __init__(self):\n{textwrap.indent(init, ' ' * 8)}\n"
-            f"\n    def forward(self, x):\n{textwrap.indent(forward, ' ' * 8)}\n"
-        )
-
-
-@dataclass(frozen=True)
-class Network:
-    """A whole network as text, and the right answer."""
-
-    text: str
-    sites: Counter[tuple[str, int]]
-    skipped: Counter[tuple[str, Reason]]
-
-    def build(self) -> nn.Module:
-        namespace: dict[str, Any] = {"__name__": "written"}
-        exec(compile(self.text, "<written network>", "exec", dont_inherit=True), namespace)
-        return namespace["Net"]()
-
-
-Draw = Callable[[st.SearchStrategy[Any]], Any]
-
-
-def _chance(draw: Draw, of: int = 2) -> bool:
-    return draw(st.integers(0, of - 1)) == of - 1
-
 
 # --- additions that are no residual site ---------------------------------------------------------
 
@@ -156,13 +66,13 @@ def _convolutions(draw: Draw, s: Source, c: int, out: int, stride: int) -> None:
         width = new
         if norm := _norm(draw, width):
             layers.append(norm)
-        if i < count - 1 or _chance(draw, 4):
+        if i < count - 1 or chance(draw, 4):
             layers.append(
                 draw(st.sampled_from(["nn.ReLU()", "nn.ReLU(inplace=True)", "nn.GELU()"]))
             )
     s.depth += count
     s.one_spatial = count == 1 and k == 3
-    if _chance(draw):
+    if chance(draw):
         body = s.child("body", f"nn.Sequential({', '.join(layers)})")
         s.forward.append(f"h = {body}(x)")
         return
@@ -175,7 +85,7 @@ def _convolutions(draw: Draw, s: Source, c: int, out: int, stride: int) -> None:
 
 def _gate(draw: Draw, s: Source, c: int) -> None:
     s.gated = True
-    if _chance(draw):
+    if chance(draw):
         s.forward.append(f"h = {s.child('gate', f'Gate({c})')}(h)")
         s.depth += 1  # its convolution is on the longest path
     else:
@@ -203,9 +113,9 @@ def _tail(draw: Draw, s: Source, c: int) -> None:
 
 def _shortcut(draw: Draw, s: Source, c: int, out: int, stride: int) -> tuple[str, int]:
     """The expression of the shortcut and its convolutions."""
-    if c == out and stride == 1 and not _chance(draw, 4):
+    if c == out and stride == 1 and not chance(draw, 4):
         return draw(st.sampled_from([("x", 0), ("shortcut", 0)]))
-    pooled = stride == 2 and _chance(draw)
+    pooled = stride == 2 and chance(draw)
     layer = f"nn.Conv2d({c}, {out}, 1, {1 if pooled else stride})"
     if norm := _norm(draw, out):
         layer = f"nn.Sequential({layer}, {norm})"
@@ -229,20 +139,20 @@ _ADDITIONS = [
 def _block(draw: Draw, c: int, out: int, stride: int, nesting: int, name: str) -> Source:
     """One residual block."""
     s = Source()
-    if _chance(draw, 3):
+    if chance(draw, 3):
         _decoy(draw, s, "x", c)
     before = s.depth
     s.forward.append("shortcut = x")
     _convolutions(draw, s, c, out, stride)
-    if _chance(draw, 4):
+    if chance(draw, 4):
         _decoy(draw, s, "h", out)
-    if nesting and _chance(draw, 4):
+    if nesting and chance(draw, 4):
         inner = _block(draw, out, out, 1, nesting - 1, f"{name}Inner")
         call = s.child("inner", f"{name}Inner()")
         s.forward.append(f"h = {call}(h)")
         s.nest(call.removeprefix("self."), inner)
         s.depth += inner.depth
-    if _chance(draw, 5):
+    if chance(draw, 5):
         _gate(draw, s, out)
     _tail(draw, s, out)
     shortcut, convolutions = _shortcut(draw, s, c, out, stride)
@@ -250,9 +160,11 @@ def _block(draw: Draw, c: int, out: int, stride: int, nesting: int, name: str) -
     # Else two equal paths are fused, but for a spatial convolution beside a 1x1 projection.
     residual = convolutions < depth or (convolutions == depth == 1 and s.one_spatial)
     verdict = Reason.GATED if s.gated else None
-    if not convolutions and _chance(draw, 5):
+    # A lone 1x1 convolution beside ``second`` may be its projection; its tail decides that.
+    clear = depth > 1 or s.one_spatial
+    if not convolutions and clear and chance(draw, 5):
         second = s.child("second", f"nn.Conv2d({c}, {out}, 3, padding=1)")
-        if _chance(draw):
+        if chance(draw):
             s.forward.append(f"out = (h + {second}(x)) + {shortcut}")
             # The first sum is fusion, or inner where its second term is a short projection.
             s.skipped["", Reason.INNER if s.depth - before > 1 else Reason.FUSION] += 1
@@ -267,9 +179,9 @@ def _block(draw: Draw, c: int, out: int, stride: int, nesting: int, name: str) -
         s.sites["", out] += 1
     else:
         s.skipped["", verdict] += 1
-    if _chance(draw):
+    if chance(draw):
         s.forward.append("out = F.relu(out)")
-    if _chance(draw, 5):
+    if chance(draw, 5):
         _decoy(draw, s, "out", out)
     s.forward.append("return out")
     s.classes.append(s.write(name))
@@ -279,18 +191,18 @@ def _block(draw: Draw, c: int, out: int, stride: int, nesting: int, name: str) -
 def _channels_last_block(draw: Draw, c: int, name: str) -> tuple[Source, str]:
     """A ConvNeXt-like block and how it is called: on [N, C, H, W] or on [N, H, W, C] maps."""
     s = Source(depth=3)
-    last = _chance(draw)
+    last = chance(draw)
     depthwise = s.child("depthwise", f"nn.Conv2d({c}, {c}, 3, padding=1, groups={c})")
     norm = s.child("norm", f"nn.LayerNorm({c})")
     fc1, fc2 = s.child("fc", f"nn.Linear({c}, {2 * c})"), s.child("fc", f"nn.Linear({2 * c}, {c})")
     s.forward.append(f"h = {depthwise}({'x.permute(0, 3, 1, 2)' if last else 'x'})")
     s.forward.append(f"h = {fc2}(F.gelu({fc1}({norm}(h.permute(0, 2, 3, 1)))))")
-    if _chance(draw):
+    if chance(draw):
         s.init.append(f"self.gamma = nn.Parameter(torch.full(({c},), 0.5))")
         s.forward.append("h = h * self.gamma")
     if not last:
         s.forward.append("h = h.permute(0, 3, 1, 2)")
-    if _chance(draw):
+    if chance(draw):
         s.forward.append(f"h = {s.child('drop_path', 'DropPath(0.3)')}(h)")
     s.forward.append(f"return {draw(st.sampled_from(['x + h', 'h + x']))}")
     s.sites["", c] += 1
@@ -307,26 +219,29 @@ def networks(draw: Draw) -> Network:
     c = draw(st.sampled_from([4, 6]))
     stem = root.child("stem", f"nn.Conv2d(3, {c}, 3, padding=1)")
     root.forward.append(f"x = {stem}(x)")
-    if _chance(draw, 4):
+    if chance(draw, 4):
         _decoy(draw, root, "x", c)
     first, stride_of_all = c, 1
     root.forward.append("y = x")
     for i in range(draw(st.integers(1, 3))):
         name = f"Block{i}"
-        if _chance(draw, 5):
+        if chance(draw, 3):
+            block, how, out = draw(st.sampled_from(KINDS))(draw, c, name)
+            stride_of_all *= block.stride
+        elif chance(draw, 5):
             out = c
             block, how = _channels_last_block(draw, c, name)
         else:
             out, stride = draw(st.sampled_from([(c, 1), (c, 1), (8, 1), (8, 2)]))
             block, how = _block(draw, c, out, stride, 1, name), "y = {call}(y)"
             stride_of_all *= stride
-            if out == c and stride == 1 and _chance(draw, 4):
+            if out == c and stride == 1 and chance(draw, 4):
                 how += f"\n{how}"  # one block, called twice
         call = root.child("block", f"{name}()")
         root.forward += how.format(call=call).split("\n")
         root.nest(call.removeprefix("self."), block)
         c = out
-    if first == c and stride_of_all == 1 and _chance(draw, 3):
+    if first == c and stride_of_all == 1 and chance(draw, 3):
         root.forward.append(draw(st.sampled_from(["y = x + y", "y = y + x", "y += x"])))
         if root.gated:
             root.skipped["", Reason.GATED] += 1

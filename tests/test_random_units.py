@@ -4,12 +4,10 @@ import os
 from collections import Counter
 from typing import Any
 
-import torch
-from grammar import Network
-from helpers import randomize
+from grammar_source import Network
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from test_random_networks import EXAMPLES, X, check_function, outputs
+from test_random_networks import EXAMPLES, X, built, check_function, outputs
 from unit_grammar import chains, joined_networks
 
 from se_inject import NoSiteError, plan_se
@@ -24,8 +22,7 @@ from se_inject import NoSiteError, plan_se
 @given(st.one_of(joined_networks(), chains()))
 def test_units_are_those_written_and_the_function_stays(network: Network) -> None:
     note(network.text)
-    torch.manual_seed(0)
-    model = randomize(network.build()).eval()
+    model = built(network)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     before = outputs(model)
     model.load_state_dict(state)  # train mode has moved the statistics

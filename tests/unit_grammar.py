@@ -5,7 +5,8 @@ As in :mod:`grammar`, each network is source text, and its answer is built along
 
 from collections import Counter
 
-from grammar import HEADER, Draw, Network, Source, _chance, _norm
+from grammar import _norm
+from grammar_source import HEADER, Draw, Network, Source, chance
 from hypothesis import strategies as st
 
 
@@ -19,7 +20,7 @@ def _transform(draw: Draw, s: Source, c: int, out: int) -> str:
         width = out
         if norm := _norm(draw, out):
             layers.append(norm)
-        if _chance(draw):
+        if chance(draw):
             layers.append(draw(st.sampled_from(["nn.ReLU()", "nn.ReLU(inplace=True)"])))
     body = s.child("body", f"nn.Sequential({', '.join(layers)})")
     return f"{body}(x)"
@@ -29,7 +30,7 @@ def _inception(draw: Draw, c: int) -> tuple[Source, int]:
     """Three branches, or two and the pooled input: the SE block goes on the concatenation."""
     s = Source()
     terms = [_transform(draw, s, c, 4) for _ in range(2)]
-    if _chance(draw):
+    if chance(draw):
         terms.append("F.max_pool2d(x, 3, 1, 1)")
         out = 8 + c
     else:
@@ -56,7 +57,7 @@ def _aggregation(draw: Draw, c: int) -> tuple[Source, int]:
     terms = ["x", _transform(draw, s, c, 4), _transform(draw, s, c, 4)]
     s.forward.append(f"out = torch.cat([{', '.join(terms)}], 1)")
     s.forward.append(f"out = {s.child('last', f'nn.Conv2d({c + 8}, 6, 1)')}(out)")
-    if _chance(draw):
+    if chance(draw):
         s.forward.append("out = F.dropout(out, 0.2, self.training)")
     s.sites["", 6] += 1
     return s, 6
@@ -65,7 +66,7 @@ def _aggregation(draw: Draw, c: int) -> tuple[Source, int]:
 def _decoy(draw: Draw, c: int) -> tuple[Source, int]:
     """A concatenation of what was given, or along the height: no join."""
     s = Source()
-    if _chance(draw):
+    if chance(draw):
         s.forward.append("out = torch.cat([x, F.relu(x)], 1)")
         return s, 2 * c
     s.forward.append(f"out = torch.cat([{_transform(draw, s, c, c)}, x], 2)")
@@ -81,7 +82,7 @@ def joined_networks(draw: Draw) -> Network:
     kinds = draw(
         st.lists(st.sampled_from([_inception, _dense, _aggregation]), min_size=1, max_size=3)
     )
-    if _chance(draw, 3):
+    if chance(draw, 3):
         kinds.insert(draw(st.integers(0, len(kinds))), _decoy)
     for i, kind in enumerate(kinds):
         block, c = kind(draw, c)
@@ -109,11 +110,11 @@ def chains(draw: Draw) -> Network:
         c = out
         if norm := _norm(draw, c):
             layers.append(norm)
-        if _chance(draw, 4):
+        if chance(draw, 4):
             continue  # no activation, no unit
         layers.append(draw(st.sampled_from(["nn.ReLU()", "nn.ReLU(inplace=True)", "nn.GELU()"])))
         sites[f"features0.{len(layers) - 1}", c] += 1
-        if _chance(draw, 4):
+        if chance(draw, 4):
             layers.append("nn.MaxPool2d(3, 1, 1)")
     features = root.child("features", f"nn.Sequential({', '.join(layers)})")
     root.forward.append(f"x = {features}(x)")

@@ -40,20 +40,30 @@ def _is_stage(flow: Flow, branch: fx.Node) -> bool:
         if not op.adds_maps or len(value.inputs) != 2:
             return units > 1 and op.is_convolution and not op.is_spatial_convolution
         a, b = value.inputs
-        if not (_comes_from(a, b) or _comes_from(b, a)):
+        base, longer = (b, a) if _comes_from(a, b) else (a, b)
+        if not _comes_from(longer, base):
             return False
-        value, units = (b if _comes_from(a, b) else a), units + 1
+        value, units = base, units + (op.alpha == 1 and _convolves(longer, base))
     return False
 
 
 def _comes_from(value: Value, source: Value) -> bool:
+    return source in _past(value, None)
+
+
+def _convolves(value: Value, source: Value) -> bool:
+    """Whether there is a convolution on the way from one value to another."""
+    steps = _past(value, source)
+    return any(step.op is not None and step.op.is_convolution for step in steps)
+
+
+def _past(value: Value, end: Value | None) -> set[Value]:
+    """What a value was computed from, itself among it, but not what lies before ``end``."""
     seen: set[Value] = set()
     stack = [value]
     while stack:
         current = stack.pop()
-        if current is source:
-            return True
-        if current not in seen:
+        if current not in seen and current is not end:
             seen.add(current)
             stack += current.inputs
-    return False
+    return seen
