@@ -17,8 +17,8 @@ from timm.layers import DropPath
 from torch import nn
 
 from se_inject import ArgumentError, TrainingError, inject_se
+from se_inject.finetune import callbacks, tune
 from se_inject.finetune import trainer as running
-from se_inject.finetune import tune
 from se_inject.finetune.choices import LOGGERS
 from se_inject.finetune.config import read_config, read_yaml
 from se_inject.finetune.data import transforms
@@ -260,6 +260,16 @@ def test_a_loss_that_is_no_number_in_the_first_epoch(
         running.start(replace(settings_of(data), lr=1e30, clip=0.0), tmp_path / "run", QUIET)
     status, _, err = here(*COMMAND, "--data", str(data), "--output", str(tmp_path / "run"))
     assert status == 0, err  # nothing stands in the way of the right command
+
+
+def test_an_arm_that_gets_better_goes_on() -> None:
+    stop = callbacks.EarlyStop(2)
+    assert (stop.monitor, stop.patience) == ("val_acc", 2)
+    found = [
+        stop._evaluate_stopping_criteria(torch.tensor(accuracy))[0]
+        for accuracy in (0.5, 0.6, 0.7, 0.65, 0.66)
+    ]
+    assert found == [False, False, False, False, True]
 
 
 # --- images --------------------------------------------------------------------------------------
