@@ -18,6 +18,7 @@ from torch import nn
 
 from se_inject import ArgumentError, TrainingError, inject_se
 from se_inject.finetune import callbacks, tune
+from se_inject.finetune import evaluate as use
 from se_inject.finetune import trainer as running
 from se_inject.finetune.choices import LOGGERS
 from se_inject.finetune.config import read_config, read_yaml
@@ -324,6 +325,8 @@ def test_a_dry_run_takes_few_images_of_all_classes(data: Path, tmp_path: Path) -
     assert [set(part.labels) for part in split.parts.values()] == [{0, 1}, {0, 1}]
     running.start(settings, tmp_path / "run", QUIET)
     assert json.loads((tmp_path / "run" / "arm.json").read_text())["history"][0]["epoch"] == 1
+    found = use.evaluate(use.load_run(tmp_path / "run"), tmp_path / "run")
+    assert found["images"] == 3  # the same as in training
     assert limited(split, None) is split
 
 
