@@ -253,6 +253,27 @@ def test_a_balanced_run_trains_and_evaluates(options: dict[str, Any], tmp_path: 
     )
 
 
+@pytest.mark.parametrize("class_weights", ["none", "balanced"])
+def test_a_run_weighs_the_classes_as_it_was_told(
+    class_weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    step = Recipe.training_step
+
+    def watched(self: Recipe, batch: Any, index: int) -> Any:
+        seen.append(self._smoothing.weight)
+        return step(self, batch, index)
+
+    monkeypatch.setattr(Recipe, "training_step", watched)
+    root = colors(tmp_path / "data", a=15, b=5)
+    settings = replace(settings_of(root), class_weights=class_weights)
+    running.start(settings, tmp_path / "run", QUIET)
+    if class_weights == "none":
+        assert seen[0] is None
+    else:
+        assert seen[0].tolist() == pytest.approx([2 / 3, 2.0])
+
+
 # --- zero branches -------------------------------------------------------------------------------
 
 

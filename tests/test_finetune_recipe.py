@@ -17,8 +17,9 @@ from timm.layers import DropPath
 from torch import nn
 
 from se_inject import ArgumentError, TrainingError, inject_se
+from se_inject.finetune import callbacks, tune
+from se_inject.finetune import evaluate as use
 from se_inject.finetune import trainer as running
-from se_inject.finetune import tune
 from se_inject.finetune.choices import LOGGERS
 from se_inject.finetune.config import read_config, read_yaml
 from se_inject.finetune.data import transforms
@@ -262,6 +263,16 @@ def test_a_loss_that_is_no_number_in_the_first_epoch(
     assert status == 0, err  # nothing stands in the way of the right command
 
 
+def test_an_arm_that_gets_better_goes_on() -> None:
+    stop = callbacks.EarlyStop(2)
+    assert (stop.monitor, stop.patience) == ("val_acc", 2)
+    found = [
+        stop._evaluate_stopping_criteria(torch.tensor(accuracy))[0]
+        for accuracy in (0.5, 0.6, 0.7, 0.65, 0.66)
+    ]
+    assert found == [False, False, False, False, True]
+
+
 # --- images --------------------------------------------------------------------------------------
 
 
@@ -311,9 +322,11 @@ def test_a_dry_run_takes_few_images_of_all_classes(data: Path, tmp_path: Path) -
     settings = replace(settings_of(data), limit=3)
     split = limited(open_split(settings), 3)
     assert {name: len(part.indices) for name, part in split.parts.items()} == {"train": 3, "val": 3}
-    assert {label for part in split.parts.values() for label in part.labels} == {0, 1}
+    assert [set(part.labels) for part in split.parts.values()] == [{0, 1}, {0, 1}]
     running.start(settings, tmp_path / "run", QUIET)
     assert json.loads((tmp_path / "run" / "arm.json").read_text())["history"][0]["epoch"] == 1
+    found = use.evaluate(use.load_run(tmp_path / "run"), tmp_path / "run")
+    assert found["images"] == 3  # the same as in training
     assert limited(split, None) is split
 
 

@@ -69,7 +69,7 @@ def predict(
             found.append(one)
             progress.advance(task)
             if one.error:
-                print(f"error: {one.error}", file=sys.stderr)
+                print(f"error: {printable(one.error)}", file=sys.stderr)
             elif not as_json:
                 likely = (f"{printable(name)} {100 * p:.1f} %" for name, p in one.likely)
                 print(f"{printable(str(one.path))}: " + ", ".join(likely))
