@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from se_inject.edit.around import BASE_FORWARD, renamed
 from se_inject.graph.record import Arguments
 from se_inject.graph.source import ForwardSource
 from se_inject.layers.variant import Variant
@@ -73,6 +74,8 @@ class Edit:
             "_se_inject": self,
             "forward": forward,
         }
+        if BASE_FORWARD in self.eval.text:
+            members[BASE_FORWARD] = renamed(self.base.forward)
         return _subclass(self.base, members)
 
 
