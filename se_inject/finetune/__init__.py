@@ -14,8 +14,10 @@
     arm.py        one arm with one seed
     trainer.py    one command: ``start`` and ``resume``
     evaluate.py   the best network of a run, measured and asked about images
+    looked.py     the images that its gates are looked at with
+    page.py       ``page.html`` of a run; page_figures.py draws its pictures
 
-The command line uses ``Settings``, ``start``, ``resume``, ``load_run``, ``evaluate`` and
-``predict``; nothing else of this room is for others. All but ``settings.py`` and ``config.py``
-import Lightning, which is an extra (``pip install 'se-inject[finetune]'``).
+The command line uses ``Settings``, ``start``, ``resume``, ``load_run``, ``evaluate``, ``predict``,
+``looked`` and ``write_page``; nothing else of this room is for others. All but ``settings.py`` and
+``config.py`` import Lightning, which is an extra (``pip install 'se-inject[finetune]'``).
 """

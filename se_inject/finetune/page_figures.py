@@ -40,7 +40,13 @@ def inline_svg(figure: "Figure", name: str) -> str:
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     label = name.replace("&", "&amp;").replace('"', "&quot;")
     rest = rest.replace("#000000", "currentColor")
+    # A hundredth of a point is finer than any screen, and half of the file is digits behind it.
+    rest = re.sub(r'\b(d|x|y|transform)="[^"]*"', lambda m: _rounded(m.group()), rest)
     return f'{head} role="img" aria-label="{label}">{rest}'
+
+
+def _rounded(attribute: str) -> str:
+    return re.sub(r"(\.\d\d)\d+", r"\1", attribute)
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> "Figure":
