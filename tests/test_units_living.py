@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from se_inject import (
     CheckpointError,
     ExportError,
+    SqueezeExcite,
     inject_se,
     load_se,
     plan_se,
@@ -283,3 +284,42 @@ def test_a_plan_says_what_each_site_is() -> None:
     assert data["where"] == "auto"
     assert {site["kind"] for site in data["sites"]} == {"unit"}
     json.dumps(data)
+
+
+# --- pitfalls that were met -----------------------------------------------------------------------
+
+
+def test_memory_efficient_dense_layers_are_served_in_their_block() -> None:
+    """Such a layer chooses its way by what is given to it, so that it cannot be traced alone."""
+    from torchvision.models import DenseNet as TorchvisionDenseNet
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        net = TorchvisionDenseNet(16, (2, 2), 16, num_classes=10, memory_efficient=True)
+        return randomize(net).eval()
+
+    model = inject_se(build(), example_input=X)
+    names = [name for name, module in model.named_modules() if type(module) is SqueezeExcite]
+    assert names == [
+        f"features.denseblock{block}.{child}" for block in (1, 2) for child in ("se", "se2")
+    ]
+    assert torch.equal(output(model), output(build()))
+    open_gates(model)
+    model.train()(X).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if ".se" in name)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWarning")
+def test_auxiliary_heads_get_nothing() -> None:
+    from torchvision.models import googlenet
+
+    net = googlenet(num_classes=10, init_weights=True)
+    assert net.aux_logits
+    assert not [site.block for site in plan_se(net.eval()).sites if "aux" in site.block]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_traced_where_lists_are_concatenated() -> None:
+    model = opened("small densenet")
+    traced = torch.jit.trace(model, X)
+    assert torch.equal(output(traced), output(model))
