@@ -30,6 +30,13 @@ def test_the_report_ends_with_the_latency(call) -> None:
     assert "MACs and FLOPs hide this cost: SE reads every branch map once more" in out
 
 
+def test_a_network_of_units_is_measured_too(call) -> None:
+    status, out, _ = call("vgg11_bn", "--img-size", "32", "--benchmark")
+    assert status == 0
+    assert "unit: after features.2" in out
+    assert re.search(r"^Latency at batch size 1 \(cpu", out, re.M), out
+
+
 def test_json_has_the_latency_only_where_it_was_measured(call) -> None:
     _, out, _ = call("test_resnet", "--json", "--benchmark")
     data = json.loads(out)

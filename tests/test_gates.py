@@ -1,5 +1,6 @@
 """record_gates and gate_statistics: gates are those of the formula, and nothing else changes."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,6 +86,52 @@ def test_gates_of_injected_networks(
     for name, layer in layers.items():
         block = name.rpartition(".")[0]
         torch.testing.assert_close(gates[block], by_hand(layer, layout, seen[layer], options))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("squeeze", ["avg", "none"])
+def test_gates_of_units(squeeze: Any, compiled: bool) -> None:
+    """On the activations of a chain, on a concatenation, under autocast, and when compiled."""
+
+    class Join(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.a(x), self.b(x)], 1)
+
+    chain = [nn.Conv2d(3, 16, 3), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 3), nn.ReLU()]
+    for layers, names, channels in (
+        ([*chain, nn.Conv2d(16, 2, 1)], ["1", "3"], 16),
+        ([nn.Conv2d(3, 16, 1), Join(), nn.Conv2d(32, 2, 1)], ["1"], 32),
+    ):
+        model = inject_se(nn.Sequential(*layers), squeeze=squeeze, example_input=X).eval()
+        open_gates(model)
+        seen: dict[str, Tensor] = {}
+        for name in names:
+            model[int(name)].se.register_forward_pre_hook(
+                lambda _, args, name=name, seen=seen: seen.__setitem__(name, args[0].clone())
+            )
+        with torch.no_grad():
+            before = model(X)
+        run: Any = model
+        if compiled:
+            torch._dynamo.reset()
+            run = torch.compile(model, backend="eager")
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.filterwarnings("ignore", ".*runs uncompiled")
+            with record_gates(run) as gates:
+                assert torch.equal(run(X), before)
+        assert list(gates) == names
+        assert {gate.shape for gate in gates.values()} == {(3, channels)}
+        options = {"squeeze": squeeze, "gate": "sigmoid", "init": "identity"}
+        for name in names:
+            expected = by_hand(model[int(name)].se, Layout(4, 1), seen[name], options)
+            torch.testing.assert_close(gates[name], expected)
+        with torch.autocast("cpu", torch.bfloat16), record_gates(model) as gates:
+            model(X)
+        assert {gate.dtype for gate in gates.values()} == {torch.bfloat16}
 
 
 def test_a_block_with_several_se_blocks_names_each() -> None:

@@ -1,6 +1,8 @@
 """Bars by block, the diagram of a block, and what a folded network saves."""
 
 import copy
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -118,3 +120,42 @@ def test_dot_is_given_each_box_and_arrow(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ArgumentError, match="dot cannot draw the block"):
         draw_block(plan_se(network()), "layer1.0", tmp_path / "other.svg")
     assert not (tmp_path / "other.svg").exists()
+
+
+# --- the options of the report ----------------------------------------------------------------
+
+
+def test_plot_of_the_report(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("se_inject.report.latency._MIN_SECONDS", 0.0)
+    path = tmp_path / "cost.svg"
+    status, out, _ = call("test_resnet", "--plot", str(path), "--json")
+    assert status == 0
+    assert len(json.loads(out)["sites"]) == 4
+    assert "milliseconds" not in path.read_text()
+    assert call("test_resnet", "--plot", str(path), "--benchmark")[0] == 0
+    assert "milliseconds" in path.read_text()
+
+
+def test_diagram_of_the_report(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagram.shutil, "which", lambda name: None)
+    path = tmp_path / "block.svg"
+    status, out, _ = call("vgg11_bn", "--diagram", "features.2", "--output", str(path))
+    assert (status, out) == (0, f"The block before and after: {path}\n")
+    assert "SEReLU" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (["--diagram", "layer1.0"], 2, "--diagram BLOCK and --output FILE go together"),
+        (["--output", "x.svg"], 2, "--diagram BLOCK and --output FILE go together"),
+        (["--json", "--diagram", "a", "--output", "x.svg"], 2, "--json and --diagram exclude"),
+        (["--plot", "x.svg", "--show", "layer1.0"], 2, "--plot and --show exclude each other"),
+        (["--plot", "x.pdf"], 1, "--plot x.pdf must end in .svg or .png"),
+        (["--diagram", "no", "--output", "x.svg"], 1, "block 'no' gets no SE block"),
+    ],
+)
+def test_pictures_that_cannot_be(call, args: list[str], status: int, message: str) -> None:
+    found, out, err = call("test_resnet", *args)
+    assert (found, out) == (status, "")
+    assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", err).split())

@@ -180,6 +180,21 @@ def test_other_placements_are_of_residual_additions() -> None:
         plan_of(chain, where="all")
 
 
+def test_globs_that_match_nothing_are_told_what_there_is() -> None:
+    chain, _ = UNITS["a chain"]
+    for options in ({"include": "x*"}, {"exclude": "x*"}):
+        with pytest.raises(ArgumentError, match=r"='x\*' matches no unit\. Names are like 'block'"):
+            plan_of(chain, **options)
+    beside: Any = lambda m, x: m.a(x) + x  # noqa: E731
+    with pytest.raises(ArgumentError, match=r"matches no block with an addition\. Names"):
+        plan_of(beside, include="x*")
+
+
+def test_residual_alone_names_the_way_to_units() -> None:
+    chain, _ = UNITS["a chain"]
+    assert "where='auto' takes its other units" in str(plan_of(chain, where="residual"))
+
+
 SAMPLE = [
     "resnet18",
     "convnext_atto",

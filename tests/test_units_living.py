@@ -12,11 +12,14 @@ import pytest
 import timm
 import torch
 from helpers import open_gates, randomize
+from timm.models import checkpoint_seq
+from timm.models.densenet import DenseNet
 from torch import Tensor, nn
 
 from se_inject import (
     CheckpointError,
     ExportError,
+    SqueezeExcite,
     inject_se,
     load_se,
     plan_se,
@@ -32,6 +35,9 @@ X = torch.randn(2, 3, 64, 64)
 
 def base(name: str, **kwargs: Any) -> nn.Module:
     torch.manual_seed(0)
+    if name == "small densenet":  # densenet121 takes minutes where a compiler has to go through it
+        net = DenseNet(growth_rate=16, block_config=(2, 2), num_classes=10)
+        return randomize(net).eval()
     return randomize(timm.create_model(name, num_classes=10, **kwargs)).eval()
 
 
@@ -81,8 +87,6 @@ def test_gradient_checkpointing(name: str) -> None:
         torch.manual_seed(1)
         open_gates(model)
         if checkpointed and name == "vgg11_bn":
-            from timm.models import checkpoint_seq
-
             out = model.forward_head(checkpoint_seq(model.features, X))
         else:
             model.set_grad_checkpointing(checkpointed)
@@ -120,7 +124,7 @@ def test_folding_after_the_injection(name: str) -> None:
     assert keys == [key for key in folded.state_dict() if ".se.fc1.weight" in key]
 
 
-@pytest.mark.parametrize("name", ["vgg11_bn", "repvgg_a0"])
+@pytest.mark.parametrize("name", ["vgg11_bn", "repvgg_a0", "small densenet"])
 def test_compiled_as_one_graph(name: str) -> None:
     model = opened(name)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -144,9 +148,10 @@ def test_exports(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_onnx(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["vgg11_bn", "small densenet"])
+def test_onnx(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    write_onnx(opened("vgg11_bn"), tmp_path / "net.onnx")  # which compares the outputs
+    write_onnx(opened(name), tmp_path / "net.onnx")  # which compares the outputs
     assert (tmp_path / "net.onnx").stat().st_size > 0
 
 
@@ -159,18 +164,75 @@ UNPICKLE = """
 import sys, torch
 model, x, expected = torch.load(sys.argv[1], weights_only=False)
 assert torch.equal(model(x), expected)
-print(type(model.features[2]).__name__)
+print(*sorted({type(m).__name__ for m in model.modules() if hasattr(type(m), "_se_inject")}))
 """
 
 
-def test_a_pickle_in_another_process(tmp_path: Path) -> None:
-    model = opened("vgg11_bn")
+@pytest.mark.parametrize(
+    ("name", "edited"), [("vgg11_bn", "SEReLU"), ("small densenet", "SEDenseLayer")]
+)
+def test_a_pickle_in_another_process(name: str, edited: str, tmp_path: Path) -> None:
+    model = opened(name)
     with torch.no_grad():
         torch.save((model, X, model(X)), tmp_path / "net.pt")
     command = [sys.executable, "-c", UNPICKLE, str(tmp_path / "net.pt")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.stdout.strip() == "SEReLU", result.stderr
+    assert result.stdout.strip() == edited, result.stderr
     assert torch.equal(output(pickle.loads(pickle.dumps(model))), output(model))
+
+
+# --- what is changed later --------------------------------------------------------------------
+
+
+def activations(model: nn.Module) -> list[nn.ReLU]:
+    return [module for module in model.modules() if isinstance(module, nn.ReLU)]
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_inplace_can_be_changed_after_the_injection(start: bool) -> None:
+    """As on the base: the activation writes into its input, or leaves it as it was."""
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(start), nn.Conv2d(16, 8, 1))
+    model = inject_se(net, example_input=X)
+    x = torch.randn(1, 16, 4, 4)
+    for inplace in (start, not start):
+        model[1].inplace = inplace
+        given = x.clone()
+        with torch.no_grad():
+            model[1](given)
+        assert torch.equal(given, x.clamp(min=0) if inplace else x)
+
+
+def test_checkpointing_after_inplace_was_taken_off() -> None:
+    model = opened("vgg11_bn")
+    for module in activations(model):
+        module.inplace = False
+    gradients = []
+    for run in (lambda x: model.features(x), lambda x: checkpoint_seq(model.features, x)):
+        model.zero_grad()
+        run(X).square().sum().backward()
+        gradients.append([p.grad.clone() for n, p in model.named_parameters() if ".se" in n])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_with_an_activation_keeps_its_own_attributes() -> None:
+    """MobileNet's units end in ``BatchNormAct2d``, whose momentum a recipe sets after injection."""
+    base_net, model = base("mobilenetv1_100"), inject_se(base("mobilenetv1_100"), example_input=X)
+    statistics = []
+    for net in (base_net, model):
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.5
+        with torch.no_grad():
+            net.train()(X)
+        statistics.append([b for n, b in net.named_buffers() if "running" in n])
+    assert all(map(torch.equal, *statistics))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+def test_scripted_as_the_base() -> None:
+    model = opened("vgg11_bn")
+    assert torch.equal(output(torch.jit.script(model)), output(model))
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -222,3 +284,42 @@ def test_a_plan_says_what_each_site_is() -> None:
     assert data["where"] == "auto"
     assert {site["kind"] for site in data["sites"]} == {"unit"}
     json.dumps(data)
+
+
+# --- pitfalls that were met -----------------------------------------------------------------------
+
+
+def test_memory_efficient_dense_layers_are_served_in_their_block() -> None:
+    """Such a layer chooses its way by what is given to it, so that it cannot be traced alone."""
+    from torchvision.models import DenseNet as TorchvisionDenseNet
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        net = TorchvisionDenseNet(16, (2, 2), 16, num_classes=10, memory_efficient=True)
+        return randomize(net).eval()
+
+    model = inject_se(build(), example_input=X)
+    names = [name for name, module in model.named_modules() if type(module) is SqueezeExcite]
+    assert names == [
+        f"features.denseblock{block}.{child}" for block in (1, 2) for child in ("se", "se2")
+    ]
+    assert torch.equal(output(model), output(build()))
+    open_gates(model)
+    model.train()(X).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if ".se" in name)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWarning")
+def test_auxiliary_heads_get_nothing() -> None:
+    from torchvision.models import googlenet
+
+    net = googlenet(num_classes=10, init_weights=True)
+    assert net.aux_logits
+    assert not [site.block for site in plan_se(net.eval()).sites if "aux" in site.block]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_traced_where_lists_are_concatenated() -> None:
+    model = opened("small densenet")
+    traced = torch.jit.trace(model, X)
+    assert torch.equal(output(traced), output(model))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from test_cli import run
 
 from se_inject.report.zoo import families, family_of, model_names, survey
@@ -53,6 +54,12 @@ def test_a_filter_that_matches_nothing_is_an_error() -> None:
     result = run("zoo", "--filter", "nothing*")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "error: --filter 'nothing*' matches no model of all.\n"
+
+
+@pytest.mark.parametrize(("name", "sites"), [("hgnetv2_b0", 5), ("resnet18", 0)])
+def test_units_beside_branches_are_counted_where_they_are_asked_for(name: str, sites: int) -> None:
+    """Units add one to five sites to a few residual networks."""
+    assert survey(name, "units").units == sites
 
 
 KILLED = """

@@ -15,7 +15,10 @@ import typer.core
 from se_inject.cli.evaluate import evaluate
 from se_inject.cli.export import export
 from se_inject.cli.finetune import finetune
+from se_inject.cli.gates import gates
+from se_inject.cli.page import page
 from se_inject.cli.predict import predict
+from se_inject.cli.prune import prune
 from se_inject.cli.report import report
 from se_inject.cli.zoo import zoo
 from se_inject.errors import SEInjectError
@@ -63,7 +66,7 @@ def _about(
     """Squeeze-and-Excitation for a network you already have."""
 
 
-for _command in (report, zoo, export, finetune, evaluate, predict):
+for _command in (report, zoo, export, finetune, evaluate, predict, gates, prune, page):
     app.command()(_command)
 
 

@@ -1,5 +1,6 @@
 """``se-inject finetune``: train a network with SE blocks, and go on with a run."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from se_inject.cli.lightning import TrustCode, need_lightning
 from se_inject.cli.options import AUTO, Given, expand, flag
+from se_inject.errors import first_line
 from se_inject.finetune.config import read_yaml
 from se_inject.finetune.settings import ON_RESUME, Settings
 
@@ -94,6 +96,23 @@ def finetune(
         summary = trainer.start(settings, folder, console, find=find)
     if rank() == 0:
         _print_summary(summary, folder)
+        _draw_page(folder)
+
+
+def _draw_page(folder: Path) -> None:
+    """Write the page of the run; the run is finished and kept whatever happens here."""
+    from se_inject.finetune.page import write_page
+
+    try:
+        path = write_page(folder, trust_code=True)  # the user has just run that code
+    except Exception as error:  # a library may raise anything while it draws
+        print(
+            f"warning: {folder}/page.html could not be drawn ({type(error).__name__}:"
+            f" {first_line(error)}). The run is whole; se-inject page {folder} tries again.",
+            file=sys.stderr,
+        )
+        return
+    Console().print(f"The page of the run: {path}", highlight=False, soft_wrap=True)
 
 
 def _with_whole_paths(settings: Settings) -> Settings:

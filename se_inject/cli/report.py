@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,6 +42,29 @@ def report(
             show_default=False,
         ),
     ] = None,
+    diagram: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BLOCK",
+            help="Draw the forward of this block, before and after, into --output.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The .svg or .png file of --diagram.", show_default=False
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also draw what each block adds (with --benchmark also its time) into this .svg"
+            " or .png file.",
+            show_default=False,
+        ),
+    ] = None,
     benchmark: Annotated[
         bool,
         typer.Option("--benchmark", help="Also run it before and after, and report the latency."),
@@ -76,11 +100,18 @@ def report(
     - `se-inject resnet50 --r 'layer4.*=32,16' --attention eca`
 
     - `se-inject my_pkg.nets:build --include 'stage3.*' --show stage3.0`
+
+    - `se-inject resnet50 --plot cost.svg`
+
+    - `se-inject resnet50 --diagram layer1.0 --output block.svg`
     """
-    if as_json and show is not None:
-        raise typer.BadParameter("--json and --show exclude each other")
-    if benchmark and show is not None:
-        raise typer.BadParameter("--benchmark and --show exclude each other")
+    given: dict[str, object] = {"--json": as_json, "--benchmark": benchmark, "--plot": plot}
+    given |= {"--show": show, "--diagram": diagram}
+    wanted = [name for name, value in given.items() if value not in (None, False)]
+    if len(wanted) > 1 and (show, diagram) != (None, None):  # each of which prints one thing alone
+        raise typer.BadParameter(f"{wanted[0]} and {wanted[-1]} exclude each other")
+    if (diagram is None) != (output is None):
+        raise typer.BadParameter("--diagram BLOCK and --output FILE go together")
     if not benchmark and (device, batch_size) != (None, None):
         raise typer.BadParameter("--device and --batch-size are of --benchmark: add it")
     import torch
@@ -91,7 +122,9 @@ def report(
     from se_inject.plan.planner import make_plan
     from se_inject.report.code import block_code
     from se_inject.report.count import count_costs
+    from se_inject.report.diagram import draw_block
     from se_inject.report.latency import check_device, measure_latency
+    from se_inject.report.plot import plot_costs, time_sites
     from se_inject.report.summary import print_report, report_dict
 
     with contextlib.redirect_stdout(sys.stderr):  # what a user's builder prints is no report
@@ -102,13 +135,18 @@ def report(
         if size is not None:
             example = torch.empty(2, *size, dtype=floating_dtype(network), device="meta")
         plan = make_plan(network, injection, example)
-        costs = None if show is not None else count_costs(plan)
+        costs = count_costs(plan) if show is diagram is None else None
         latency = None
         if place is not None:
             with Console(stderr=True).status("Running it without and with SE blocks"):
                 latency = measure_latency(plan, batch_size=batch_size or 1, device=place)
+        if plot is not None:
+            times = time_sites(plan, batch_size=batch_size or 1, device=place) if place else None
+            plot_costs(plan, plot.expanduser(), times)
     console = Console()
-    if costs is None:
+    if diagram is not None and output is not None:
+        print(f"The block before and after: {draw_block(plan, diagram, output.expanduser())}")
+    elif costs is None:
         console.print(block_code(plan, show or ""))
     elif as_json:
         print(json.dumps(report_dict(model, plan, costs, latency), indent=2))

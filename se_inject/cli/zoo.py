@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from se_inject.cli.options import Only, expand
 from se_inject.errors import ArgumentError
+from se_inject.plan.injection import Injection
 
 
 class Library(StrEnum):
@@ -17,7 +19,9 @@ class Library(StrEnum):
     all = "all"
 
 
+@expand
 def zoo(
+    injection: Annotated[Injection, Only("where")],
     pattern: Annotated[
         str,
         typer.Option("--filter", metavar="GLOB", help="Only models whose name matches this glob."),
@@ -44,6 +48,8 @@ def zoo(
     - `se-inject zoo --library torchvision`
 
     - `se-inject zoo --filter 'resnet*' --output resnets.md`
+
+    - `se-inject zoo --filter '*nasnet*' --where units`
     """
     import os
     import time
@@ -62,7 +68,7 @@ def zoo(
     surveys = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("models", total=len(names))
-        for entry in survey_all(names, workers or os.cpu_count() or 1):
+        for entry in survey_all(names, workers or os.cpu_count() or 1, injection.where):
             surveys.append(entry)
             progress.update(task, advance=1, description=entry.model)
     surveys.sort(key=lambda entry: names.index(entry.model))
@@ -80,4 +86,5 @@ def zoo(
     if output is not None:
         command = "se-inject zoo" + (f" --library {library.value}" if library != "all" else "")
         command += f" --filter {pattern!r}" if pattern != "*" else ""
+        command += f" --where {injection.where}" if injection.where != "auto" else ""
         output.write_text(coverage_markdown(surveys, f"{command} --output {output}", seconds))

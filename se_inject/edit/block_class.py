@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from se_inject.edit.around import BASE_FORWARD, renamed
 from se_inject.errors import UnsupportedModelError
 from se_inject.graph.recording.call import Arguments
 from se_inject.graph.source import ForwardSource
@@ -75,6 +76,8 @@ class Edit:
             "forward": forward,
             "qconfig": NotQuantized(),
         }
+        if BASE_FORWARD in self.eval.text:
+            members[BASE_FORWARD] = renamed(self.base.forward)
         return _subclass(self.base, members)
 
 

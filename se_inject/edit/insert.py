@@ -2,7 +2,7 @@
 
 An edit gives a block its SE children and makes the block an instance of a generated subclass of
 its class, whose forward calls them. Nothing else of the model changes. How the forward itself
-changes is shown in :mod:`se_inject.edit.rewrite`.
+changes is shown in :mod:`se_inject.edit.rewrite` and :mod:`se_inject.edit.around`.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from se_inject.edit.around import source_around
 from se_inject.edit.block_class import Edit, Settings, edit_of
 from se_inject.edit.rewrite import edit_graph
 from se_inject.edit.site import Site, make_layer
@@ -155,8 +156,11 @@ def _edit(
 ) -> Edit:
     """What is to be done to a block; its generated class is made here."""
     children = tuple(site.child for site in sites)
+    around = source_around(block.eval, sites, f"SE{base.__name__}.forward")
 
     def source(forward: TracedForward, mode: int, label: str) -> ForwardSource:
+        if around is not None:
+            return around
         where = [site.where[mode] for site in sites]
         graph = edit_graph(forward.graph, where, children, fuse=not settings.custom)
         return ForwardSource.of(graph, f"SE{base.__name__}.{label}")
@@ -167,7 +171,9 @@ def _edit(
         tuple(map(_producer, sites)),
         before,
         eval=source(block.eval, 0, "forward"),
-        train=None if block.train is block.eval else source(block.train, 1, "forward (train)"),
+        train=None
+        if around or block.train is block.eval
+        else source(block.train, 1, "forward (train)"),
         settings=settings,
     )
     try:

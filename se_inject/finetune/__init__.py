@@ -19,9 +19,11 @@
     arm.py        one arm with one seed
     trainer.py    one command: ``start`` and ``resume``
     trained.py    the best network of a run; evaluate.py measures it, predict.py asks it
+    looked.py     the images that its gates are looked at with
+    page.py       ``page.html`` of a run; page_figures.py draws its pictures
 
-The command line uses ``Settings``, ``start``, ``resume``, ``load_run``, ``evaluate`` and what
-``predict.py`` has; nothing else of this room is for others. All but ``choices.py``,
-``settings.py``, ``config.py`` and ``trust.py`` import Lightning, which is an extra
+The command line uses ``Settings``, ``start``, ``resume``, ``load_run``, ``evaluate``, ``looked``,
+``write_page`` and what ``predict.py`` has; nothing else of this room is for others. All but
+``choices.py``, ``settings.py``, ``config.py`` and ``trust.py`` import Lightning, which is an extra
 (``pip install 'se-inject[finetune]'``).
 """

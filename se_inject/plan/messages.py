@@ -9,8 +9,9 @@ from torch import nn
 from se_inject.edit.site import Site
 from se_inject.graph.trace import Trace
 from se_inject.names import block_label, plural
+from se_inject.plan.candidates import Candidate
 from se_inject.plan.injection import Injection
-from se_inject.reasons import Reason, Skipped
+from se_inject.reasons import UNIT_REASONS, Reason, Skipped
 
 # Warnings point at the line that called plan_se or inject_se: past this file and make_plan.
 _CALLER = 4
@@ -40,6 +41,17 @@ def no_site_message(model: nn.Module, skipped: Sequence[Skipped], injection: Inj
         f"{count} x {reason} (such as {examples[reason]})"
         for reason, count in Counter(s.reason for s in skipped).most_common()
     )
+
+
+def kind_of_blocks(found: Sequence[Candidate], skipped: Sequence[Skipped]) -> str:
+    """What the blocks of a plan are, for an error about a glob that matches none of them."""
+    units = any(candidate.in_eval.kind == "unit" for candidate in found)
+    units = units or any(entry.reason in UNIT_REASONS for entry in skipped)
+    additions = any(candidate.in_eval.kind == "residual" for candidate in found)
+    additions = additions or any(entry.reason not in UNIT_REASONS for entry in skipped)
+    if units:
+        return "block with an addition or unit" if additions else "unit"
+    return "block with an addition"
 
 
 def warn_of_gaps(trace: Trace) -> None:

@@ -23,7 +23,13 @@ from se_inject.plan.candidates import Candidate, find_candidates
 from se_inject.plan.checks import check_injection, check_model
 from se_inject.plan.injection import Injection, Ratio
 from se_inject.plan.layer_cost import layer_cost
-from se_inject.plan.messages import gaps_message, no_site_message, warn_of_floor, warn_of_gaps
+from se_inject.plan.messages import (
+    gaps_message,
+    kind_of_blocks,
+    no_site_message,
+    warn_of_floor,
+    warn_of_gaps,
+)
 from se_inject.plan.plan import Plan
 from se_inject.plan.select import ratios_of, selected
 from se_inject.plan.unit_candidates import with_units
@@ -133,7 +139,8 @@ def make_plan(model: nn.Module, injection: Injection, example_input: Any = None)
     names = [*dict.fromkeys(blocks + [entry.block for entry in candidates.skipped])]
     if not names:
         raise NoSiteError(no_site_message(model, [], injection))
-    wanted = selected(names, injection.include, injection.exclude)
+    what = kind_of_blocks(candidates.found, candidates.skipped)
+    wanted = selected(names, injection.include, injection.exclude, what)
     skipped = [
         *candidates.skipped,
         *(Skipped(name, Reason.EXCLUDED) for name in blocks if name not in wanted),
@@ -150,7 +157,7 @@ def make_plan(model: nn.Module, injection: Injection, example_input: Any = None)
 
     r = injection.r
     r = {k: int(v) for k, v in r.items()} if isinstance(r, Mapping) else int(r)
-    ratios = ratios_of([candidate.block for candidate in found], names, r)
+    ratios = ratios_of([candidate.block for candidate in found], names, r, what)
     taken: Counter[str] = Counter()
     sites = []
     for candidate in found:

@@ -7,7 +7,9 @@ from se_inject.names import Patterns, matching
 from se_inject.plan.injection import Ratio
 
 
-def ratios_of(wanted: Sequence[str], names: Sequence[str], r: Ratio) -> dict[str, int]:
+def ratios_of(
+    wanted: Sequence[str], names: Sequence[str], r: Ratio, what: str = "block with an addition"
+) -> dict[str, int]:
     """The reduction ratio of each wanted block; of a mapping, the first glob that matches counts.
 
     Raises:
@@ -15,7 +17,7 @@ def ratios_of(wanted: Sequence[str], names: Sequence[str], r: Ratio) -> dict[str
     """
     if not isinstance(r, Mapping):
         return dict.fromkeys(wanted, r)
-    matches = {pattern: matching(names, pattern, "r") for pattern in r}
+    matches = {pattern: matching(names, pattern, "r", what) for pattern in r}
     ratios = {}
     for name in wanted:
         pattern = next((p for p in r if name in matches[p]), None)

@@ -7,6 +7,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 from torch import fx
 
+from se_inject.edit.around import source_around
 from se_inject.edit.rewrite import edit_graph
 from se_inject.errors import ArgumentError
 from se_inject.names import near_names
@@ -31,7 +32,7 @@ def block_code(plan: Plan, block: str) -> RenderableType:
         raise ArgumentError(f"block {block!r} gets no SE block{why}. Blocks that do: {near}.")
     children = tuple(site.child for site in sites)
     kind = type(plan.model.get_submodule(block)).__name__
-    label = block or MODEL_ITSELF
+    label = f"{block or MODEL_ITSELF}{' (unit)' if sites[0].kind == 'unit' else ''}"
     traced = plan.blocks[block]
     modes = {"": (traced.eval, 0)}
     if traced.train is not traced.eval:
@@ -39,12 +40,13 @@ def block_code(plan: Plan, block: str) -> RenderableType:
     parts: list[RenderableType] = []
     for mode, (forward, index) in modes.items():
         where = [site.where[index] for site in sites]
+        around = source_around(forward, sites, kind)
         after = edit_graph(forward.graph, where, children, fuse=plan.se_layer is None)
         parts += [
             Text(f"{label}: {kind}.forward before{mode}", style="bold"),
             _python(_source(forward.graph)),
             Text(f"\n{label}: SE{kind}.forward after{mode}", style="bold"),
-            _python(_source(after)),
+            _python(around.text if around else _source(after)),
         ]
     return Group(*parts)
 

@@ -19,6 +19,7 @@ from se_inject.errors import NoSiteError, SEInjectError
 from se_inject.models.names import load_model
 from se_inject.plan.plan import Plan
 from se_inject.plan.planner import plan_se
+from se_inject.sites.scaled import Where
 
 Library = Literal["timm", "torchvision", "all"]
 
@@ -66,7 +67,7 @@ def family_of(name: str) -> str:
     return f"timm {timm.model_entrypoint(name).__module__.rpartition('.')[2]}"
 
 
-def survey(name: str) -> Survey:
+def survey(name: str, where: Where = "auto") -> Survey:
     """Build one model on meta, plan it and inject it."""
     family = family_of(name)
     start = time.perf_counter()
@@ -76,7 +77,7 @@ def survey(name: str) -> Survey:
             warnings.simplefilter("ignore")  # of the libraries, about their models
             model = load_model(name, meta=True)
             built = time.perf_counter()
-            plan: Plan | NoSiteError = _plan(model)
+            plan: Plan | NoSiteError = _plan(model, where)
             if isinstance(plan, Plan):
                 plan.apply()
         error = None
@@ -96,19 +97,19 @@ def survey(name: str) -> Survey:
     )
 
 
-def _plan(model: Any) -> Plan | NoSiteError:
+def _plan(model: Any, where: Where) -> Plan | NoSiteError:
     try:
-        return plan_se(model)
+        return plan_se(model, where=where)
     except NoSiteError as error:
         return error
 
 
-def survey_all(names: Sequence[str], workers: int) -> Iterator[Survey]:
+def survey_all(names: Sequence[str], workers: int, where: Where = "auto") -> Iterator[Survey]:
     """Survey many models in parallel processes, in the order in which they finish."""
     # Not forked: the parent has the threads of a progress bar.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        futures = [pool.submit(survey, name) for name in names]
+        futures = [pool.submit(survey, name, where) for name in names]
         try:
             for future in as_completed(futures):
                 yield future.result()

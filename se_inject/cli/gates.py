@@ -1,0 +1,124 @@
+"""``se-inject gates``: what the gates of a trained network do."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from se_inject.cli.lightning import TrustCode, need_lightning
+from se_inject.cli.options import Only, expand
+from se_inject.errors import ArgumentError
+from se_inject.plan.injection import Injection
+
+
+@expand
+def gates(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL",
+            help="A run folder, or with --weights the base: a timm name, torchvision/NAME, or"
+            " module:callable.",
+            show_default=False,
+        ),
+    ],
+    injection: Annotated[Injection, Only("attention")],
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What save_se wrote of MODEL.", show_default=False),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The base's own weights, where --weights does not hold them.",
+            show_default="the library's pretrained weights",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="The images to look at, as in finetune.",
+            show_default="those that the run validated on",
+        ),
+    ] = None,
+    img_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="The side of the images in pixels, of MODEL.", show_default="its own"
+        ),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="The classes whose curves are drawn.",
+            show_default="four that differ most",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Also write pictures (PNG and SVG) here.", show_default=False
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
+    trust_code: TrustCode = False,
+) -> None:
+    """Say what each SE block does over many images: idle, constant, saturated, by class or image.
+
+    A gate begins at 1. The columns: its mean; its spread over the images, between the classes and
+    within a class (standard deviations), and the share of the variance that the class explains;
+    then the shares of channels whose gate is always near 1 (idle), does not vary (fixed), is always
+    near 0 (shut) or near its maximum. A sentence of advice ends the table.
+
+    Examples:
+
+    - `se-inject gates runs/resnet50-flowers --output pictures`
+
+    - `se-inject gates resnet50 --weights se.safetensors --data ./flowers --json`
+    """
+    if weights is not None and data is None:
+        raise typer.BadParameter("MODEL with --weights wants --data: the images to look at")
+    if weights is None and (checkpoint, img_size) != (None, None):
+        raise typer.BadParameter("--checkpoint and --img-size are of MODEL with --weights")
+    if weights is None and not Path(target).expanduser().is_dir():
+        raise ArgumentError(
+            f"{target} is no run folder. Of a model give the file of its SE blocks too: --weights."
+        )
+    need_lightning()
+    from se_inject.finetune import evaluate as use
+    from se_inject.finetune import looked
+    from se_inject.finetune.settings import Settings
+    from se_inject.gates import advice, gate_statistics, gates_table, statistics_dict
+    from se_inject.gates.pictures import write_pictures
+    from se_inject.keep.restore import restore_model
+
+    with contextlib.redirect_stdout(sys.stderr):  # what a user's builder prints is no report
+        if weights is None:
+            folder = Path(target).expanduser()
+            run = use.load_run(folder, trust_code=trust_code)
+            network = run.network
+            batches = looked.batches_of_run(run, looked.split_of_run(run, folder, data))
+        else:
+            network = restore_model(
+                target, weights, checkpoint=checkpoint, se_layer=injection.se_layer
+            )
+            settings = Settings(target, data=str(data), img_size=img_size)
+            batches = looked.batches_of_model(network, settings)
+        statistics = gate_statistics(network, batches, batches.classes)
+        chosen = classes.split(",") if classes else None
+        paths = [] if output is None else write_pictures(statistics, output.expanduser(), chosen)
+    if as_json:
+        print(json.dumps(statistics_dict(statistics), indent=2))
+        return
+    console = Console()
+    console.print(gates_table(statistics))
+    console.print(f"\n{advice(statistics)}", highlight=False, soft_wrap=True, markup=False)
+    if paths:
+        names = ", ".join(path.name for path in paths)
+        console.print(f"Pictures in {output}: {names}", highlight=False, soft_wrap=True)

@@ -1,0 +1,31 @@
+"""``se-inject page``: what a run found, on one page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from se_inject.cli.lightning import TrustCode, need_lightning
+
+
+def page(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    benchmark: Annotated[
+        bool, typer.Option("--benchmark", help="Also measure the latency with and without SE.")
+    ] = False,
+    trust_code: TrustCode = False,
+) -> None:
+    """Write RUN/page.html: one file that shows what a run found, and opens without a network.
+
+    It has the data, the curves, the verdict, the figures of each class, the gates of the SE
+    blocks, the cost, and how to repeat the run. finetune writes it at its end too.
+
+    Examples:
+
+    - `se-inject page runs/resnet50-flowers`
+    """
+    need_lightning()
+    from se_inject.finetune.page import write_page
+
+    path = write_page(run.expanduser(), trust_code=trust_code, benchmark=benchmark)
+    print(f"The page of the run: {path}")
