@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from se_inject.graph.ops import (
@@ -350,6 +350,8 @@ def _is_spatial_gate(x: Tensor, gate: Tensor) -> bool:
 
 def leaves(value: Any) -> list[Any]:
     """The leaves of nested tuples, lists and dicts (a fast ``pytree.tree_leaves``)."""
+    if isinstance(value, Tensor | nn.Module):
+        return [value]
     if isinstance(value, tuple | list):
         return [leaf for v in value for leaf in leaves(v)]
     if isinstance(value, Mapping):

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from se_inject.errors import ForwardError, first_line
 from se_inject.graph.foreign import StandIn, is_quantized, is_scripted
 from se_inject.graph.log import tensors_in
-from se_inject.graph.planning import THREAD, raise_interruption
+from se_inject.graph.planning import THREAD, place_of_error, raise_interruption
 
 
 @contextlib.contextmanager
@@ -130,16 +130,14 @@ def copy_without_hooks(module: nn.Module) -> nn.Module | None:
     """A copy with its values and without the user's hooks; None where it cannot be copied."""
     memo: dict[int, Any] = {}
     for part in module.modules():
-        for name, value in vars(part).items():
-            if "_hooks" in name and isinstance(value, dict):
-                memo[id(value)] = _library_hooks(value)
+        for hooks in hooks_of(part):
+            memo[id(hooks)] = _library_hooks(hooks)
     try:
         copied = copy.deepcopy(module, memo)
     except Exception as error:  # whatever a foreign __deepcopy__ may raise
         raise_interruption(error)
         return None
-    own = {id(part) for part in module.modules()}
-    return None if any(id(part) in own for part in copied.modules()) else copied
+    return None if _copied_oddly(module, copied, memo) else copied
 
 
 def copy_with_twins(
@@ -155,26 +153,29 @@ def copy_with_twins(
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 memo[id(tensor)] = tensors[id(tensor)] = _to_meta(tensor)
-        for name, value in vars(module).items():
-            if "_hooks" in name and isinstance(value, dict):
-                if not hooks:
-                    memo[id(value)] = _library_hooks(value)
-            elif isinstance(value, torch.jit.ScriptFunction):
+        of_hooks = hooks_of(module)
+        if not hooks:
+            memo |= {id(value): _library_hooks(value) for value in of_hooks}
+        for value in vars(module).values():
+            if any(value is own for own in of_hooks):
+                continue
+            if isinstance(value, torch.jit.ScriptFunction):
                 memo[id(value)] = value  # a function, which torch cannot copy
             elif isinstance(value, Tensor | list | tuple | dict):
                 for tensor in tensors_in(value):  # detectors keep anchors in a plain list
                     if id(tensor) not in memo:
                         memo[id(tensor)] = tensors[id(tensor)] = _to_meta(tensor)
     own = dict(memo)
+    odd: list[nn.Module] = []
     try:
         twin = copy.deepcopy(model, memo)
-        kept = {id(m): m for m in model.modules()}
-        if shared := [m for m in twin.modules() if id(m) in kept]:
-            # A __deepcopy__ that returns its own module: copied as any other module is.
-            memo = own
-            for module in shared:
-                memo[id(module)] = type(module).__new__(type(module))
-            for module in shared:
+        while more := _copied_oddly(model, twin, memo):
+            # Their __deepcopy__ returns something else than a copy. They are copied here as any
+            # other module is.
+            odd += [module for module in more if all(module is not known for known in odd)]
+            memo.clear()
+            memo |= own | {id(module): type(module).__new__(type(module)) for module in odd}
+            for module in odd:
                 vars(memo[id(module)]).update(
                     {k: copy.deepcopy(v, memo) for k, v in vars(module).items()}
                 )
@@ -188,8 +189,38 @@ def copy_with_twins(
     modules = {
         id(m): memo[id(m)] for m in model.modules() if isinstance(memo.get(id(m)), nn.Module)
     }
-    twin.eval()  # not `return twin.eval()`: a train() of the user's may return None
+    try:
+        twin.eval()  # not `return twin.eval()`: a train() of the user's may return None
+    except Exception as error:  # whatever a foreign train() or __setattr__ may raise
+        raise_interruption(error)
+        raise ForwardError(
+            f"eval() of a copy of the model fails ({type(error).__name__}: {first_line(error)}"
+            f"{place_of_error(error)}); se_inject plans in eval mode. Let the modules take it."
+        ) from error
     return twin, modules, tensors
+
+
+def _copied_oddly(model: nn.Module, twin: Any, memo: Mapping[int, Any]) -> list[nn.Module]:
+    """The modules whose copy is the module itself, or nothing of its class."""
+    of_model = {id(m): m for m in model.modules()}
+    kept = [m for m in twin.modules() if id(m) in of_model] if isinstance(twin, nn.Module) else []
+    return kept + [
+        module
+        for key, module in of_model.items()
+        if key in memo
+        and type(memo[key]) is not type(module)
+        # Each GraphModule has a class of its own.
+        and not isinstance(memo[key], StandIn | torch.fx.GraphModule)
+    ]
+
+
+def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    """The dicts in which a module keeps its hooks."""
+    return [
+        value
+        for name, value in vars(module).items()
+        if isinstance(value, dict) and "_hooks" in str(name)
+    ]
 
 
 def _to_meta(tensor: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ module goes to its copy, and a write to it stops the planning there.
 """
 
 import os
+import re
+import sysconfig
 import threading
 import types
 from collections.abc import Callable
@@ -43,6 +45,8 @@ class _Thread(threading.local):
 THREAD = _Thread()
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_PYTHON = sysconfig.get_paths()["stdlib"] + os.sep
+_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 _HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _KERNELS = tuple(
     _TORCH + part for part in ("_refs", "_prims", "_decomp", "_meta_registrations", "_inductor")
@@ -54,11 +58,17 @@ def is_of_torch(frame: types.FrameType, *, kernels: bool = False) -> bool:
     return frame.f_code.co_filename.startswith(_KERNELS if kernels else _TORCH)
 
 
+def _is_the_users(filename: str) -> bool:
+    """Whether a file is none of torch, of this package or of Python itself."""
+    of_python = filename.startswith(_PYTHON) and not _INSTALLED.search(filename)
+    return not filename.startswith((_TORCH, _HERE, "<frozen")) and not of_python
+
+
 def place_of(frame: types.FrameType | None) -> str:
     """Where in the user's source a frame is: `` (net.py, line 12)``; empty if nowhere."""
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_TORCH, _HERE)) and not name.startswith("<frozen"):
+        if _is_the_users(name):
             return f" ({os.path.basename(name)}, line {frame.f_lineno})"
         frame = frame.f_back
     return ""
@@ -78,7 +88,7 @@ def place_of_error(error: BaseException) -> str:
     place, step = "", error.__traceback__
     while step is not None:
         name = step.tb_frame.f_code.co_filename
-        if not name.startswith((_TORCH, _HERE, "<frozen")):
+        if _is_the_users(name):
             place = f" ({os.path.basename(name)}, line {step.tb_lineno})"
         step = step.tb_next
     return place

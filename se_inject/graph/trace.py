@@ -26,7 +26,7 @@ from se_inject.graph.example import example_inputs
 from se_inject.graph.expect import bind
 from se_inject.graph.facts import TracedForward, run_graph
 from se_inject.graph.log import Value, tensors_in
-from se_inject.graph.meta import copy_with_twins, device_of, on_meta
+from se_inject.graph.meta import copy_with_twins, device_of, hooks_of, on_meta
 from se_inject.graph.patches import run_replaced
 from se_inject.graph.planning import (
     THREAD,
@@ -136,12 +136,7 @@ def on_a_copy(
 
 
 def _has_hooks(model: nn.Module) -> bool:
-    return any(
-        value
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if "_hooks" in name and isinstance(value, dict)
-    )
+    return any(any(hooks_of(module)) for module in model.modules())
 
 
 def _trace_twin(
@@ -188,6 +183,8 @@ def trace_block(
     """The eval and train graphs of a block, or in words why there are none."""
     if "forward" in vars(module):
         return "its forward is replaced on the instance"
+    if not callable(getattr(type(module), "forward", None)):
+        return "its forward is no function of its class"
     if isinstance(module, fx.GraphModule):
         # Copying one, or recompiling it, would silently bring back its own graph.
         return "it is a GraphModule: inject into the model that it was traced from"
