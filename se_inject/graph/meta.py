@@ -1,11 +1,10 @@
 """A model on meta tensors: its forward without values, without memory and without arithmetic."""
 
-import contextlib
 import copy
 import itertools
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,16 +15,30 @@ from se_inject.errors import ForwardError, first_line
 from se_inject.graph.foreign import StandIn, is_quantized, is_scripted
 from se_inject.graph.log import tensors_in
 from se_inject.graph.planning import THREAD, place_of_error, raise_interruption
+from se_inject.graph.thread_state import Modes
 
 
-@contextlib.contextmanager
-def on_meta(device: torch.device | None = None) -> Iterator[None]:
+class on_meta:  # noqa: N801 - it is called as the contexts of torch are
     """Run forwards on meta tensors: no gradients, and all that is made is made on meta.
 
     What a forward asks about the device of a tensor is answered as the model on ``device`` would.
     """
-    with torch.no_grad(), torch.device("meta"), _Answers(device or torch.device("cpu")):
-        yield
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
+
+    def __enter__(self) -> None:
+        self.before = Modes.now()
+        try:
+            torch.set_grad_enabled(False)
+            for context in (torch.device("meta"), _Answers(self.device)):
+                context.__enter__()
+        except BaseException:  # a Ctrl-C
+            self.before.put_back()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self.before.put_back()
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -10,13 +10,10 @@ expects (``isinstance(x, Tensor)``), and such a graph would be another network.
 """
 
 import contextlib
-import pickle
-import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
@@ -37,6 +34,7 @@ from se_inject.graph.planning import (
 )
 from se_inject.graph.record import Arguments, Call, Shape, changed, rebuilt, record, state_of
 from se_inject.graph.same import configuration
+from se_inject.graph.thread_state import ForeignRandomNumbers, ThreadState
 from se_inject.graph.tracer import BlockTracer, holds_tensor, is_symbolic
 from se_inject.layers.layout import first_convolution
 
@@ -124,15 +122,19 @@ def on_a_copy(
 
     def plan() -> _T:
         # Tensors of inference mode do not say when they are changed in place.
-        with _foreign_random_numbers(), torch.inference_mode(False):
+        with torch.inference_mode(False):
             twin, modules_of_copy, tensors_of_copy = copy_with_twins(model, hooks=hooks)
             THREAD.modules, THREAD.tensors = modules_of_copy, tensors_of_copy
-            try:
-                return work(twin, device_of(model))
-            finally:
-                THREAD.modules, THREAD.tensors = {}, {}
+            return work(twin, device_of(model))
 
-    return run_replaced(replacements, plan)
+    state, of_planning = ThreadState(), dict(vars(THREAD))
+
+    def put_back() -> None:
+        vars(THREAD).clear()
+        vars(THREAD).update(of_planning)
+        state.put_back()
+
+    return run_replaced(replacements, plan, put_back)
 
 
 def _has_hooks(model: nn.Module) -> bool:
@@ -193,9 +195,9 @@ def trace_block(
     if len({_flags(module, call) for call in calls}) > 1:
         return "it is called with different flags in one forward"
     try:
-        with _unchanged(module), _foreign_random_numbers() as drawn:
+        with _unchanged(module), ForeignRandomNumbers() as numbers:
             eval_graph, train_graph = _graphs(name, module, calls[0], device)
-            if drawn():  # a graph would freeze one draw
+            if numbers.drawn():  # a graph would freeze one draw
                 raise OtherNetworkError("its forward draws random numbers outside torch")
     except OtherNetworkError as error:
         return str(error)
@@ -274,21 +276,6 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
             own.clear()
             own.update(content)
         module.eval()
-
-
-@contextlib.contextmanager
-def _foreign_random_numbers() -> Iterator[Callable[[], bool]]:
-    """Puts back the random states of Python and NumPy; yields whether any number was drawn."""
-    before, of_numpy = random.getstate(), _numpy_state()
-    try:
-        yield lambda: random.getstate() != before or _numpy_state() != of_numpy
-    finally:
-        random.setstate(before)
-        numpy.random.set_state(pickle.loads(of_numpy))
-
-
-def _numpy_state() -> bytes:
-    return pickle.dumps(numpy.random.get_state())
 
 
 def _flags(module: nn.Module, call: Call) -> Hashable:
