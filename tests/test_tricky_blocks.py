@@ -115,6 +115,46 @@ class Caches(Body):
         return x + self.body(x) * self.mask
 
 
+class Logs(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shapes.append(x.shape)
+        return x + self.body(x)
+
+
+class KeepsInADict(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: dict[str, dict[str, Tensor]] = {"maps": {}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache["maps"]["branch"] = self.body(x)
+        return x + self.cache["maps"]["branch"]
+
+
+class Statistics:
+    calls = 0
+
+
+class CountsElsewhere(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics = Statistics()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.statistics.calls += 1
+        return x + self.body(x)
+
+
+class MarksItsChild(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        self.conv.size = x.shape[-1]
+        return x + self.body(x)
+
+
 class ChildsMode(Body):
     def __init__(self) -> None:
         super().__init__()
@@ -157,6 +197,10 @@ REFUSED: dict[type[nn.Module], str] = {
     Remembers: "sets self.last",
     Counts: "sets self.n",
     Caches: "sets self.mask",
+    Logs: "changes what self.shapes holds",
+    KeepsInADict: "changes what self.cache holds",
+    CountsElsewhere: "changes what self.statistics holds",
+    MarksItsChild: "changes what self.conv.size holds",
     ChildsMode: "reads the mode of a child",
     Returns: "would change their types",
     PrintsNoCode: "its graph does not run (SyntaxError",
@@ -176,6 +220,31 @@ def test_what_a_graph_cannot_say_is_refused_and_the_rest_is_served(block: type[n
     assert {s.block for s in plan.skipped} == {"block"}
     assert REFUSED[block] in plan.skipped[0].detail
     assert (random.getstate(), repr(numpy.random.get_state())) == states
+
+
+class ReadsWhatItHolds(Body):
+    """The children may keep what they like, and the forward may read what is held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = Logs()
+        self.scales = {"branch": [0.5, 1.0], "of": Statistics()}
+        self.rest = iter([1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scales["branch"][-1] + self.scales["of"].calls
+        return x + self.body(F.relu(self.log(x))) * scale
+
+
+def test_what_is_held_may_be_read_and_children_may_change_their_own() -> None:
+    root = Root(ReadsWhatItHolds())
+    plan = plan_se(root, example_input=X)
+    assert "block" in [site.block for site in plan.sites]
+    assert {s.block for s in plan.skipped} == {"block.log"}
+    plan.apply()
+    root(X)
+    root(X)
+    assert len(root.block.log.shapes) == 2
 
 
 class InFloat32(nn.Module):

@@ -1,6 +1,7 @@
 """Planning changes nothing: not the user's model, not torch, not what other threads do."""
 
 import contextlib
+import cProfile
 import random
 import sys
 import threading
@@ -288,6 +289,27 @@ def test_ctrl_c_while_a_context_is_entered_or_left() -> None:
         assert torch_state() == of_torch, line
         assert random.getstate() == of_random, line
     assert torch.tensor(before).tolist() == before  # on the CPU, and not on meta
+
+
+def test_a_model_is_planned_under_a_profiler() -> None:
+    profiler, seen = cProfile.Profile(), list[str]()
+    profiler.enable()
+    try:
+        plan = plan_se(nn.Sequential(Plain()), example_input=X)
+        X.sum()  # the profiler goes on
+    finally:
+        profiler.disable()
+    assert len(plan.sites) == 1
+    assert any("sum" in str(entry.code) for entry in profiler.getstats())
+    sys.setprofile(lambda frame, event, argument: seen.append(event))
+    try:
+        plan = plan_se(nn.Sequential(Plain()), example_input=X)
+        seen.clear()
+        X.sum()
+    finally:
+        sys.setprofile(None)
+    assert len(plan.sites) == 1
+    assert seen
 
 
 class Swallows(Plain):

@@ -63,6 +63,23 @@ def _numpy_state() -> bytes:
     return pickle.dumps(numpy.random.get_state())
 
 
+def set_profile(profile: Any) -> None:
+    """Make this the profile function of the thread, or the profiler (``cProfile``), or None.
+
+    Until Python 3.11 ``sys.getprofile`` gives out a profiler that is written in C, and
+    ``sys.setprofile`` does not take it back.
+    """
+    before: Any = sys.getprofile()
+    if before is profile:
+        return
+    if hasattr(before, "disable"):
+        before.disable()
+    if hasattr(profile, "enable"):
+        profile.enable()
+    else:
+        sys.setprofile(profile)
+
+
 class ThreadState:
     """All of it at one moment."""
 
@@ -71,6 +88,6 @@ class ThreadState:
         self.profile = sys.getprofile()
 
     def put_back(self) -> None:
-        sys.setprofile(self.profile)
+        set_profile(self.profile)
         self.modes.put_back()
         self.numbers.put_back()

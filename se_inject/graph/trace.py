@@ -22,6 +22,7 @@ from se_inject.errors import ForwardError, first_line
 from se_inject.graph.example import example_inputs
 from se_inject.graph.expect import bind
 from se_inject.graph.facts import TracedForward, run_graph
+from se_inject.graph.held import changed_in, held_by
 from se_inject.graph.log import Value, tensors_in
 from se_inject.graph.meta import copy_with_twins, device_of, hooks_of, on_meta
 from se_inject.graph.patches import run_replaced
@@ -263,12 +264,14 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
     """Put back what a traced forward set on its module (proxies), and refuse such a forward."""
     inner: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
     attributes, contents = dict(vars(module)), [dict(d) for d in inner]
-    before = state_of(module)
+    before, held = state_of(module), held_by(module)
     try:
         yield
         module.eval()
         if sets := changed(before, state_of(module)):
             raise OtherNetworkError(f"its forward sets self.{sets[0]}")
+        if name := changed_in(held, held_by(module)):
+            raise OtherNetworkError(f"its forward changes what self.{name} holds")
     finally:
         vars(module).clear()
         vars(module).update(attributes)

@@ -9,6 +9,7 @@ import torch
 import torch.utils.checkpoint
 
 from se_inject.graph.planning import THREAD, is_of_torch
+from se_inject.graph.thread_state import set_profile
 
 T = TypeVar("T")
 
@@ -38,10 +39,10 @@ def watched(body: Callable[[], T]) -> T:
     """
     before = sys.getprofile()
     try:
-        sys.setprofile(_see)
+        set_profile(_see)
         return body()
     finally:
-        sys.setprofile(before)
+        set_profile(before)
 
 
 def _see(frame: types.FrameType, event: str, argument: Any) -> None:

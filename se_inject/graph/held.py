@@ -1,0 +1,48 @@
+"""What a module holds in lists, dicts and objects of its own, and which of it a forward changes.
+
+A graph computes maps and does nothing else: a forward that also keeps them in ``self.cache``, or
+counts its calls in ``self.stats``, would stop doing so without a word.
+"""
+
+import collections
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+_DEEPEST = 4
+_OF_CODE = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
+
+
+def held_by(module: nn.Module) -> dict[str, list[Any]]:
+    """For each attribute of a module and of the modules in it, all that can be reached from it."""
+    return {
+        f"{path}.{name}".lstrip("."): [value, *_inside(value, _DEEPEST)]
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+    }
+
+
+def changed_in(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> str | None:
+    """The first attribute that holds other objects than before."""
+    for name in dict.fromkeys([*before, *after]):
+        a, b = before.get(name, []), after.get(name, [])
+        if len(a) != len(b) or any(x is not y for x, y in zip(a, b, strict=True)):
+            return name
+    return None
+
+
+def _inside(value: Any, depth: int) -> Iterator[Any]:
+    if depth == 0 or value is None or isinstance(value, _OF_CODE):
+        return
+    if isinstance(value, list | tuple | set | frozenset | collections.deque):
+        inner = list(value)
+    else:
+        named = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+        if not isinstance(named, dict):
+            return
+        inner = [part for item in list(named.items()) for part in item]
+    for part in inner:
+        yield part
+        yield from _inside(part, depth - 1)
