@@ -186,23 +186,49 @@ def dictionary(r: R, name: str, c: int, out: int, stride: int) -> Block:
     return Block("dict", k.text(), f"{name}()", c, Counter({("", c): 1}), call=call)
 
 
+def mutated_dictionary(r: R, name: str, c: int, out: int, stride: int) -> Block:
+    """What a block writes into its caller's dict, a graph would lose."""
+    k = Class(name, signature="self, batch")
+    made = branch(r, k, c, c, 1)
+    k.forward = r.choice(
+        [
+            ["h = batch['x']", *made, "batch['x'] = h + batch['x']", "return batch"],
+            ["x = h = batch.pop('x')", *made, "return {**batch, 'x': x + h}"],
+        ]
+    )
+    skipped = Counter({("", Reason.UNTRACED): 1})
+    call = "y = {f}({'x': y, 'scale': 2.0})['x']"
+    return Block("mutated dict", k.text(), f"{name}()", c, skipped=skipped, call=call)
+
+
 def data_class(r: R, name: str, c: int, out: int, stride: int) -> Block:
     """Arguments or results in a dataclass or named tuple."""
     k = Class(name)
-    how = r.choice(["result", "pair", "unpacked"])
+    how = r.choice(["result", "pair", "unpacked", "named tuple", "argument"])
+    sites, skipped = Counter({("", c): 1}), Counter[tuple[str, Reason]]()
     if how == "result":
         k.forward = [*_body(r, k, c, c, 1), "return State(x=out)"]
         call = "y = {f}(y).x"
     elif how == "pair":
         k.forward = [*_body(r, k, c, c, 1), "return Pair(out, x)"]
         call = r.choice(["y, _ = {f}(y)", "y = {f}(y).x", "y = {f}(y)[0]"])
-    else:
+    elif how == "unpacked":
         k.signature = "self, pair"
         k.forward = ["x, aux = pair", *_body(r, k, c, c, 1), "return out, aux"]
         call = r.choice(
             ["y, _ = {f}((y, y.mean()))", "y, _ = {f}(Pair(y, y))", "y = {f}([y, y])[0]"]
         )
-    return Block("dataclass", k.text(), f"{name}()", c, Counter({("", c): 1}), call=call)
+    elif how == "named tuple":
+        k.signature = "self, pair"
+        k.forward = ["x = pair.x", *_body(r, k, c, c, 1), "return pair._replace(x=out)"]
+        call = "y = {f}(Pair(y, y)).x"
+    else:  # whose other fields may decide the way
+        k.signature = r.choice(["self, state", "self, state: State"])
+        made = branch(r, k, c, c, 1)
+        k.forward = ["h = x = state.x", *made, "return replace(state, x=x + h)"]
+        call = r.choice(["y = {f}(State(y)).x", "y = {f}(State(y, scale=2.0)).x"])
+        sites, skipped = Counter(), Counter({("", Reason.UNTRACED): 1})
+    return Block("dataclass", k.text(), f"{name}()", c, sites, skipped, call=call)
 
 
 def star_arguments(r: R, name: str, c: int, out: int, stride: int) -> Block:
@@ -446,7 +472,7 @@ RESIDUAL: list[Kind] = [
 ]
 RESIDUAL += [optional_argument, early_return, dictionary, data_class, star_arguments]
 RESIDUAL += [half_of_the_channels, hooked, several, nested, maps_in_a_list, two_branches]
-RESIDUAL += [delegate, normalised_weights]
+RESIDUAL += [delegate, normalised_weights, mutated_dictionary]
 RESIDUAL += [
     _site("list", _list_of_maps, 2),
     _site("sliced", _sliced),

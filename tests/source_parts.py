@@ -250,7 +250,7 @@ PREAMBLES = [
     ["if not torch.is_tensor(x):", "    raise TypeError(type(x))"],
     ["x = x.contiguous() if len(x.shape) == 4 else x[None]"],
     ["height, width = x.shape[2], x.shape[3]", "x = x[..., :height, :width]"],
-    ["x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)"],
+    ["x = x.permute(0, 2, 3, 1).permute(0, 3, 1, 2)"],
     ["x = x.float() if not x.is_floating_point() else x"],
     ["area = math.prod(x.shape[-2:])", "x = x.flatten(2).reshape(*x.shape[:2], *x.shape[2:])"],
 ]

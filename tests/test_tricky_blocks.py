@@ -169,6 +169,41 @@ class Returns(Body):
         return OrderedDict(out=x + self.body(x))
 
 
+class WritesIntoItsArgument(Body):
+    def forward(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            x = {"x": x}
+        x["x"] = x["x"] + self.body(x["x"])
+        return x
+
+
+class TakesADict(Body):
+    def __init__(self, pops: bool) -> None:
+        super().__init__()
+        self.pops = pops
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        x = batch.pop("x") if self.pops else batch["x"]
+        return {**batch, "x": x + self.body(x)}
+
+
+@pytest.mark.parametrize("block", [WritesIntoItsArgument(), TakesADict(True)])
+def test_what_a_block_writes_into_its_arguments_is_not_lost(block: nn.Module) -> None:
+    root = Root(block, lambda block, x: block({"x": x, "y": x})["x"])
+    plan = plan_se(root, example_input=X)
+    assert [site.block for site in plan.sites] == ["plain"]
+    assert [s.detail.split(", or ")[-1] for s in plan.skipped] == [
+        "what it writes into its arguments would be lost"
+    ]
+    y = root(X)
+    assert torch.equal(plan.apply()(X), y)
+
+
+def test_a_block_that_only_reads_its_dict_is_served() -> None:
+    root = Root(TakesADict(False), lambda block, x: block({"x": x, "y": x})["x"])
+    assert same_before_and_after(root) == ["plain", "block"]
+
+
 class Half(float):
     def __repr__(self) -> str:
         return "a half"
