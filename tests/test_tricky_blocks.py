@@ -257,6 +257,30 @@ def test_what_a_graph_cannot_say_is_refused_and_the_rest_is_served(block: type[n
     assert (random.getstate(), repr(numpy.random.get_state())) == states
 
 
+class ClearsInTrain(nn.Identity):
+    """timm's attention keeps its biases in eval mode, and forgets them when the mode changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = {"maps": 1}
+
+    def train(self, mode: bool = True) -> Any:
+        self.cache = {} if mode else {"maps": 1}
+        return super().train(mode)
+
+
+def test_what_a_change_of_the_mode_changes_is_not_the_forwards() -> None:
+    class Block(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = ClearsInTrain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + F.dropout(self.part(self.body(x)), 0.1, self.training)
+
+    assert same_before_and_after(Root(Block())) == ["plain", "block"]
+
+
 class ReadsWhatItHolds(Body):
     """The children may keep what they like, and the forward may read what is held."""
 

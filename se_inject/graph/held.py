@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _DEEPEST = 4
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 _OF_CODE = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
 
 
@@ -21,13 +22,20 @@ def held_by(module: nn.Module) -> dict[str, list[Any]]:
         f"{path}.{name}".lstrip("."): [value, *_inside(value, _DEEPEST)]
         for path, part in module.named_modules()
         for name, value in vars(part).items()
+        if path or name not in _REGISTRIES
     }
 
 
 def changed_in(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> str | None:
-    """The first attribute that holds other objects than before."""
+    """The first attribute that holds other objects than before.
+
+    Attributes of the module itself that are another object now are left out: :func:`state_of`
+    sees that they were set.
+    """
     for name in dict.fromkeys([*before, *after]):
         a, b = before.get(name, []), after.get(name, [])
+        if "." not in name and [*map(id, a[:1])] != [*map(id, b[:1])]:
+            continue
         if len(a) != len(b) or any(x is not y for x, y in zip(a, b, strict=True)):
             return name
     return None

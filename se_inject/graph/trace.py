@@ -243,9 +243,11 @@ def _graphs(
     own = {id(m) for m in module.modules()}
 
     def trace() -> tuple[fx.Graph, list[nn.Module]]:
-        tracer = BlockTracer(name, call)
+        tracer, held = BlockTracer(name, call), held_by(module)
         with on_meta(device):
             graph = tracer.trace(module)
+        if changes := changed_in(held, held_by(module)):
+            raise OtherNetworkError(f"its forward changes what self.{changes} holds")
         # A layer that the forward itself has made is in the mode in which it was made.
         return graph, [m for m in tracer.mode_readers if id(m) in own]
 
@@ -264,14 +266,12 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
     """Put back what a traced forward set on its module (proxies), and refuse such a forward."""
     inner: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
     attributes, contents = dict(vars(module)), [dict(d) for d in inner]
-    before, held = state_of(module), held_by(module)
+    before = state_of(module)
     try:
         yield
         module.eval()
         if sets := changed(before, state_of(module)):
             raise OtherNetworkError(f"its forward sets self.{sets[0]}")
-        if name := changed_in(held, held_by(module)):
-            raise OtherNetworkError(f"its forward changes what self.{name} holds")
     finally:
         vars(module).clear()
         vars(module).update(attributes)
