@@ -65,4 +65,8 @@ class NoSiteError(SEInjectError):
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for a reason inside another message."""
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]
+    try:
+        text = str(error)
+    except Exception:  # a foreign error whose __str__ fails itself
+        text = ""
+    return (text.strip().splitlines() or ["no message"])[0][:200]

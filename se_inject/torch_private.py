@@ -79,3 +79,17 @@ def makes_tensors(function: Callable[..., Any]) -> bool:
 def without_torch_functions() -> AbstractContextManager[None]:
     """A context in which no mode sees the functions that run, as in TorchScript's own code."""
     return torch._C.DisableTorchFunction()
+
+
+def function_modes() -> list[Any]:
+    """The modes that see the functions of this thread, the innermost last."""
+    count = torch._C._len_torch_function_stack()
+    return [torch._C._get_function_stack_at(i) for i in range(count)]
+
+
+def set_function_modes(modes: list[Any]) -> None:
+    """Make these the modes of this thread. The public way, ``with``, can be interrupted halfway."""
+    while torch._C._len_torch_function_stack():
+        torch._C._pop_torch_function_stack()
+    for mode in modes:
+        torch._C._push_on_torch_function_stack(mode)

@@ -40,6 +40,8 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"r": {}}, r"r=\{\} says nothing of any block; write \{'\*': 16\}"),
     ({"r": {"layer1.*": 8}}, r"says nothing of block 'layer2\.0'; add '\*': 16"),
     ({"r": {"nothing": 8, "*": 16}}, r"r='nothing' matches no block"),
+    ({"divisor": 2**40}, r"an SE block of 'layer1\.0' .* cannot be made: divisor=1099511627776 is"),
+    ({"divisor": 2**70}, r"cannot be made: divisor=\d+ is too large, 8 is usual"),
     ({"divisor": 0}, r"divisor=0 is not a positive whole number: 8 as in timm"),
     ({"placement": "somewhere"}, r"placement='somewhere' is not known; use 'standard'"),
     ({"init": "random"}, r"init='random' is not known; use 'identity' or 'paper'"),

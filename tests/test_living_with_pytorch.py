@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import small_net
 import timm
 import torch
 import torchvision
@@ -22,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from se_inject import SqueezeExcite, inject_se, remove_se, se_parameters
+from se_inject import SqueezeExcite, inject_se, load_se, remove_se, save_se, se_parameters
 
 X = torch.randn(2, 3, 64, 64)
 
@@ -32,6 +33,23 @@ def model() -> nn.Module:
     model = inject_se(randomize(timm.create_model("resnet18", num_classes=7)), example_input=X)
     open_gates(model)
     return model.eval()
+
+
+@pytest.mark.parametrize("default", ["meta", "cpu"])
+def test_the_default_device_of_the_user_is_not_the_models(default: str, tmp_path: Path) -> None:
+    """The meta device stands for a GPU: a generator of the CPU does not fit either."""
+    base, other = (small_net.build().eval() for _ in range(2))
+    x = torch.randn(2, 3, 8, 8)
+    y = base(x)
+    with torch.device(default):
+        inject_se(base, 4, example_input=x)
+        save_se(base, tmp_path / "se.safetensors")
+        load_se(other, tmp_path / "se.safetensors")
+        assert {p.device.type for p in (*base.parameters(), *other.parameters())} == {"cpu"}
+    assert torch.equal(base(x), y)
+    assert torch.equal(other(x), y)
+    remove_se(base)
+    assert torch.equal(base(x), y)
 
 
 # --- copies --------------------------------------------------------------------------------------

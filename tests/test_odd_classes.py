@@ -5,6 +5,7 @@ import functools
 import gc
 import linecache
 import pickle
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -14,11 +15,14 @@ import torch
 from test_whole import state
 from torch import Tensor, nn
 
+import se_inject.plan.plan
+import se_inject.plan.planner
 from se_inject import (
     SEInjectError,
     SqueezeExcite,
     UnsupportedModelError,
     inject_se,
+    plan_se,
     remove_se,
     se_parameters,
 )
@@ -154,6 +158,57 @@ class Answers(Plain):
             return None
 
 
+class UnhashableMeta(type):
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Unhashable(Plain, metaclass=UnhashableMeta):
+    """Beside it, another subclass of the same base is served."""
+
+
+class RefusesOneName(Plain):
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("se", "se_inject"):
+            raise RuntimeError(f"no {name} here")
+        return super().__getattribute__(name)
+
+
+class HooksInItsWay(Plain):
+    def register_forward_hook(self, hook: Any) -> Any:  # type: ignore[override]
+        raise RuntimeError("no hooks here")
+
+
+class CopiesToAnother(Plain):
+    def __deepcopy__(self, memo: Any) -> Any:
+        return nn.Identity()
+
+
+class CopiesToNothing(Plain):
+    def __deepcopy__(self, memo: Any) -> Any:
+        return None
+
+
+class Holds(Plain):
+    """What it holds is found only once it is copied itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = CopiesToNothing()
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return x + self.conv(x)
+
+
+class OddAttribute(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        vars(self)[3] = "an attribute without a name"  # type: ignore[index]
+
+
 class OwnClass(Plain):
     """``__class__`` is a property, as mocks have it."""
 
@@ -171,6 +226,12 @@ SERVED = [
     Slots,
     SilentTrain,
     Answers,
+    RefusesOneName,
+    HooksInItsWay,
+    CopiesToAnother,
+    CopiesToNothing,
+    Holds,
+    OddAttribute,
 ]
 
 
@@ -306,6 +367,106 @@ def test_refused_whole(kind: type[nn.Module]) -> None:
     assert edit_of(model[1])
 
 
+class FrozenMode(Plain):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training" and "conv" in vars(self).get("_modules", ()):
+            raise AttributeError("the mode is frozen")
+        super().__setattr__(name, value)
+
+
+class FailsToTrain(Plain):
+    def train(self, mode: bool = True) -> Any:
+        raise SilentError
+
+
+class SilentError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class TakesNoMode(Plain):
+    def train(self) -> Any:  # type: ignore[override]
+        return super().train(True)
+
+
+class TrainsForEver(Plain):
+    def train(self, mode: bool = True) -> Any:
+        return self.train(mode)
+
+
+class ForgetsItsClass(Plain):
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        raise LookupError("no class")
+
+
+class HidesItsParameters(Plain):
+    def parameters(self, recurse: bool = True) -> Any:
+        raise RuntimeError("no parameters")
+
+
+class OpaqueMeta(type):
+    def __getattribute__(cls, name: str) -> Any:
+        if name == "__mro__":
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+class OfOpaqueMeta(Plain, metaclass=OpaqueMeta):
+    pass
+
+
+class NoHash(Plain):
+    __hash__ = None  # type: ignore[assignment]
+
+
+NOT_PLANNED: dict[type[nn.Module], str] = {
+    FrozenMode: r"eval\(\) of a copy .*AttributeError: the mode is frozen \(test_odd_classes.py",
+    FailsToTrain: r"eval\(\) of a copy of the model fails \(SilentError: no message",
+    TakesNoMode: r"eval\(\) of a copy of the model fails \(TypeError",
+    TrainsForEver: r"eval\(\) of a copy of the model fails \(RecursionError",
+    ForgetsItsClass: r"its own code fails \(test_odd_classes.py, line .*LookupError: no class",
+    HidesItsParameters: r"its own code fails \(test_odd_classes.py, line .*no parameters",
+    OfOpaqueMeta: r"its own code fails \(test_odd_classes.py, line .*__mro__",
+    NoHash: "the modules of Sequential cannot be listed .*unhashable type: 'NoHash'",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", NOT_PLANNED)
+def test_refused_before_it_is_planned(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(Plain(), kind())
+    before = [(vars(m).copy(), type(m)) for m in (model, model[0], model[1])]
+    for function in (plan_se, inject_se):
+        with pytest.raises(SEInjectError, match=NOT_PLANNED[kind]) as caught:
+            function(model, example_input=X)
+        assert len(str(caught.value).splitlines()) <= 2
+    assert [(vars(m).copy(), type(m)) for m in (model, model[0], model[1])] == before
+
+
+def test_a_forward_that_is_no_function_is_skipped() -> None:
+    class Property(Plain):
+        @property
+        def forward(self) -> Any:  # type: ignore[override]
+            return lambda x: x + self.conv(x)
+
+    plan = plan_se(nn.Sequential(Plain(), Property()), 1, divisor=1, example_input=X)
+    assert [site.block for site in plan.sites] == ["0"]
+    assert [s.detail for s in plan.skipped] == [
+        "its forward is no function of its class; exclude= leaves the block out"
+    ]
+
+
+def test_a_fault_of_ours_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        return {}["missing"]
+
+    code = fails.__code__.replace(co_filename=se_inject.plan.planner.__file__)
+    monkeypatch.setattr(se_inject.plan.planner, "with_units", types.FunctionType(code, {}))
+    with pytest.raises(KeyError, match="missing"):
+        plan_se(nn.Sequential(Plain()), example_input=X)
+
+
 def test_an_error_of_the_users_own_kind_goes_through() -> None:
     class OwnError(Exception):
         pass
@@ -338,7 +499,7 @@ def test_a_layer_whose_train_returns_nothing() -> None:
     assert isinstance(model[0].se, Attention)
 
 
-def test_linecache_does_not_grow() -> None:
+def test_linecache_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(Plain())
 
     def entries() -> int:
@@ -346,10 +507,19 @@ def test_linecache_does_not_grow() -> None:
 
     gc.collect()
     before, during = entries(), set()
-    for _ in range(100):
-        inject_se(model, 1, divisor=1, example_input=X)
+    x = torch.zeros(1, 4, 1, 1)
+    for _ in range(50):
+        inject_se(model, 1, divisor=1, example_input=x)
+        during.add(entries())
+        remove_se(model)
+    # Planning and its check are slow and the edit is quick: 450 more edits, each with a new class.
+    plan = plan_se(model, 1, divisor=1, example_input=x)
+    monkeypatch.setattr(se_inject.plan.plan, "verify", lambda *_: None)
+    for _ in range(450):
+        plan.apply()
         during.add(entries())
         remove_se(model)
     assert max(during) <= before + 2
+    del plan
     gc.collect()
     assert entries() <= before

@@ -115,6 +115,46 @@ class Caches(Body):
         return x + self.body(x) * self.mask
 
 
+class Logs(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shapes.append(x.shape)
+        return x + self.body(x)
+
+
+class KeepsInADict(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: dict[str, dict[str, Tensor]] = {"maps": {}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache["maps"]["branch"] = self.body(x)
+        return x + self.cache["maps"]["branch"]
+
+
+class Statistics:
+    calls = 0
+
+
+class CountsElsewhere(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics = Statistics()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.statistics.calls += 1
+        return x + self.body(x)
+
+
+class MarksItsChild(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        self.conv.size = x.shape[-1]
+        return x + self.body(x)
+
+
 class ChildsMode(Body):
     def __init__(self) -> None:
         super().__init__()
@@ -127,6 +167,41 @@ class ChildsMode(Body):
 class Returns(Body):
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         return OrderedDict(out=x + self.body(x))
+
+
+class WritesIntoItsArgument(Body):
+    def forward(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            x = {"x": x}
+        x["x"] = x["x"] + self.body(x["x"])
+        return x
+
+
+class TakesADict(Body):
+    def __init__(self, pops: bool) -> None:
+        super().__init__()
+        self.pops = pops
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        x = batch.pop("x") if self.pops else batch["x"]
+        return {**batch, "x": x + self.body(x)}
+
+
+@pytest.mark.parametrize("block", [WritesIntoItsArgument(), TakesADict(True)])
+def test_what_a_block_writes_into_its_arguments_is_not_lost(block: nn.Module) -> None:
+    root = Root(block, lambda block, x: block({"x": x, "y": x})["x"])
+    plan = plan_se(root, example_input=X)
+    assert [site.block for site in plan.sites] == ["plain"]
+    assert [s.detail.split(", or ")[-1] for s in plan.skipped] == [
+        "what it writes into its arguments would be lost"
+    ]
+    y = root(X)
+    assert torch.equal(plan.apply()(X), y)
+
+
+def test_a_block_that_only_reads_its_dict_is_served() -> None:
+    root = Root(TakesADict(False), lambda block, x: block({"x": x, "y": x})["x"])
+    assert same_before_and_after(root) == ["plain", "block"]
 
 
 class Half(float):
@@ -157,6 +232,10 @@ REFUSED: dict[type[nn.Module], str] = {
     Remembers: "sets self.last",
     Counts: "sets self.n",
     Caches: "sets self.mask",
+    Logs: "changes what self.shapes holds",
+    KeepsInADict: "changes what self.cache holds",
+    CountsElsewhere: "changes what self.statistics holds",
+    MarksItsChild: "changes what self.conv.size holds",
     ChildsMode: "reads the mode of a child",
     Returns: "would change their types",
     PrintsNoCode: "its graph does not run (SyntaxError",
@@ -176,6 +255,55 @@ def test_what_a_graph_cannot_say_is_refused_and_the_rest_is_served(block: type[n
     assert {s.block for s in plan.skipped} == {"block"}
     assert REFUSED[block] in plan.skipped[0].detail
     assert (random.getstate(), repr(numpy.random.get_state())) == states
+
+
+class ClearsInTrain(nn.Identity):
+    """timm's attention keeps its biases in eval mode, and forgets them when the mode changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = {"maps": 1}
+
+    def train(self, mode: bool = True) -> Any:
+        self.cache = {} if mode else {"maps": 1}
+        return super().train(mode)
+
+
+def test_what_a_change_of_the_mode_changes_is_not_the_forwards() -> None:
+    class Block(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = ClearsInTrain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + F.dropout(self.part(self.body(x)), 0.1, self.training)
+
+    assert same_before_and_after(Root(Block())) == ["plain", "block"]
+
+
+class ReadsWhatItHolds(Body):
+    """The children may keep what they like, and the forward may read what is held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = Logs()
+        self.scales = {"branch": [0.5, 1.0], "of": Statistics()}
+        self.rest = iter([1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scales["branch"][-1] + self.scales["of"].calls
+        return x + self.body(F.relu(self.log(x))) * scale
+
+
+def test_what_is_held_may_be_read_and_children_may_change_their_own() -> None:
+    root = Root(ReadsWhatItHolds())
+    plan = plan_se(root, example_input=X)
+    assert "block" in [site.block for site in plan.sites]
+    assert {s.block for s in plan.skipped} == {"block.log"}
+    plan.apply()
+    root(X)
+    root(X)
+    assert len(root.block.log.shapes) == 2
 
 
 class InFloat32(nn.Module):

@@ -478,6 +478,22 @@ def test_a_linear_branch_in_a_class_that_does_not_fold_is_a_site(method: Any) ->
     assert found(with_method(method, two)) == (["block"], [])
 
 
+def merge(self: Any, x: Tensor, h: Tensor) -> Tensor:
+    return x + h
+
+
+def test_a_method_that_the_forward_calls_folds_nothing() -> None:
+    """``merge`` of a shortcut and a branch has the name of a method that folds kernels."""
+    folds = type("Folds", (Parallel,), {"merge": merge})
+
+    class Merges(folds):  # type: ignore[misc, valid-type]
+        def forward(self, x: Tensor) -> Tensor:
+            return self.merge(x, self.c3(x))
+
+    assert found(Net(Merges(two))) == (["block"], [])
+    assert found(Net(folds(two))) == ([], [Reason.REPARAMETERISABLE])
+
+
 @pytest.mark.parametrize("method", FOLDING)
 def test_a_branch_with_an_activation_cannot_be_folded(method: Any) -> None:
     assert found(with_method(method, bent)) == (["block"], [])

@@ -1,6 +1,8 @@
 """Planning changes nothing: not the user's model, not torch, not what other threads do."""
 
 import contextlib
+import cProfile
+import random
 import sys
 import threading
 import warnings
@@ -16,8 +18,10 @@ from blocks import Plain, Root, X
 from torch import Tensor, nn
 
 from se_inject import NoSiteError, SEInjectError, inject_se, plan_se
+from se_inject.graph.meta import on_meta
 from se_inject.graph.thread import THREAD
 from se_inject.graph.tracing.tracer import BlockTracer
+from se_inject.torch_private import function_modes
 
 NAMES = (
     "test_resnet",
@@ -46,7 +50,8 @@ def state_of(model: nn.Module) -> Iterator[Any]:
 def torch_state() -> list[Any]:
     names = ("__call__", "__getattr__", "__setattr__", "training")
     functions = [torch.arange, torch.full, torch.linspace, torch.autocast.__init__]
-    return [*(vars(nn.Module).get(name) for name in names), *functions, sys.getprofile()]
+    modes = [*function_modes(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
+    return [*(vars(nn.Module).get(name) for name in names), *functions, *modes, sys.getprofile()]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -258,6 +263,7 @@ def interrupted_at(line: int, code: Any) -> Any:
 
 
 FILES = ("tracing/patches.py", "graph/trace.py", "tracing/watch.py", "graph/meta.py")
+FILES += ("tracing/replaced.py", "graph/thread.py", "graph/thread_state.py", "torch_private.py")
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -292,6 +298,61 @@ def test_ctrl_c_at_any_line_leaves_torch_as_it_was(part: int) -> None:
     assert interrupted > 20
     assert list(state_of(model)) == before
     assert len(plan_se(model, example_input=X).sites) == 1
+
+
+def test_ctrl_c_while_a_context_is_entered_or_left() -> None:
+    """A ``with`` block does not put back what its own ``__enter__`` or ``__exit__`` leaves."""
+    model, before, of_torch = nn.Sequential(Plain()), [0.0, 1.0], torch_state()
+    random.seed(5)
+    of_random = random.getstate()
+    codes = [getattr(on_meta, name).__code__ for name in ("__enter__", "__exit__")]
+    for line in range(1, 60):
+        count = 0
+
+        def follow(frame: Any, event: str, argument: Any, line: int = line) -> Any:
+            nonlocal count
+            inside = frame
+            while inside is not None and inside.f_code not in codes:
+                inside = inside.f_back
+            if inside is None:
+                return None
+            count += event in ("line", "return")
+            if count == line:
+                count += 1
+                raise KeyboardInterrupt
+            return follow
+
+        sys.settrace(follow)
+        try:
+            plan_se(model, example_input=X)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert torch_state() == of_torch, line
+        assert random.getstate() == of_random, line
+    assert torch.tensor(before).tolist() == before  # on the CPU, and not on meta
+
+
+def test_a_model_is_planned_under_a_profiler() -> None:
+    profiler, seen = cProfile.Profile(), list[str]()
+    profiler.enable()
+    try:
+        plan = plan_se(nn.Sequential(Plain()), example_input=X)
+        X.sum()  # the profiler goes on
+    finally:
+        profiler.disable()
+    assert len(plan.sites) == 1
+    assert any("sum" in str(entry.code) for entry in profiler.getstats())
+    sys.setprofile(lambda frame, event, argument: seen.append(event))
+    try:
+        plan = plan_se(nn.Sequential(Plain()), example_input=X)
+        seen.clear()
+        X.sum()
+    finally:
+        sys.setprofile(None)
+    assert len(plan.sites) == 1
+    assert seen
 
 
 class Swallows(Plain):

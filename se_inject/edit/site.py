@@ -12,7 +12,11 @@ from se_inject.layers.cost import SECost
 from se_inject.layers.layout import Layout
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.layers.variant import Variant
+from se_inject.names import block_label
 from se_inject.sites.scaled import ScaledMap, SiteKind
+
+# A bottleneck of so many channels is a mistake and no lack of memory.
+_ABSURD = 2**20
 
 
 @dataclass(frozen=True)
@@ -82,14 +86,22 @@ def make_layer(site: Site, variant: Variant, se_layer: SELayer | None) -> nn.Mod
         layer.to(device=site.device, dtype=site.dtype)
         return layer
     assert site.bottleneck is not None
-    return SqueezeExcite(
-        site.channels,
-        site.bottleneck,
-        layout=site.layout,
-        squeeze=variant.squeeze,
-        gate=variant.gate,
-        bias=variant.bias,
-        init=variant.init,
-        device=site.device,
-        dtype=site.dtype,
-    )
+    try:
+        return SqueezeExcite(
+            site.channels,
+            site.bottleneck,
+            layout=site.layout,
+            squeeze=variant.squeeze,
+            gate=variant.gate,
+            bias=variant.bias,
+            init=variant.init,
+            device=site.device,
+            dtype=site.dtype,
+        )
+    except (RuntimeError, TypeError, MemoryError) as error:
+        if site.bottleneck < _ABSURD:
+            raise
+        raise ArgumentError(
+            f"an SE block of {block_label(site.block)} with a bottleneck of {site.bottleneck}"
+            f" channels cannot be made: divisor={variant.divisor} is too large, 8 is usual."
+        ) from error

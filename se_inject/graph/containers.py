@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from se_inject.torch_private import pytree
 
@@ -16,7 +16,7 @@ def leaves(value: Any) -> list[Any]:
 
 
 def _collect(value: Any, found: list[Any]) -> None:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | nn.Module):  # a ModuleDict is no Mapping here
         found.append(value)
     elif isinstance(value, tuple | list):
         for item in value:

@@ -42,7 +42,9 @@ class TracedForward:
 
     graph: fx.Graph
     calls: tuple[Mapping[fx.Node, NodeFacts], ...]  # the facts of each recorded call
-    returns_same: bool  # the types of its outputs too: fx turns an OrderedDict into a dict
+    # The types of its outputs too (fx turns an OrderedDict into a dict), and in the lists and dicts
+    # that it is given.
+    returns_same: bool
 
 
 def run_graph(
@@ -63,16 +65,20 @@ def run_graph(
 def _facts(
     module: nn.Module, graph: fx.Graph, call: Call, device: torch.device | None
 ) -> tuple[Mapping[fx.Node, NodeFacts], bool]:
-    """What the nodes compute, and whether the outputs have the types that the forward's have."""
+    """What the nodes compute, and whether the graph gives back what the forward gives back."""
     generated = ForwardSource.of(graph, "check").compile(show=False)
     ops, returned = [], []
     with on_meta(device):
         for forward in (type(module).forward, generated):
-            args, kwargs = rebuilt((call.args, call.kwargs))
+            args, kwargs = given = rebuilt((call.args, call.kwargs))
+            before = pytree.tree_leaves(given)
             with call.log() as log, _replayed(Replay(module, call, log)):
                 output = forward(module, *args, **kwargs)
             ops.append(log.ops)
-            returned.append((pytree.tree_structure(output), _leaf_types(output)))
+            after = pytree.tree_leaves(given)
+            kept = [a is b for a, b in zip(before, after, strict=False)]
+            structures = pytree.tree_structure(output), pytree.tree_structure(given)
+            returned.append((structures, _leaf_types(output), kept))
         finder = _FactFinder(module, graph, call.log(), call)
         with finder.log:
             finder.run()

@@ -3,12 +3,16 @@
 import dis
 import linecache
 import os
+import re
+import sysconfig
 import types
 
 import torch
 import torch.utils.checkpoint
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_PYTHON = sysconfig.get_paths()["stdlib"] + os.sep
+_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 _HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LONGEST_LINE = 60  # of the source, as far as a reason shows it
 _KERNELS = tuple(
@@ -21,11 +25,17 @@ def is_of_torch(frame: types.FrameType, *, kernels: bool = False) -> bool:
     return frame.f_code.co_filename.startswith(_KERNELS if kernels else _TORCH)
 
 
+def _is_the_users(filename: str) -> bool:
+    """Whether a file is none of torch, of this package or of Python itself."""
+    of_python = filename.startswith(_PYTHON) and not _INSTALLED.search(filename)
+    return not filename.startswith((_TORCH, _HERE, "<frozen")) and not of_python
+
+
 def place_of(frame: types.FrameType | None) -> str:
     """Where in the user's source a frame is: `` (net.py, line 12: if h > w:)``; else empty."""
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_TORCH, _HERE)) and not name.startswith("<frozen"):
+        if _is_the_users(name):
             return _place(name, frame.f_lineno)
         frame = frame.f_back
     return ""
@@ -53,7 +63,7 @@ def place_of_error(error: BaseException) -> str:
     place, step = "", error.__traceback__
     while step is not None:
         name = step.tb_frame.f_code.co_filename
-        if not name.startswith((_TORCH, _HERE, "<frozen")):
+        if _is_the_users(name):
             place = _place(name, step.tb_lineno)
         step = step.tb_next
     return place

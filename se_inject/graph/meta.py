@@ -1,12 +1,11 @@
 """A model on meta tensors: its forward without values, without memory and without arithmetic."""
 
-import contextlib
 import copy
 import functools
 import itertools
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,19 +15,33 @@ from torch.overrides import TorchFunctionMode
 from se_inject.errors import ForwardError, first_line
 from se_inject.graph.containers import tensors_in
 from se_inject.graph.foreign import StandIn, is_quantized, is_scripted
+from se_inject.graph.frames import place_of_error
 from se_inject.graph.operations.shortcuts import shortcut
 from se_inject.graph.thread import THREAD, raise_interruption
+from se_inject.graph.thread_state import Modes
 from se_inject.torch_private import makes_tensors
 
 
-@contextlib.contextmanager
-def on_meta(device: torch.device | None = None) -> Iterator[None]:
+class on_meta:  # noqa: N801 - it is called as the contexts of torch are
     """Run forwards on meta tensors: no gradients, and all that is made is made on meta.
 
     What a forward asks about the device of a tensor is answered as the model on ``device`` would.
     """
-    with torch.no_grad(), _Answers(device or torch.device("cpu")):
-        yield
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
+
+    def __enter__(self) -> None:
+        self.before = Modes.now()
+        try:
+            torch.set_grad_enabled(False)
+            TorchFunctionMode.__enter__(_Answers(self.device))  # type: ignore[no-untyped-call]
+        except BaseException:  # a Ctrl-C
+            self.before.put_back()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self.before.put_back()
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -142,16 +155,14 @@ def copy_without_hooks(module: nn.Module) -> nn.Module | None:
     """A copy with its values and without the user's hooks; None where it cannot be copied."""
     memo: dict[int, Any] = {}
     for part in module.modules():
-        for name, value in vars(part).items():
-            if "_hooks" in name and isinstance(value, dict):
-                memo[id(value)] = _library_hooks(value)
+        for hooks in hooks_of(part):
+            memo[id(hooks)] = _library_hooks(hooks)
     try:
         copied = copy.deepcopy(module, memo)
     except Exception as error:  # whatever a foreign __deepcopy__ may raise
         raise_interruption(error)
         return None
-    own = {id(part) for part in module.modules()}
-    return None if any(id(part) in own for part in copied.modules()) else copied
+    return None if _copied_oddly(module, copied, memo) else copied
 
 
 def copy_with_twins(
@@ -169,11 +180,13 @@ def copy_with_twins(
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and id(tensor) not in tensors:
                 memo[id(tensor)] = tensors[id(tensor)] = _to_meta(tensor)
-        for name, value in vars(module).items():
-            if "_hooks" in name and isinstance(value, dict):
-                if not hooks:
-                    memo[id(value)] = _library_hooks(value)
-            elif isinstance(value, torch.jit.ScriptFunction):
+        of_hooks = hooks_of(module)
+        if not hooks:
+            memo |= {id(value): _library_hooks(value) for value in of_hooks}
+        for value in vars(module).values():
+            if any(value is own for own in of_hooks):
+                continue
+            if isinstance(value, torch.jit.ScriptFunction):
                 memo[id(value)] = value  # a function, which torch cannot copy
             elif isinstance(value, Tensor | list | tuple | dict):
                 for tensor in tensors_in(value):  # detectors keep anchors in a plain list
@@ -183,19 +196,20 @@ def copy_with_twins(
         if _copies_plainly(kind):
             plain.append(module)
     own = dict(memo)
+    odd: list[nn.Module] = []
     try:
         for module in plain:
             memo[id(module)] = type(module).__new__(type(module))
         for module in reversed(plain):  # a foreign __deepcopy__ gets children that are complete
             _copy_attributes(module, memo)
         twin = copy.deepcopy(model, memo)
-        kept = {id(m): m for m in modules}
-        if shared := [m for m in twin.modules() if id(m) in kept]:
-            # A __deepcopy__ that returns its own module: copied as any other module is.
-            memo = own
-            for module in shared:
-                memo[id(module)] = type(module).__new__(type(module))
-            for module in shared:
+        while more := _copied_oddly(model, twin, memo):
+            # Their __deepcopy__ returns something else than a copy. They are copied here as any
+            # other module is.
+            odd += [module for module in more if all(module is not known for known in odd)]
+            memo.clear()
+            memo |= own | {id(module): type(module).__new__(type(module)) for module in odd}
+            for module in odd:
                 vars(memo[id(module)]).update(
                     {k: copy.deepcopy(v, memo) for k, v in vars(module).items()}
                 )
@@ -207,7 +221,14 @@ def copy_with_twins(
             " se_inject plans on a copy. Remove what cannot be copied from the modules first."
         ) from error
     twins = {id(m): memo[id(m)] for m in modules if isinstance(memo.get(id(m)), nn.Module)}
-    twin.eval()  # not `return twin.eval()`: a train() of the user's may return None
+    try:
+        twin.eval()  # not `return twin.eval()`: a train() of the user's may return None
+    except Exception as error:  # whatever a foreign train() or __setattr__ may raise
+        raise_interruption(error)
+        raise ForwardError(
+            f"eval() of a copy of the model fails ({type(error).__name__}: {first_line(error)}"
+            f"{place_of_error(error)}); se_inject plans in eval mode. Let the modules take it."
+        ) from error
     return twin, twins, tensors
 
 
@@ -240,6 +261,29 @@ def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
                 items[key] = memo.get(id(item)) if known else copy.deepcopy(item, memo)
         else:
             copied[name] = copy.deepcopy(value, memo)
+
+
+def _copied_oddly(model: nn.Module, twin: Any, memo: Mapping[int, Any]) -> list[nn.Module]:
+    """The modules whose copy is the module itself, or nothing of its class."""
+    of_model = {id(m): m for m in model.modules()}
+    kept = [m for m in twin.modules() if id(m) in of_model] if isinstance(twin, nn.Module) else []
+    return kept + [
+        module
+        for key, module in of_model.items()
+        if key in memo
+        and type(memo[key]) is not type(module)
+        # Each GraphModule has a class of its own.
+        and not isinstance(memo[key], StandIn | torch.fx.GraphModule)
+    ]
+
+
+def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    """The dicts in which a module keeps its hooks."""
+    return [
+        value
+        for name, value in vars(module).items()
+        if isinstance(value, dict) and "_hooks" in str(name)
+    ]
 
 
 def _to_meta(tensor: Tensor) -> Tensor:

@@ -20,16 +20,16 @@ from se_inject.errors import ForwardError
 from se_inject.graph.containers import tensors_in
 from se_inject.graph.example import example_inputs
 from se_inject.graph.facts import TracedForward
-from se_inject.graph.meta import copy_with_twins, device_of
+from se_inject.graph.meta import copy_with_twins, device_of, hooks_of
 from se_inject.graph.operations.value import Value
 from se_inject.graph.recording.call import Arguments, Shape
 from se_inject.graph.recording.record import record
 from se_inject.graph.same import configuration
 from se_inject.graph.thread import THREAD
+from se_inject.graph.thread_state import ThreadState
 from se_inject.graph.tracing.block import trace_block
 from se_inject.graph.tracing.patches import run_replaced
 from se_inject.graph.tracing.replaced import replacements
-from se_inject.graph.tracing.undisturbed import foreign_random_numbers
 from se_inject.layers.layout import first_convolution
 
 _T = TypeVar("_T")
@@ -117,24 +117,23 @@ def on_a_copy(
 
     def plan() -> _T:
         # Tensors of inference mode do not say when they are changed in place.
-        with foreign_random_numbers(), torch.inference_mode(False):
+        with torch.inference_mode(False):
             twin, modules_of_copy, tensors_of_copy = copy_with_twins(model, hooks=hooks)
             THREAD.modules, THREAD.tensors = modules_of_copy, tensors_of_copy
-            try:
-                return work(twin, device_of(model))
-            finally:
-                THREAD.modules, THREAD.tensors, THREAD.replay = {}, {}, None
+            return work(twin, device_of(model))
 
-    return run_replaced(replacements, plan)
+    state, of_planning = ThreadState(), dict(vars(THREAD))
+
+    def put_back() -> None:
+        vars(THREAD).clear()
+        vars(THREAD).update(of_planning)
+        state.put_back()
+
+    return run_replaced(replacements, plan, put_back)
 
 
 def _has_hooks(model: nn.Module) -> bool:
-    return any(
-        value
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if "_hooks" in name and isinstance(value, dict)
-    )
+    return any(any(hooks_of(module)) for module in model.modules())
 
 
 def _trace_twin(

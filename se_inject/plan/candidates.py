@@ -133,8 +133,7 @@ def _sites_of(
     if [_position(site) for site in sites] != [_position(site) for site in in_train]:
         return [], skipped + [Skipped(block.name, Reason.MODES_DIFFER)] * len(sites)
     if not (block.eval.returns_same and block.train.returns_same):
-        why = "its outputs would change their types"
-        return [], skipped + [Skipped(block.name, Reason.UNTRACED, why)] * len(sites)
+        return [], skipped + [Skipped(block.name, Reason.UNTRACED, GIVES_OTHER)] * len(sites)
     candidates = [
         Candidate(block.name, *pair)
         for pair in zip(sites, in_train, strict=True)
@@ -142,6 +141,11 @@ def _sites_of(
     ]
     skipped += [Skipped(block.name, Reason.LAYOUT)] * (len(sites) - len(candidates))
     return candidates, skipped
+
+
+GIVES_OTHER = (
+    "its outputs would change their types, or what it writes into its arguments would be lost"
+)
 
 
 def _position(site: ScaledMap) -> tuple[str, int]:

@@ -1,13 +1,16 @@
 """Arguments and models that are refused before anything else is done."""
 
+import contextlib
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from torch import nn
 
-from se_inject.errors import ArgumentError, UnsupportedModelError
+from se_inject.errors import ArgumentError, SEInjectError, UnsupportedModelError, first_line
 from se_inject.graph.foreign import is_quantized, is_scripted
+from se_inject.graph.frames import place_of_error
+from se_inject.graph.thread import raise_interruption
 from se_inject.layers.variant import check_known
 from se_inject.names import block_label
 from se_inject.plan.injection import Injection
@@ -55,7 +58,7 @@ def _check_positive_int(name: str, value: Any, meaning: str) -> None:
 
 def check_model(model: Any) -> None:
     """Raise an :class:`UnsupportedModelError` for a model that cannot be edited as it is."""
-    if not isinstance(model, nn.Module):
+    if not issubclass(type(model), nn.Module):
         raise UnsupportedModelError(f"expected an nn.Module, got {type(model).__name__}.")
     if is_scripted(model):
         raise UnsupportedModelError(
@@ -65,7 +68,13 @@ def check_model(model: Any) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is quantized. Inject into the float model, then quantize."
         )
-    for name, module in model.named_modules():
+    try:
+        named = list(model.named_modules())
+    except TypeError as error:  # a module that cannot be hashed, which torch itself has to do
+        raise UnsupportedModelError(
+            f"the modules of {type(model).__name__} cannot be listed ({first_line(error)})."
+        ) from error
+    for name, module in named:
         if is_scripted(module):
             continue
         kind = type(module).__name__
@@ -86,3 +95,26 @@ def check_model(model: Any) -> None:
             raise UnsupportedModelError(
                 f"{label} has uninitialised lazy parameters. Run one forward first."
             )
+
+
+@contextlib.contextmanager
+def refusing_faults_of_the_model() -> Iterator[None]:
+    """Turn an error that the model's own Python raises into an :class:`UnsupportedModelError`.
+
+    A class may answer what every module is asked (``modules()``, ``parameters()``, ``__class__``,
+    attributes) with an error. An error that was raised in no file of the model goes through: it
+    is a fault of ours.
+    """
+    try:
+        yield
+    except SEInjectError:
+        raise
+    except Exception as error:
+        raise_interruption(error)
+        place = place_of_error(error)
+        if not place:
+            raise
+        raise UnsupportedModelError(
+            f"the model cannot be planned: its own code fails{place} when it is asked what every"
+            f" module is asked ({type(error).__name__}: {first_line(error)})."
+        ) from error

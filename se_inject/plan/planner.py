@@ -13,6 +13,7 @@ from torch import nn
 
 from se_inject.edit.site import Site
 from se_inject.errors import NoSiteError, UnsupportedModelError
+from se_inject.graph.thread import raise_interruption
 from se_inject.layers.attention import SELayer
 from se_inject.layers.cost import se_cost
 from se_inject.layers.gates import Gate, Init
@@ -20,7 +21,11 @@ from se_inject.layers.squeeze_excite import bottleneck_width
 from se_inject.layers.squeezes import Squeeze
 from se_inject.names import Patterns
 from se_inject.plan.candidates import Candidate, find_candidates
-from se_inject.plan.checks import check_injection, check_model
+from se_inject.plan.checks import (
+    check_injection,
+    check_model,
+    refusing_faults_of_the_model,
+)
 from se_inject.plan.injection import Injection, Ratio
 from se_inject.plan.layer_cost import layer_cost
 from se_inject.plan.messages import (
@@ -129,10 +134,11 @@ def plan_se(
 def make_plan(model: nn.Module, injection: Injection, example_input: Any = None) -> Plan:
     """:func:`plan_se` with its options in one object."""
     check_injection(injection)
-    check_model(model)
-    modules = dict(model.named_modules())
-    candidates = find_candidates(model, modules, injection, example_input)
-    candidates = with_units(model, candidates, injection)
+    with refusing_faults_of_the_model():
+        check_model(model)
+        modules = dict(model.named_modules())
+        candidates = find_candidates(model, modules, injection, example_input)
+        candidates = with_units(model, candidates, injection)
     warn_of_gaps(candidates.trace)
 
     blocks = [candidate.block for candidate in candidates.found]
@@ -163,9 +169,9 @@ def make_plan(model: nn.Module, injection: Injection, example_input: Any = None)
     for candidate in found:
         taken[candidate.block] += 1
         module, number = modules[candidate.block], taken[candidate.block]
-        sites.append(
-            _make_site(model, module, candidate, number, ratios[candidate.block], injection)
-        )
+        ratio = ratios[candidate.block]
+        with refusing_faults_of_the_model():
+            sites.append(_make_site(model, module, candidate, number, ratio, injection))
     warn_of_floor(sites, injection.divisor)
     return Plan(
         model=model,
@@ -228,9 +234,17 @@ def _free_name(module: nn.Module, number: int) -> str:
     stems = itertools.chain(("se", "se_inject"), (f"se_inject_{i}_" for i in itertools.count(1)))
     for stem in itertools.islice(stems, 100):
         name = f"{stem}{suffix}"
-        if not hasattr(type(module), name) and getattr(module, name, None) is None:
+        if not hasattr(type(module), name) and _is_free(module, name):
             return name
     raise UnsupportedModelError(
         f"{type(module).__name__} has an attribute of every name (its __getattr__ answers to all),"
         " so none is free for the SE block. Exclude such blocks."
     )
+
+
+def _is_free(module: nn.Module, name: str) -> bool:
+    try:
+        return getattr(module, name, None) is None
+    except Exception as error:  # whatever a foreign __getattr__ may raise: the name is not free
+        raise_interruption(error)
+        return False

@@ -13,7 +13,7 @@ from se_inject.graph.recording.history import History, record_history
 from se_inject.graph.thread import raise_interruption
 from se_inject.graph.trace import TracedBlock, on_a_copy
 from se_inject.layers.layout import IMAGES
-from se_inject.plan.candidates import Candidate, Candidates
+from se_inject.plan.candidates import GIVES_OTHER, Candidate, Candidates
 from se_inject.plan.injection import Injection
 from se_inject.reasons import Reason, Skipped
 from se_inject.sites.scaled import UnitSite
@@ -112,8 +112,7 @@ def _candidate(history: History, traces: HistoryBlocks, unit: Unit) -> Candidate
             in_train = unit_site(block.train, history, call, unit)
         if isinstance(in_eval, UnitSite) and isinstance(in_train, UnitSite):
             if not (block.eval.returns_same and block.train.returns_same):
-                why = "its outputs would change their types"
-                skipped = skipped or Skipped(call.name, Reason.UNTRACED, why)
+                skipped = skipped or Skipped(call.name, Reason.UNTRACED, GIVES_OTHER)
                 continue
             return Candidate(call.name, in_eval, in_train)
         reason = in_train if isinstance(in_eval, UnitSite) else in_eval

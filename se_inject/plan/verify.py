@@ -172,6 +172,7 @@ def _examples(example: Arguments) -> Iterator[Arguments]:
 
 
 def _real(example: Arguments, device: torch.device) -> Arguments:
+    # Not on the default device of the user, which a generator of the CPU does not fit.
     generator = torch.Generator().manual_seed(0)
 
     def real(value: Any) -> Any:
@@ -179,7 +180,7 @@ def _real(example: Arguments, device: torch.device) -> Arguments:
             return value
         if not value.is_floating_point():
             return torch.zeros(value.shape, dtype=value.dtype, device=device)
-        return torch.randn(value.shape, generator=generator).to(device, value.dtype)
+        return torch.randn(value.shape, generator=generator, device="cpu").to(device, value.dtype)
 
     inputs: Arguments = pytree.tree_map(real, example)
     return inputs

@@ -79,6 +79,8 @@ _NOT_FOLDING = re.compile(r"fuse_model|fuse_modules|^convert_sync|split|unfold|^
 @functools.cache
 def folds(cls: Any) -> bool:
     """Whether a method of a class folds its convolutions, by its name or by what it does."""
+    # What the forward itself calls (``self.merge(shortcut, branch)``) computes maps.
+    called = getattr(getattr(cls.forward, "__code__", None), "co_names", ())
     for base in cls.__mro__:
         if base is nn.Module or base.__module__.startswith("torch.nn."):
             continue
@@ -86,7 +88,8 @@ def folds(cls: Any) -> bool:
             function = member.__func__ if isinstance(member, staticmethod | classmethod) else member
             if not inspect.isfunction(function) or _NOT_FOLDING.search(name):
                 continue
-            if _NAME.search(name.lower()) or _folds_kernels(function):
+            named = _NAME.search(name.lower()) and name not in called
+            if named or _folds_kernels(function):
                 return True
     return False
 

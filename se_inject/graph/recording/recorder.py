@@ -33,9 +33,9 @@ class Recorder(OpLog):
             if type(module).__module__.startswith("torch.nn.modules.") and not module._modules:
                 continue  # a plain layer: it adds no maps, and most modules are one
             enter = functools.partial(self._enter, name)
-            self.hooks += [
-                module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
-                module.register_forward_hook(self._leave, always_call=True),
+            self.hooks += [  # past what a class may have made of these methods
+                nn.Module.register_forward_pre_hook(module, enter, prepend=True, with_kwargs=True),
+                nn.Module.register_forward_hook(module, self._leave, always_call=True),
             ]
 
     def _enter(

@@ -12,9 +12,10 @@ from se_inject.graph.frames import place_of_error
 from se_inject.graph.meta import on_meta
 from se_inject.graph.recording.call import Call
 from se_inject.graph.thread import OtherNetworkError, raise_interruption
+from se_inject.graph.thread_state import ForeignRandomNumbers
 from se_inject.graph.tracing.arguments import is_symbolic
 from se_inject.graph.tracing.tracer import BlockTracer
-from se_inject.graph.tracing.undisturbed import foreign_random_numbers, unchanged
+from se_inject.graph.tracing.undisturbed import unchanged
 
 
 def trace_block(
@@ -25,6 +26,8 @@ def trace_block(
         return "its forward is replaced on the instance"
     if vars(module).get("qconfig") is not None:
         return "it is prepared for eager quantization; inject first, and quantize by FX or PT2E"
+    if not callable(getattr(type(module), "forward", None)):
+        return "its forward is no function of its class; exclude= leaves the block out"
     if isinstance(module, fx.GraphModule):
         # Copying one, or recompiling it, would silently bring back its own graph.
         return "it is a GraphModule: inject into the model that it was traced from"
@@ -33,9 +36,9 @@ def trace_block(
     if len({_flags(module, call) for call in calls}) > 1:
         return "it is called with different flags in one forward; exclude= leaves the block out"
     try:
-        with unchanged(module), foreign_random_numbers() as drawn:
+        with unchanged(module), ForeignRandomNumbers() as numbers:
             eval_graph, train_graph = _graphs(name, module, calls[0], device)
-            if drawn():  # a graph would freeze one draw
+            if numbers.drawn():  # a graph would freeze one draw
                 raise OtherNetworkError(
                     "its forward draws random numbers outside torch", "draw them with torch.rand"
                 )

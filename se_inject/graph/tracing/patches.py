@@ -43,29 +43,38 @@ class Replacement:
             delattr(self.owner, self.name)
 
 
-def run_replaced(replacements: Callable[[], Sequence[Replacement]], body: Callable[[], T]) -> T:
+def run_replaced(
+    replacements: Callable[[], Sequence[Replacement]],
+    body: Callable[[], T],
+    put_back: Callable[[], None],
+) -> T:
     """Run ``body`` with the replacements in place.
 
     They are made under the lock, so that none takes another thread's replacement for the original.
     This is no context manager: a Ctrl-C between its ``__enter__`` and the ``with`` block would
     leave the replacements behind. Where the first putting back is interrupted, the second is not.
+
+    Args:
+        put_back: what else is to be put back in the end; it has to be safe to repeat.
     """
     with LOCK:
-        made = replacements()
+        made: list[Replacement] = []
 
-        def put_back() -> None:
+        def put_all_back() -> None:
             for replacement in reversed(made):
                 replacement.put_back()
+            put_back()
 
         try:
             try:
+                made += replacements()
                 for replacement in made:
                     replacement.put()
                 return body()
             finally:
-                put_back()
+                put_all_back()
         finally:
-            put_back()
+            put_all_back()
 
 
 def in_this_thread(original: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:

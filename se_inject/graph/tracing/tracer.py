@@ -67,7 +67,10 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
             finally:
                 THREAD.tracer = None
 
-        output = run_replaced(lambda: replacements(self._forward), run)
+        def end() -> None:
+            THREAD.tracer = None
+
+        output = run_replaced(lambda: replacements(self._forward), run, end)
         self.graph.create_node("output", "output", (self.argument(output),), {})
         return self.graph
 

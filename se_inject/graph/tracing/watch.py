@@ -10,6 +10,7 @@ import torch.utils.checkpoint
 
 from se_inject.graph.frames import is_of_torch
 from se_inject.graph.thread import THREAD
+from se_inject.graph.thread_state import set_profile
 from se_inject.graph.tracing.legacy import LEGACY_TYPES
 from se_inject.graph.tracing.nodes import CHECKPOINT
 
@@ -42,10 +43,10 @@ def watched(body: Callable[[], T]) -> T:
     """
     before = sys.getprofile()
     try:
-        sys.setprofile(_see)
+        set_profile(_see)
         return body()
     finally:
-        sys.setprofile(before)
+        set_profile(before)
 
 
 def _see(frame: types.FrameType, event: str, argument: Any) -> None:

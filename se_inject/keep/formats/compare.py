@@ -37,8 +37,8 @@ def example_tensors(model: nn.Module) -> tuple[Any, ...]:
             return value
         shape = (2, *value.shape[1:]) if batches == {1} and value.dim() else value.shape
         if not value.is_floating_point():
-            return torch.zeros(shape, dtype=value.dtype)
-        return torch.randn(shape, generator=generator).to(dtype)
+            return torch.zeros(shape, dtype=value.dtype, device="cpu")
+        return torch.randn(shape, generator=generator, device="cpu").to(dtype)
 
     return tuple(pytree.tree_map(random, args))
 

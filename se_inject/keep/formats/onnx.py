@@ -129,7 +129,8 @@ def _other_size(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | No
         space = [*value.shape[2 : value.dim() - len(more)]]
         space += [side + n for side, n in zip(value.shape[-len(more) :], more, strict=True)]
         generator = torch.Generator().manual_seed(1)
-        return torch.randn(*value.shape[:2], *space, generator=generator).to(value.dtype)
+        x = torch.randn(*value.shape[:2], *space, generator=generator, device="cpu")
+        return x.to(value.dtype)
 
     other: tuple[Any, ...] = pytree.tree_map(larger, args)
     shapes = [

@@ -1,0 +1,64 @@
+"""What a module holds in lists, dicts and objects of its own, and which of it a forward changes.
+
+A graph computes maps and does nothing else: a forward that also keeps them in ``self.cache``, or
+counts its calls in ``self.stats``, would stop doing so without a word.
+"""
+
+import collections
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+_DEEPEST = 4
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_OF_CODE = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
+
+
+def held_by(module: nn.Module) -> dict[str, list[Any]]:
+    """For each attribute of a module and of the modules in it, all that can be reached from it.
+
+    Layers of torch are left out: their hooks (weight norm, spectral norm) set attributes of theirs,
+    and go on doing so, since a graph calls its children.
+    """
+    return {
+        f"{path}.{name}".lstrip("."): [value, *_inside(value, _DEEPEST)]
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if not _is_of_torch(part) and (path or name not in _REGISTRIES)
+    }
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def changed_in(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> str | None:
+    """The first attribute that holds other objects than before.
+
+    Attributes of the module itself that are another object now are left out: :func:`state_of`
+    sees that they were set.
+    """
+    for name in dict.fromkeys([*before, *after]):
+        a, b = before.get(name, []), after.get(name, [])
+        if "." not in name and [*map(id, a[:1])] != [*map(id, b[:1])]:
+            continue
+        if len(a) != len(b) or any(x is not y for x, y in zip(a, b, strict=True)):
+            return name
+    return None
+
+
+def _inside(value: Any, depth: int) -> Iterator[Any]:
+    if depth == 0 or value is None or isinstance(value, _OF_CODE):
+        return
+    if isinstance(value, list | tuple | set | frozenset | collections.deque):
+        inner = list(value)
+    else:
+        named = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+        if not isinstance(named, dict):
+            return
+        inner = [part for item in list(named.items()) for part in item]
+    for part in inner:
+        yield part
+        yield from _inside(part, depth - 1)

@@ -1,0 +1,93 @@
+"""What planning changes of its own thread, and putting it back whatever happens.
+
+A ``with`` block puts things back too, but a Ctrl-C that comes while a Python ``__enter__`` or
+``__exit__`` runs leaves them changed. So what planning changes is written down before it begins.
+Putting back twice, or after half of it was done, is safe.
+"""
+
+import pickle
+import random
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+
+from se_inject.torch_private import function_modes, set_function_modes
+
+
+@dataclass(frozen=True, eq=False)
+class Modes:
+    """Whether gradients are kept, and the modes that see the functions of torch that run."""
+
+    grad: bool
+    functions: list[Any]
+
+    @classmethod
+    def now(cls) -> "Modes":
+        return cls(torch.is_grad_enabled(), function_modes())
+
+    def put_back(self) -> None:
+        modes = function_modes()
+        if len(modes) != len(self.functions) or any(
+            a is not b for a, b in zip(modes, self.functions, strict=True)
+        ):
+            set_function_modes(self.functions)
+        if torch.is_grad_enabled() != self.grad:
+            torch.set_grad_enabled(self.grad)
+
+
+class ForeignRandomNumbers:
+    """Puts back the random states of Python and NumPy at the end of a ``with`` block."""
+
+    def __init__(self) -> None:
+        self.of_python, self.of_numpy = random.getstate(), _numpy_state()
+
+    def drawn(self) -> bool:
+        """Whether any number was drawn since."""
+        return random.getstate() != self.of_python or _numpy_state() != self.of_numpy
+
+    def put_back(self) -> None:
+        random.setstate(self.of_python)
+        numpy.random.set_state(pickle.loads(self.of_numpy))
+
+    def __enter__(self) -> "ForeignRandomNumbers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.put_back()
+
+
+def _numpy_state() -> bytes:
+    return pickle.dumps(numpy.random.get_state())
+
+
+def set_profile(profile: Any) -> None:
+    """Make this the profile function of the thread, or the profiler (``cProfile``), or None.
+
+    Until Python 3.11 ``sys.getprofile`` gives out a profiler that is written in C, and
+    ``sys.setprofile`` does not take it back.
+    """
+    before: Any = sys.getprofile()
+    if before is profile:
+        return
+    if hasattr(before, "disable"):
+        before.disable()
+    if hasattr(profile, "enable"):
+        profile.enable()
+    else:
+        sys.setprofile(profile)
+
+
+class ThreadState:
+    """All of it at one moment."""
+
+    def __init__(self) -> None:
+        self.modes, self.numbers = Modes.now(), ForeignRandomNumbers()
+        self.profile = sys.getprofile()
+
+    def put_back(self) -> None:
+        set_profile(self.profile)
+        self.modes.put_back()
+        self.numbers.put_back()
