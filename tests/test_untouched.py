@@ -334,6 +334,40 @@ def test_ctrl_c_while_a_context_is_entered_or_left() -> None:
     assert torch.tensor(before).tolist() == before  # on the CPU, and not on meta
 
 
+def test_ctrl_c_in_a_context_that_ends_only_with_its_frames() -> None:
+    """torch takes a mode from the stack for a moment, in a generator, and pushes it again."""
+
+    class Pops(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.overrides._pop_mode_temporarily():
+                h = self.norm(self.conv(x))
+            return x + h
+
+    of_torch, line, stopped = torch_state(), -2, True
+    close = contextlib._GeneratorContextManager.__exit__.__code__
+    while stopped and line < 60:  # a step that meets each line of __exit__ in one call or another
+        line, count, stopped = line + 3, 0, False
+
+        def follow(frame: Any, event: str, argument: Any, line: int = line) -> Any:
+            nonlocal count
+            if frame.f_code is not close:
+                return None
+            count += event == "line"
+            if count == line and event == "line":
+                raise KeyboardInterrupt
+            return follow
+
+        sys.settrace(follow)
+        try:
+            plan_se(nn.Sequential(Pops(), Plain()), example_input=X)
+        except KeyboardInterrupt:
+            stopped = True
+        finally:
+            sys.settrace(None)
+        assert torch_state() == of_torch, line
+    assert line > 40
+
+
 def test_a_model_is_planned_under_a_profiler() -> None:
     profiler, seen = cProfile.Profile(), list[str]()
     profiler.enable()

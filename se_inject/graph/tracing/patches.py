@@ -6,6 +6,7 @@ original. Everything is put back whatever happens, a Ctrl-C at any line included
 
 import functools
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -71,10 +72,25 @@ def run_replaced(
                 for replacement in made:
                     replacement.put()
                 return body()
+            except KeyboardInterrupt as error:
+                _close_contexts(error)
+                raise
             finally:
                 put_all_back()
         finally:
             put_all_back()
+
+
+def _close_contexts(error: BaseException | None) -> None:
+    """Close the contexts that the frames of an interruption hold, before anything is put back.
+
+    A ``contextlib.contextmanager`` whose ``__exit__`` was interrupted ends only when its last frame
+    is forgotten. By then everything is put back, and what it does at its end (torch pushes a
+    function mode) would stay.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def in_this_thread(original: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
