@@ -20,6 +20,7 @@ from test_finetune_data import COMMAND, CONFIG, SETTINGS, settings_of, tree
 from torch import nn
 
 from se_inject import inject_se
+from se_inject.finetune import arm as arms
 from se_inject.finetune import evaluate as use
 from se_inject.finetune import results
 from se_inject.finetune import trainer as running
@@ -94,6 +95,33 @@ def test_the_best_epoch_is_chosen_and_the_loss_decides_between_equal_ones(
         history.best_loss,
         chosen,
     )
+
+
+def test_the_test_part_is_measured_with_the_chosen_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two epochs is chosen here, and the network has those of the second."""
+    root = colors(tmp_path / "data" / "train", a=20, b=20)
+    colors(root.parent / "test", 100, a=3, b=3)
+    images, seen = torch.randn(2, 3, 32, 32), []
+    choose = RunFolder.on_validation_epoch_end
+
+    def first(self: RunFolder, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 0:
+            choose(self, trainer, module)
+
+    def watched(scores_of: Any, *args: Any) -> Any:
+        with torch.no_grad():
+            seen.append(scores_of(images))
+        return measure(scores_of, *args)
+
+    monkeypatch.setattr(RunFolder, "on_validation_epoch_end", first)
+    monkeypatch.setattr(arms, "measure", watched)
+    settings = replace(settings_of(root.parent), epochs=2, lr=0.05)
+    running.start(settings, tmp_path / "run", QUIET)
+    with torch.no_grad():
+        chosen = use.load_run(tmp_path / "run").scores(images)
+    torch.testing.assert_close(seen[0], chosen)
 
 
 class _Recipe(_Validated):
