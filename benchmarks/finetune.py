@@ -19,8 +19,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from se_inject.finetune.settings import Settings
-from se_inject.finetune.trainer import start
+from se_inject.finetune.options.settings import Settings
+from se_inject.finetune.runs.trainer import start
 
 
 def noise(folder: Path, images: int) -> str:

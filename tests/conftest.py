@@ -90,7 +90,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from rich.console import Console
     from test_finetune_data import settings_of, tree
 
-    from se_inject.finetune.trainer import start
+    from se_inject.finetune.runs.trainer import start
 
     root = tmp_path_factory.mktemp("finished")
     data = tree(root / "data", "a", "b")

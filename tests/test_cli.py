@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 import se_inject
 from se_inject.cli import app as cli
 from se_inject.cli.options import Given, Only, expand
-from se_inject.finetune.settings import Settings
+from se_inject.finetune.options.settings import Settings
 from se_inject.plan.injection import Injection
 from se_inject.plan.injection import option as knob
 

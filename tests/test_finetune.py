@@ -26,15 +26,17 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from se_inject import ArgumentError, DataError, TrainingError, UnknownModelError, inject_se, save_se
-from se_inject.finetune import config, network, results
-from se_inject.finetune import evaluate as use
-from se_inject.finetune import trainer as running
-from se_inject.finetune.data import NO_IMAGE, Images, loader, open_data
-from se_inject.finetune.divide import split
-from se_inject.finetune.images import to_rgb
-from se_inject.finetune.optimizer import groups_of
-from se_inject.finetune.recipe import Recipe
-from se_inject.finetune.settings import Settings
+from se_inject.finetune.after import evaluate as use
+from se_inject.finetune.data.divide import split
+from se_inject.finetune.data.images import to_rgb
+from se_inject.finetune.data.loading import NO_IMAGE, Images, loader, open_data
+from se_inject.finetune.figures import results
+from se_inject.finetune.options import config
+from se_inject.finetune.options.settings import Settings
+from se_inject.finetune.runs import trainer as running
+from se_inject.finetune.training import network
+from se_inject.finetune.training.optimizer import groups_of
+from se_inject.finetune.training.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
@@ -51,7 +53,7 @@ CONFIG = timm.data.resolve_data_config({"input_size": (3, 32, 32)})
 @pytest.fixture(autouse=True)
 def _few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """200 of the digits: what is asked here does not depend on how many there are."""
-    from se_inject.finetune import sources
+    from se_inject.finetune.data import sources
 
     original = sources.Digits.__init__
 
@@ -238,13 +240,13 @@ PROGRAM = """
 import signal
 import sys
 from pathlib import Path
-from se_inject.finetune import sources
-from se_inject.finetune.optimizer import groups_of
-from se_inject.finetune.recipe import Recipe
+from se_inject.finetune.data import sources
+from se_inject.finetune.training.optimizer import groups_of
+from se_inject.finetune.training.recipe import Recipe
 from rich.console import Console
 from se_inject.errors import SEInjectError
-from se_inject.finetune.trainer import resume, start
-from se_inject.finetune.settings import Settings
+from se_inject.finetune.runs.trainer import resume, start
+from se_inject.finetune.options.settings import Settings
 
 folder = Path(sys.argv[2])
 all_digits, step = sources.Digits.__init__, Recipe.training_step

@@ -22,13 +22,13 @@ from test_finetune_data import SETTINGS, put, tree
 
 from se_inject import ArgumentError, CheckpointError
 from se_inject.cli import app as cli
-from se_inject.finetune import evaluate as use
-from se_inject.finetune import pictures
-from se_inject.finetune.pictures import confusion_picture, curves
-from se_inject.finetune.predict import images_of
-from se_inject.finetune.progress import EpochBar, EpochLines
-from se_inject.finetune.settings import Settings
-from se_inject.finetune.trust import printable
+from se_inject.finetune.after import evaluate as use
+from se_inject.finetune.after.predict import images_of
+from se_inject.finetune.figures import pictures
+from se_inject.finetune.figures.pictures import confusion_picture, curves
+from se_inject.finetune.options.settings import Settings
+from se_inject.finetune.options.trust import printable
+from se_inject.finetune.training.progress import EpochBar, EpochLines
 from se_inject.models.files import load_weights
 
 Here = Callable[..., tuple[int, str, str]]
@@ -239,7 +239,7 @@ class _Trainer:
 
 
 def test_a_line_an_epoch_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    from se_inject.finetune import progress
+    from se_inject.finetune.training import progress
 
     now = [100.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])

@@ -20,15 +20,15 @@ from PIL import Image
 from rich.console import Console
 
 from se_inject import DataError
-from se_inject.finetune import evaluate as use
-from se_inject.finetune import trainer as running
-from se_inject.finetune.data import open_data
-from se_inject.finetune.folders import split_folders
-from se_inject.finetune.images import to_rgb
-from se_inject.finetune.parts import table_of
-from se_inject.finetune.settings import Settings
-from se_inject.finetune.sources import open_sources
-from se_inject.finetune.split import open_split, write_split
+from se_inject.finetune.after import evaluate as use
+from se_inject.finetune.data.folders import split_folders
+from se_inject.finetune.data.images import to_rgb
+from se_inject.finetune.data.loading import open_data
+from se_inject.finetune.data.parts import table_of
+from se_inject.finetune.data.sources import open_sources
+from se_inject.finetune.data.split import open_split, write_split
+from se_inject.finetune.options.settings import Settings
+from se_inject.finetune.runs import trainer as running
 
 SETTINGS = Settings(
     "test_resnet",

@@ -20,17 +20,17 @@ from test_finetune_data import COMMAND, CONFIG, SETTINGS, settings_of, tree
 from torch import nn
 
 from se_inject import inject_se
-from se_inject.finetune import arm as arms
-from se_inject.finetune import evaluate as use
-from se_inject.finetune import results
-from se_inject.finetune import trainer as running
-from se_inject.finetune.callbacks import RunFolder
-from se_inject.finetune.data import balanced_weights, loader, open_data
-from se_inject.finetune.measure import by_class, figures_of, measure
-from se_inject.finetune.network import zero_branches
-from se_inject.finetune.recipe import Recipe
-from se_inject.finetune.settings import Settings
-from se_inject.finetune.split import open_split, write_split
+from se_inject.finetune.after import evaluate as use
+from se_inject.finetune.data.loading import balanced_weights, loader, open_data
+from se_inject.finetune.data.split import open_split, write_split
+from se_inject.finetune.figures import results
+from se_inject.finetune.figures.measure import by_class, figures_of, measure
+from se_inject.finetune.options.settings import Settings
+from se_inject.finetune.runs import trainer as running
+from se_inject.finetune.training import arm as arms
+from se_inject.finetune.training.callbacks import RunFolder
+from se_inject.finetune.training.network import zero_branches
+from se_inject.finetune.training.recipe import Recipe
 
 QUIET = Console(quiet=True)
 
@@ -74,7 +74,7 @@ class _Validated:
 def test_the_best_epoch_is_chosen_and_the_loss_decides_between_equal_ones(
     select: Any, chosen: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from se_inject.finetune import callbacks
+    from se_inject.finetune.training import callbacks
 
     saved: list[int] = []
     history = RunFolder(tmp_path, "se", 0, replace(SETTINGS, select=select))

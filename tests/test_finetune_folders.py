@@ -17,12 +17,13 @@ from rich.console import Console
 from test_finetune_data import SETTINGS, tree
 
 from se_inject import ArgumentError, CheckpointError, TrainingError
-from se_inject.finetune import evaluate as use
-from se_inject.finetune import lock, machine
-from se_inject.finetune import trainer as running
-from se_inject.finetune.config import read_config, write_config
-from se_inject.finetune.lock import only_writer
-from se_inject.finetune.recipe import Recipe
+from se_inject.finetune.after import evaluate as use
+from se_inject.finetune.options.config import read_config, write_config
+from se_inject.finetune.runs import lock
+from se_inject.finetune.runs import trainer as running
+from se_inject.finetune.runs.lock import only_writer
+from se_inject.finetune.training import machine
+from se_inject.finetune.training.recipe import Recipe
 
 QUIET = Console(quiet=True)
 Here = Callable[..., tuple[int, str, str]]
@@ -42,7 +43,7 @@ def edit(path: Path, **changes: Any) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from se_inject.finetune.lock import only_writer
+from se_inject.finetune.runs.lock import only_writer
 with only_writer(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -17,18 +17,18 @@ from timm.layers import DropPath
 from torch import nn
 
 from se_inject import ArgumentError, TrainingError, inject_se
-from se_inject.finetune import callbacks, tune
-from se_inject.finetune import evaluate as use
-from se_inject.finetune import trainer as running
-from se_inject.finetune.choices import LOGGERS
-from se_inject.finetune.config import read_config, read_yaml
-from se_inject.finetune.data import transforms
-from se_inject.finetune.network import base_of
-from se_inject.finetune.optimizer import factor_of, groups_of, optimizer_of
-from se_inject.finetune.parts import limited
-from se_inject.finetune.prepare import prepare
-from se_inject.finetune.recipe import Recipe
-from se_inject.finetune.split import open_split
+from se_inject.finetune.after import evaluate as use
+from se_inject.finetune.data.loading import transforms
+from se_inject.finetune.data.parts import limited
+from se_inject.finetune.data.split import open_split
+from se_inject.finetune.options.choices import LOGGERS
+from se_inject.finetune.options.config import read_config, read_yaml
+from se_inject.finetune.runs import trainer as running
+from se_inject.finetune.training import callbacks, tune
+from se_inject.finetune.training.network import base_of
+from se_inject.finetune.training.optimizer import factor_of, groups_of, optimizer_of
+from se_inject.finetune.training.prepare import prepare
+from se_inject.finetune.training.recipe import Recipe
 
 QUIET = Console(quiet=True)
 Here = Callable[..., tuple[int, str, str]]
@@ -403,7 +403,7 @@ def test_tensorboard_gets_real_event_files(data: Path, tmp_path: Path, here: Her
 def test_a_logger_that_is_not_installed_says_what_to_install(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from se_inject.finetune import loggers
+    from se_inject.finetune.training import loggers
 
     def missing(folder: Path) -> Any:
         raise ModuleNotFoundError("no wandb")

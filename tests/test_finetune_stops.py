@@ -13,9 +13,9 @@ from test_finetune import BEFORE_ROOMS, QUIET
 from test_finetune_data import COMMAND, SETTINGS, settings_of, tree
 
 from se_inject import ArgumentError, CheckpointError
-from se_inject.finetune import evaluate as use
-from se_inject.finetune import trainer as running
-from se_inject.finetune.trust import check_code, printable
+from se_inject.finetune.after import evaluate as use
+from se_inject.finetune.options.trust import check_code, printable
+from se_inject.finetune.runs import trainer as running
 
 pytestmark = pytest.mark.filterwarnings(
     *("ignore::DeprecationWarning", "ignore::FutureWarning"),
@@ -117,7 +117,7 @@ def test_a_wrong_option_is_one_clear_error(
     "change", [{"aa": "rand-m9-mstd0.5"}, {"aa": "augmix-m3-w3"}, {"aa": "original"}]
 )
 def test_augmentations_of_timm_are_taken(change: dict[str, Any], tmp_path: Path) -> None:
-    from se_inject.finetune.data import transforms
+    from se_inject.finetune.data.loading import transforms
 
     assert transforms(replace(SETTINGS, **change), {"input_size": (3, 32, 32)})
 

@@ -16,11 +16,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from se_inject import inject_se, load_se, save_se
-from se_inject.finetune import evaluate as use
-from se_inject.finetune import page as paging
-from se_inject.finetune import trainer as running
-from se_inject.finetune.page import command_of, write_page
-from se_inject.finetune.settings import Settings
+from se_inject.finetune.after import evaluate as use
+from se_inject.finetune.after import page as paging
+from se_inject.finetune.after.page import command_of, write_page
+from se_inject.finetune.options.settings import Settings
+from se_inject.finetune.runs import trainer as running
 from se_inject.models.names import load_model
 
 pytestmark = pytest.mark.filterwarnings(

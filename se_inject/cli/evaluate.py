@@ -55,7 +55,7 @@ def evaluate(
     """
     need_lightning()
     run = run.expanduser()
-    from se_inject.finetune import evaluate as use
+    from se_inject.finetune.after import evaluate as use
 
     trained = use.load_run(run, trust_code=trust_code, arm=arm)
     result = use.evaluate(replace(trained, mirrored=tta), run, data)
@@ -66,7 +66,7 @@ def evaluate(
 
 
 def _print(result: dict[str, Any]) -> None:
-    from se_inject.finetune.trust import printable
+    from se_inject.finetune.options.trust import printable
 
     console = Console()
     top5 = "" if result["top5"] is None else f", top-5 {100 * result['top5']:.2f} %"

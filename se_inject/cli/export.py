@@ -10,7 +10,7 @@ import typer
 
 from se_inject.cli.lightning import TrustCode, need_lightning
 from se_inject.cli.options import Only, expand
-from se_inject.finetune.config import CONFIG
+from se_inject.finetune.options.config import CONFIG
 from se_inject.keep.formats import FORMATS
 from se_inject.plan.injection import Injection
 
@@ -101,7 +101,7 @@ def export(
         warnings.filterwarnings("ignore", module="torch|onnxscript")
         warnings.filterwarnings("ignore", category=FutureWarning)
         if weights is None:
-            from se_inject.finetune.trained import load_run
+            from se_inject.finetune.after.trained import load_run
 
             network = load_run(run, trust_code=trust_code).network.cpu()
         else:

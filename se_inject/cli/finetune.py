@@ -12,8 +12,8 @@ from rich.table import Table
 from se_inject.cli.lightning import TrustCode, need_lightning
 from se_inject.cli.options import AUTO, Given, expand, flag
 from se_inject.errors import first_line
-from se_inject.finetune.config import read_yaml
-from se_inject.finetune.settings import ON_RESUME, Settings
+from se_inject.finetune.options.config import read_yaml
+from se_inject.finetune.options.settings import ON_RESUME, Settings
 
 
 @expand
@@ -80,8 +80,8 @@ def finetune(
     if resume is None and "data" not in given:
         raise typer.BadParameter("give --data: a folder of images, ..., or digits to try it out")
     need_lightning()
-    from se_inject.finetune import trainer
-    from se_inject.finetune.machine import rank
+    from se_inject.finetune.runs import trainer
+    from se_inject.finetune.training.machine import rank
 
     console = Console(stderr=True)
     if resume is not None:
@@ -101,7 +101,7 @@ def finetune(
 
 def _draw_page(folder: Path) -> None:
     """Write the page of the run; the run is finished and kept whatever happens here."""
-    from se_inject.finetune.page import write_page
+    from se_inject.finetune.after.page import write_page
 
     try:
         path = write_page(folder, trust_code=True)  # the user has just run that code

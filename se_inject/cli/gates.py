@@ -91,9 +91,9 @@ def gates(
             f"{target} is no run folder. Of a model give the file of its SE blocks too: --weights."
         )
     need_lightning()
-    from se_inject.finetune import evaluate as use
-    from se_inject.finetune import looked
-    from se_inject.finetune.settings import Settings
+    from se_inject.finetune.after import evaluate as use
+    from se_inject.finetune.after import looked
+    from se_inject.finetune.options.settings import Settings
     from se_inject.gates import advice, gate_statistics, gates_table, statistics_dict
     from se_inject.gates.pictures import write_pictures
     from se_inject.keep.restore import restore_model

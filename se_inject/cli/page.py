@@ -25,7 +25,7 @@ def page(
     - `se-inject page runs/resnet50-flowers`
     """
     need_lightning()
-    from se_inject.finetune.page import write_page
+    from se_inject.finetune.after.page import write_page
 
     path = write_page(run.expanduser(), trust_code=trust_code, benchmark=benchmark)
     print(f"The page of the run: {path}")

@@ -54,9 +54,9 @@ def predict(
     """
     need_lightning()
     run = run.expanduser()
-    from se_inject.finetune import evaluate as use
-    from se_inject.finetune.predict import images_of, predict_all, write_predictions
-    from se_inject.finetune.trust import printable
+    from se_inject.finetune.after import evaluate as use
+    from se_inject.finetune.after.predict import images_of, predict_all, write_predictions
+    from se_inject.finetune.options.trust import printable
 
     trained = use.load_run(run, trust_code=trust_code)
     paths = images_of(images)

@@ -56,9 +56,9 @@ def prune(
     """
     need_lightning()
     run = run.expanduser()
-    from se_inject.finetune import evaluate as use
-    from se_inject.finetune import looked
-    from se_inject.finetune.callbacks import save_network
+    from se_inject.finetune.after import evaluate as use
+    from se_inject.finetune.after import looked
+    from se_inject.finetune.training.callbacks import save_network
     from se_inject.gates import prune_se
     from se_inject.report.saved import measure_savings
 

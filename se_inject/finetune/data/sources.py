@@ -1,0 +1,137 @@
+"""Where labelled images come from: digits, folders, tables, shards, the data sets of libraries.
+
+Every source has ``len``, ``classes`` (their names), ``labels`` (the index of the class of each
+image, known without decoding one), ``names`` (what tells the images of the data apart, the same
+whenever the data are opened) and ``source[i]``, an RGB image with its label.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from filelock import FileLock
+from PIL import Image
+from timm.data import create_dataset
+
+from se_inject.errors import DataError, first_line
+from se_inject.finetune.data.folders import open_folder
+from se_inject.finetune.data.hub import open_hub
+from se_inject.finetune.data.images import to_rgb
+from se_inject.finetune.data.shards import open_shards
+from se_inject.finetune.data.tables import open_table
+from se_inject.finetune.options.settings import Settings
+
+
+class Source(Protocol):
+    """Images with labels, by index."""
+
+    classes: tuple[str, ...]
+    labels: list[int]
+
+    @property
+    def names(self) -> "list[str]": ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+
+def open_sources(settings: Settings) -> Mapping[str, Source]:
+    """What ``--data`` names: the part ``train``, and ``val`` and ``test`` where the data have them.
+
+    Raises:
+        DataError: there is no such data, or it cannot be read.
+    """
+    data = settings.data
+    if not data.strip():
+        raise DataError("--data is empty; give a folder, torch/NAME, hfds/NAME, ... or digits.")
+    if data == "digits":
+        return {"train": Digits()}
+    kind, _, name = data.partition("/")
+    if kind in _LIBRARIES and name:
+        try:
+            return _LIBRARIES[kind](settings, name)
+        except DataError:
+            raise
+        except Exception as error:  # of a library that downloads and unpacks
+            raise DataError(
+                f"--data {data}: cannot be had ({type(error).__name__}: {first_line(error)})."
+            ) from error
+    root = Path(data).expanduser()
+    if root.is_file() and root.suffix.lower() == ".csv":
+        return open_table(root)
+    if not root.is_dir():
+        raise DataError(
+            f"--data {data}: no such folder (nor FILE.csv, digits, torch/NAME, hfds/NAME,"
+            " wds/FOLDER)."
+        )
+    return open_folder(root)
+
+
+class Digits:
+    """scikit-learn's 1,797 real handwritten digits, 8x8 pixels, as RGB images."""
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        self.pixels = (digits.images * (255 / 16)).astype(np.uint8)
+        self.labels = [int(label) for label in digits.target]
+        self.classes = tuple(map(str, range(10)))
+
+    @property
+    def names(self) -> list[str]:
+        return [str(i) for i in range(len(self.labels))]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]).convert("RGB"), self.labels[index]
+
+
+class Pairs:
+    """A torchvision data set of (image, label) pairs."""
+
+    def __init__(self, dataset: Any, part: str) -> None:
+        self.dataset = dataset
+        labels = getattr(dataset, "targets", None)
+        if labels is None:
+            labels = getattr(dataset, "labels", getattr(dataset, "_labels", None))
+        if labels is None:  # no other way than to look at all of them
+            labels = [dataset[i][1] for i in range(len(dataset))]
+        self.labels = [int(label) for label in labels]
+        self.names = [f"{part}/{i}" for i in range(len(self.labels))]
+        names = getattr(dataset, "classes", None) or range(max(self.labels, default=-1) + 1)
+        self.classes = tuple(map(str, names))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.dataset[index]
+        return to_rgb(image), int(label)
+
+
+# Of these, torchvision has training and test images, and none to choose a network by.
+_WITH_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+
+
+def _torchvision(settings: Settings, name: str) -> Mapping[str, Source]:
+    root = Path(settings.data_dir or ".").expanduser()
+    root.mkdir(parents=True, exist_ok=True)
+    other = "test" if name.lower() in _WITH_TEST else "val"
+    # The processes of a run share the folder: the first one downloads.
+    with FileLock(root / ".se_inject.lock"):
+        return {
+            part: Pairs(
+                create_dataset(settings.data, root=str(root), split=split, download=True), part
+            )
+            for part, split in (("train", "train"), (other, "validation"))
+        }
+
+
+_LIBRARIES: Mapping[str, Callable[[Settings, str], Mapping[str, Source]]] = {
+    "torch": _torchvision,
+    "hfds": open_hub,
+    "wds": open_shards,
+}

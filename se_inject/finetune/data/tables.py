@@ -1,0 +1,56 @@
+"""``FILE.csv`` with the columns path, label and, where it says, split."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from se_inject.errors import DataError
+from se_inject.finetune.data.folders import PARTS, Folder
+from se_inject.names import few, plural
+
+
+def open_table(path: Path) -> Mapping[str, Folder]:
+    """The images that a table lists; their paths begin at the folder of the table.
+
+    Raises:
+        DataError: it has other columns, names files that are not there, or an unknown split.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            table = csv.DictReader(file, skipinitialspace=True)
+            columns = table.fieldnames or []
+            rows = list(table)
+    except (OSError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read ({error}).") from error
+    if not {"path", "label"} <= set(columns):
+        raise DataError(
+            f"{path}: its first line must name the columns path,label or path,label,split, not"
+            f" {','.join(columns)}."
+        )
+    found: dict[str, list[tuple[str, str]]] = {}
+    missing, seen = [], set()
+    for number, row in enumerate(rows, start=2):
+        name, label = (row["path"] or "").strip(), (row["label"] or "").strip()
+        if not name or not label:
+            raise DataError(f"{path}, line {number}: it has no path or no label.")
+        if name in seen:
+            raise DataError(f"{path}, line {number}: {name} is there twice.")
+        seen.add(name)
+        part = _part((row.get("split") or "").strip(), path, number)
+        if not (path.parent / name).is_file():
+            missing.append(name)
+        found.setdefault(part, []).append((label, name))
+    if missing:
+        raise DataError(f"{path}: {plural(len(missing), 'file')} not there: {few(missing)}.")
+    if "train" not in found and found:
+        raise DataError(f"{path}: no image is to train on; its splits are {', '.join(found)}.")
+    return {part: Folder(path.parent, found[part]) for part in PARTS if part in found} or {
+        "train": Folder(path.parent, [])
+    }
+
+
+def _part(word: str, path: Path, line: int) -> str:
+    for part, words in PARTS.items():
+        if word.lower() in words or (part == "train" and not word):
+            return part
+    raise DataError(f"{path}, line {line}: the split {word!r} is none of train, val and test.")

@@ -1,0 +1,120 @@
+"""The settings of a fine-tuning run: all of its options, and which of them go together.
+
+The command line makes its options from the fields, ``config.json`` keeps them.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field, fields
+
+from se_inject.errors import ArgumentError
+from se_inject.finetune.options.choices import (
+    LOGGERS,
+    MachineChoices,
+    NetworkChoices,
+    OutputChoices,
+    RecipeChoices,
+)
+from se_inject.finetune.options.data_choices import DataChoices
+from se_inject.plan.injection import Injection
+
+# What may be another than before when a run goes on: the machine, and nothing that is learnt.
+ON_RESUME = ("devices", "nodes", "strategy", "workers", "logger")
+
+
+@dataclass(frozen=True)
+class Settings(
+    Injection, OutputChoices, MachineChoices, RecipeChoices, NetworkChoices, DataChoices
+):
+    """What ``config.json`` keeps, so that a run can be repeated or gone on with.
+
+    The options of the SE blocks are those of every injection.
+    """
+
+    model: str = field(
+        metadata={
+            "argument": True,
+            "metavar": "MODEL",
+            "help": "A timm name, torchvision/NAME, or module:callable.",
+            "show_default": False,
+        }
+    )
+
+    @property
+    def base_is_pretrained(self) -> bool:
+        """Whether the base has weights that can be had again; a callable's are its own affair."""
+        from_library = self.pretrained and ":" not in self.model
+        return from_library or self.checkpoint is not None
+
+    @property
+    def base_is_random(self) -> bool:
+        """Whether the base begins with random weights, as far as the options tell."""
+        return not self.pretrained and self.checkpoint is None
+
+    @property
+    def frozen_epochs(self) -> int:
+        """The first epochs, in which the base is frozen. To freeze a random one teaches nothing."""
+        if self.freeze_epochs is not None:
+            return self.freeze_epochs
+        return 0 if self.base_is_random else min(2, self.epochs - 1)
+
+    @property
+    def statistics_frozen(self) -> bool:
+        """Whether BatchNorms keep their statistics in phase 2 too; a random base has none yet."""
+        return self.bn_stats == "frozen" or (self.bn_stats == "auto" and self.base_is_pretrained)
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """The names of Lightning's loggers, each once; they are given one by one or with commas."""
+        given = [self.logger] if isinstance(self.logger, str) else self.logger or ()
+        return tuple(dict.fromkeys(name.strip() for text in given for name in text.split(",")))
+
+    def check(self) -> None:
+        """Raise an :class:`ArgumentError` for values that cannot work together."""
+        if not 0 <= self.frozen_epochs <= self.epochs:
+            raise ArgumentError(
+                f"--freeze-epochs {self.freeze_epochs} are the first of --epochs {self.epochs},"
+                " so between 0 and that."
+            )
+        if not 0 < self.val_split < 1:
+            raise ArgumentError(f"--val-split {self.val_split} is a share between 0 and 1.")
+        if not 0 < self.lr < math.inf:  # nor nan
+            raise ArgumentError(f"--lr {self.lr} must be above 0.")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ArgumentError(f"--ema {self.ema} must be at least 0 and below 1.")
+        if not 0 <= self.seed <= 2**32 - self.seeds:
+            raise ArgumentError(f"--seed {self.seed} must be between 0 and {2**32 - self.seeds}.")
+        if not re.fullmatch(r"auto|-1|[1-9]\d*|\d+(,\d+)+,?|\d+,", self.devices):
+            raise ArgumentError(
+                f"--devices {self.devices} is no number of devices: give auto, 1, 2, ... or the"
+                " indices of GPUs, such as 0,2."
+            )
+        self._check_limits()
+        if self.lr_warmup is not None and self.lr_warmup > self.epochs:
+            raise ArgumentError(
+                f"--lr-warmup {self.lr_warmup} are epochs of --epochs {self.epochs}, so at most"
+                " that."
+            )
+        if self.color_jitter is not None and self.aa is not None:
+            raise ArgumentError("--color-jitter and --aa exclude each other, as in timm.")
+        if unknown := [name for name in self.loggers if name not in LOGGERS]:
+            raise ArgumentError(f"--logger {unknown[0]} is none of {', '.join(LOGGERS)}.")
+        if self.strategy == "fsdp" and (self.ema or self.compile):
+            raise ArgumentError("--strategy fsdp goes with neither --ema nor --compile.")
+        if self.control and self.train == "se":
+            raise ArgumentError(
+                "--control with --train se has nothing to train: the control has no SE blocks."
+                " Use --train se+head or all."
+            )
+
+    def _check_limits(self) -> None:
+        """Numbers between the limits of their options, which hold for files and Python too."""
+        for known in fields(self):
+            low, high = known.metadata.get("min"), known.metadata.get("max")
+            value = getattr(self, known.name)
+            if low is None or value is None:
+                continue
+            if not low <= value <= (math.inf if high is None else high) or math.isinf(value):
+                wanted = f"{low} or more" if high is None else f"between {low} and {high}"
+                flag = "--" + known.name.replace("_", "-")
+                raise ArgumentError(f"{flag} {value} must be {wanted}.")

@@ -1,0 +1,60 @@
+"""Run folders come from other people too: code that one names is imported only where asked for."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from se_inject.errors import ArgumentError
+from se_inject.finetune.options.config import CONFIG
+
+
+def check_code(model: str, folder: Path, *, trusted: bool) -> None:
+    """Refuse a run folder whose network would be made by code of the folder, or by any code.
+
+    Args:
+        trusted: the user said ``--trust-code``: code is imported, but never out of the folder.
+
+    Raises:
+        ArgumentError: the configuration names code that is not to be imported.
+    """
+    if ":" not in model or model.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return
+    if not trusted:
+        raise ArgumentError(
+            f"{folder / CONFIG} names code to import, {model!r}. Where you trust it, add"
+            " --trust-code."
+        )
+    if any(_is_inside(path, folder) for path in _places(model.partition(":")[0])):
+        raise ArgumentError(
+            f"{folder / CONFIG} names code that lies in the run folder, {model!r}; such code is"
+            " never imported. Put the module elsewhere on the import path."
+        )
+
+
+def _places(module: str) -> list[Path]:
+    """Where a module would be read from; nothing is imported, not even its package."""
+    top, _, rest = module.partition(".")
+    sys.path.insert(0, os.getcwd())  # as the import does
+    try:
+        spec = importlib.util.find_spec(top) if top else None
+    except (ImportError, ValueError):
+        spec = None
+    finally:
+        sys.path.pop(0)
+    if spec is None:
+        return []
+    folders = [Path(place) for place in spec.submodule_search_locations or ()]
+    origin = [Path(spec.origin)] if spec.origin and spec.has_location else []
+    return [*origin, *folders, *(place.joinpath(*rest.split(".")) for place in folders)]
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    root = folder.resolve()
+    # A module is a file, or a folder of that name.
+    return any(p.resolve().is_relative_to(root) for p in (path, path.with_suffix(".py")))
+
+
+def printable(text: str) -> str:
+    """A name as a terminal may show it: control characters are written as their escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,65 @@
+"""Lightning's loggers by the names of ``--logger``; their files lie in the folder of an arm."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from lightning.pytorch import loggers
+from lightning.pytorch.loggers import Logger
+
+from se_inject.errors import ArgumentError
+from se_inject.finetune.options.config import to_dict
+from se_inject.finetune.options.settings import Settings
+
+
+def loggers_of(settings: Settings, folder: Path) -> list[Logger]:
+    """The loggers of one arm, told the settings.
+
+    Raises:
+        ArgumentError: the package of a logger is not installed.
+    """
+    made = []
+    for name in settings.loggers:
+        try:
+            logger = _LOGGERS[name](folder)
+        except (ImportError, ModuleNotFoundError) as error:
+            raise ArgumentError(
+                f"--logger {name}: there is no {name}: pip install {name}, or"
+                " 'se-inject[loggers]' for all of them."
+            ) from error
+        logger.log_hyperparams(to_dict(settings))
+        made.append(logger)
+    return made
+
+
+def _tensorboard(folder: Path) -> Logger:
+    return loggers.TensorBoardLogger(
+        folder, name="", version="tensorboard", default_hp_metric=False
+    )
+
+
+def _csv(folder: Path) -> Logger:
+    # A run that goes on gets the next version: Lightning begins a file of this kind anew.
+    return loggers.CSVLogger(folder, name="csv")
+
+
+def _wandb(folder: Path) -> Logger:
+    return loggers.WandbLogger(name=_name(folder), project="se-inject", save_dir=folder)
+
+
+def _mlflow(folder: Path) -> Logger:
+    return loggers.MLFlowLogger(
+        experiment_name="se-inject", run_name=_name(folder), save_dir=str(folder / "mlruns")
+    )
+
+
+def _name(folder: Path) -> str:
+    """``runs/resnet50-flowers/se-0`` -> resnet50-flowers/se-0."""
+    return "/".join(folder.resolve().parts[-2:])
+
+
+_LOGGERS: Mapping[str, Callable[[Path], Logger]] = {
+    "tensorboard": _tensorboard,
+    "csv": _csv,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+}

@@ -1,0 +1,133 @@
+"""``--lr auto`` and ``--batch-size auto``: Lightning's tuner tries before the run begins."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.tuner.tuning import Tuner
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from se_inject.errors import ArgumentError, TrainingError
+from se_inject.finetune.data.loading import Images, loader
+from se_inject.finetune.data.parts import limited
+from se_inject.finetune.data.split import open_split
+from se_inject.finetune.options.settings import Settings
+from se_inject.finetune.training.machine import precision_of, processes
+from se_inject.finetune.training.prepare import Prepared, prepare
+from se_inject.finetune.training.recipe import Recipe
+
+_RATES = (1e-5, 1.0)  # from where to where the rate is tried
+_STEPS = 100
+
+
+def find_settings(
+    settings: Settings, find: frozenset[str], folder: Path, console: Console
+) -> Settings:
+    """The settings with numbers for what was to be found.
+
+    Args:
+        find: of "lr" and "batch_size".
+
+    Raises:
+        ArgumentError: no rate is found.
+    """
+    split = limited(open_split(settings), settings.limit)
+    prepared = prepare(settings, split, "se", settings.seed)
+    if "batch_size" in find:
+        settings = replace(settings, batch_size=_batch_size(settings, prepared, folder))
+        console.print(f"--batch-size auto: {settings.batch_size}", highlight=False)
+    if "lr" in find:
+        settings = replace(settings, lr=_rate(settings, prepared, folder))
+        console.print(f"--lr auto: {settings.lr:.3g}", highlight=False)
+    return settings
+
+
+def check_alone(settings: Settings) -> None:
+    """Raise an :class:`ArgumentError` where several processes are to train."""
+    if processes(settings) > 1:
+        raise ArgumentError(
+            "--lr auto and --batch-size auto are found by one process. Find them so, with"
+            " --devices 1 --epochs 1, and give several processes the numbers."
+        )
+
+
+def _rate(settings: Settings, prepared: Prepared, folder: Path) -> float:
+    """The rate at which the loss of the SE blocks and the head falls fastest."""
+    low, high = _RATES
+    while high > low:
+        recipe = _recipe(replace(settings, train="se+head", ema=None), prepared)
+        batches = loader(prepared.data.train, settings, training=True, epoch=0, rank=0, world=1)
+        try:
+            found = Tuner(_trainer(settings, folder)).lr_find(
+                recipe,
+                train_dataloaders=batches,
+                min_lr=low,
+                max_lr=high,
+                num_training=_STEPS,
+                update_attr=False,
+            )
+        except TrainingError:  # the loss was no number
+            high /= 10
+            continue
+        rate = None if found is None else found.suggestion()
+        if rate is not None:
+            return float(f"{rate:.3g}")
+        break
+    raise ArgumentError("--lr auto finds no rate at which the loss falls: give a number.")
+
+
+def _batch_size(settings: Settings, prepared: Prepared, folder: Path) -> int:
+    """The largest power of two whose step fits into the memory; on a CPU, the default."""
+    if not torch.cuda.is_available():
+        return settings.batch_size
+    return largest_batch(settings, prepared, folder)
+
+
+def largest_batch(settings: Settings, prepared: Prepared, folder: Path) -> int:
+    """The largest power of two whose step fits into the memory while all learns."""
+    recipe = _recipe(replace(settings, freeze_epochs=0, ema=None), prepared)
+    batches = _Batches(prepared.data.train, settings)
+    Tuner(_trainer(settings, folder)).scale_batch_size(recipe, datamodule=batches, init_val=8)
+    return batches.batch_size
+
+
+class _Batches(pl.LightningDataModule):
+    """The training images in batches of a size that Lightning's tuner sets."""
+
+    def __init__(self, images: Images, settings: Settings) -> None:
+        super().__init__()
+        self.images, self.settings, self.batch_size = images, settings, settings.batch_size
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        settings = replace(self.settings, batch_size=self.batch_size)
+        return loader(self.images, settings, training=True, epoch=0, rank=0, world=1)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The tuner asks for one, and takes no batch of it."""
+        return self.train_dataloader()
+
+
+def _recipe(settings: Settings, prepared: Prepared) -> Recipe:
+    network = copy.deepcopy(prepared.network)
+    return Recipe(network, settings, len(prepared.data.classes), settings.seed, prepared.blocks)
+
+
+def _trainer(settings: Settings, folder: Path) -> pl.Trainer:
+    return pl.Trainer(
+        max_epochs=10_000,  # the tuner counts steps
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=1,
+        precision=precision_of(settings),
+        gradient_clip_val=settings.clip,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
