@@ -137,14 +137,7 @@ class Recipe(pl.LightningModule):
             # There is nothing to learn from, but the other processes wait for these gradients.
             scores = self._forward[0](images)
             loss = scores.sum() * 0
-        if not torch.isfinite(loss):
-            kept = "The weights of the last whole epoch are kept."
-            if not self.current_epoch:
-                kept = "No weights are kept, for no epoch was whole."
-            raise TrainingError(
-                f"the loss is {loss.item()} at epoch {self.current_epoch + 1}, step {index}."
-                f" {kept} Try a smaller --lr."
-            )
+        self._check(loss, f"step {index}")
         self._images += count * self.trainer.world_size
         accuracy = (scores.argmax(1) == labels).float().mean()
         speed = self._images / (time.perf_counter() - self._started)
@@ -169,7 +162,9 @@ class Recipe(pl.LightningModule):
         self.top1.update(scores, labels)
         self.top5.update(scores, labels)
         self.confusion.update(scores, labels)
-        self.val_loss.update(nn.functional.cross_entropy(scores, labels), weight=len(labels))
+        loss = nn.functional.cross_entropy(scores, labels)
+        self._check(loss, f"step {index} of the validation")  # torchmetrics would leave it out
+        self.val_loss.update(loss, weight=len(labels))
 
     def on_validation_epoch_end(self) -> None:
         """Log what all processes saw together, each image once."""
@@ -181,6 +176,17 @@ class Recipe(pl.LightningModule):
         self.confusion.reset()
         for name in ("balanced", "macro_f1", "majority"):
             self.log(f"val_{name}", getattr(figures, name))
+
+    def _check(self, loss: Tensor, where: str) -> None:
+        if torch.isfinite(loss):
+            return
+        kept = "The weights of the last whole epoch are kept."
+        if not self.current_epoch:
+            kept = "No weights are kept, for no epoch was whole."
+        raise TrainingError(
+            f"the loss is {loss.item()} at epoch {self.current_epoch + 1}, {where}. {kept} Try a"
+            " smaller --lr."
+        )
 
     def _images_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images, labels, unreadable = batch
