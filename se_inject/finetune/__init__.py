@@ -10,7 +10,7 @@
     after/       the chosen network of a run: measured, asked, looked at, shown on a page
 
 Each imports only those above it. The command line uses ``Settings``, ``start``, ``resume``,
-``load_run``, ``evaluate``, ``looked``, ``write_page`` and what ``after/predict.py`` has; nothing else
-of this room is for others. All but ``options`` import Lightning, which is an extra
+``load_run``, ``evaluate``, ``looked``, ``write_page`` and what ``after/predict.py`` has; nothing
+else of this room is for others. All but ``options`` import Lightning, which is an extra
 (``pip install 'se-inject[finetune]'``).
 """
