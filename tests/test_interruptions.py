@@ -22,7 +22,7 @@ from torch import nn
 import se_inject
 from se_inject import inject_se, load_se, plan_se, remove_se, save_se
 from se_inject.edit.block_class import edit_of
-from se_inject.graph import planning
+from se_inject.graph.thread import THREAD
 
 X = torch.randn(2, 3, 8, 8)
 OURS = str(Path(se_inject.__file__).parent)
@@ -63,7 +63,7 @@ def process_state() -> list[Any]:
     """What an interruption must leave as it was, beside the model."""
     numbers = random.getstate(), repr(numpy.random.get_state())
     default = torch.tensor(0.0).device, torch.get_default_dtype()
-    return [*torch_state(), *numbers, *default, dict(vars(planning.THREAD))]
+    return [*torch_state(), *numbers, *default, dict(vars(THREAD))]
 
 
 def check_interruptions(operation: str, count: int, seed: int, folder: Path) -> None:
