@@ -20,7 +20,7 @@ OLD_PATHS: dict[str, tuple[str, ...]] = {
     "export": ("keep.formats.stock", "keep.formats.fold"),
     "generated": ("edit.block_class", "graph.source"),
     "inject": ("api", "edit.insert", "edit.rewrite"),
-    "meta": ("graph.meta",),
+    "meta": ("graph.meta", "graph.copies"),
     "ops": ("graph.operations.ops", "graph.operations.log"),
     "plan": ("plan.plan", "plan.planner", "edit.site", "reasons"),
     "record": ("graph.recording.call", "graph.recording.record", "graph.example"),

@@ -14,8 +14,8 @@ from additions import Frame, additions
 from labels import label_of, page
 
 from se_inject import NoSiteError, plan_se
+from se_inject.graph.copies import meta_copy
 from se_inject.graph.example import example_inputs
-from se_inject.graph.meta import meta_copy
 from se_inject.models.names import load_model
 from se_inject.report.zoo import model_names
 

@@ -262,7 +262,13 @@ def interrupted_at(line: int, code: Any) -> Any:
     return follow
 
 
-FILES = ("tracing/patches.py", "graph/trace.py", "tracing/watch.py", "graph/meta.py")
+FILES = (
+    "tracing/patches.py",
+    "graph/trace.py",
+    "tracing/watch.py",
+    "graph/meta.py",
+    "graph/copies.py",
+)
 FILES += ("tracing/replaced.py", "graph/thread.py", "graph/thread_state.py", "torch_private.py")
 
 

@@ -12,20 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from se_inject.edit.block_class import Edit
 from se_inject.edit.insert import injected, restore
-from se_inject.errors import ArgumentError, NoSiteError
+from se_inject.errors import ArgumentError
 from se_inject.gates.advice import globs
 from se_inject.gates.change import Change, measure_change
-from se_inject.gates.statistics import NEAR, BlockGates, GateStatistics, gate_statistics
+from se_inject.gates.foldable import FoldableBlock, foldable_blocks
+from se_inject.gates.statistics import NEAR, BlockGates
 from se_inject.keep.formats.fold import Producers, affine
-from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.names import Patterns, plural
-from se_inject.plan.checks import check_model
-from se_inject.plan.select import selected
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def fold_se(
     """
     if not tolerance >= 0:
         raise ArgumentError(f"tolerance={tolerance!r} is not 0 or more, such as 0.01 for 1 %.")
-    groups, kept = _candidates(model, loader, include, exclude)
+    groups, kept = foldable_blocks(model, loader, include, exclude)
     chosen = []
     for name, deviation in _by_deviation(groups):
         if deviation <= tolerance:
@@ -119,7 +115,7 @@ def prune_se(
     """
     if not max_change >= 0:
         raise ArgumentError(f"max_change={max_change!r} is not 0 or more, such as 0.01 for 1 %.")
-    groups, kept = _candidates(model, loader, include, exclude)
+    groups, kept = foldable_blocks(model, loader, include, exclude)
     order = [name for name, _ in _by_deviation(groups)]
 
     def tried(count: int) -> Change:
@@ -144,90 +140,15 @@ def prune_se(
     return _apply(model, order[:good], kept, groups, best)
 
 
-@dataclass(frozen=True)
-class _Block:
-    """A block whose SE blocks can all be folded: of each, its gates, and whether a layer takes them
-    (otherwise they are 1).
-    """
-
-    gates: dict[str, BlockGates]  # by child
-    takes: dict[str, bool]
-
-    @property
-    def deviation(self) -> float:
-        return max(block.deviation for block in self.gates.values())
-
-
-def _candidates(
-    model: nn.Module, loader: Iterable[Any], include: Patterns, exclude: Patterns
-) -> tuple[dict[str, _Block], dict[str, str]]:
-    """The blocks that could be folded, and why the others cannot."""
-    check_model(model)
-    if iter(loader) is loader:
-        raise ArgumentError(
-            "the loader is an iterator, which can be gone through only once: pass a DataLoader or a"
-            " list of batches."
-        )
-    blocks = {name: (module, edit) for name, module, edit in injected(model)}
-    if not blocks:
-        raise NoSiteError(f"{type(model).__name__} has no SE block; inject_se(model) makes them.")
-    wanted = selected(list(blocks), include, exclude, "block with an SE block")
-    statistics = gate_statistics(model, loader)
-    producers = Producers(model)
-    groups: dict[str, _Block] = {}
-    kept: dict[str, str] = {}
-    for name, (module, edit) in blocks.items():
-        if name not in wanted:
-            kept[name] = "excluded by the user"
-            continue
-        found = _block(name, module, edit, statistics, producers)
-        if isinstance(found, str):
-            kept[name] = found
-        else:
-            groups[name] = found
-    return groups, kept
-
-
-def _block(
-    name: str, module: nn.Module, edit: Edit, statistics: GateStatistics, producers: Producers
-) -> _Block | str:
-    """The gates of a block, or why it cannot be folded."""
-    seen = {block.block: block for block in statistics.blocks}
-    gates: dict[str, BlockGates] = {}
-    takes: dict[str, bool] = {}
-    for child, producer in zip(edit.children, edit.producers, strict=True):
-        layer = getattr(module, child)
-        own = name if len(edit.children) == 1 else f"{name}.{child}".lstrip(".")
-        if not isinstance(layer, SqueezeExcite):
-            return f"{type(layer).__name__} is no SE block"
-        if own not in seen:
-            return "it did not run on these images"
-        gates[child] = seen[own]
-        source = producers.of(module, producer)
-        takes[child] = source is not None and _scales_channels(source, layer)
-        if not takes[child] and gates[child].idle < 1:
-            return (
-                f"it scales the output of {producer or 'an operation'}, which is no norm or"
-                " convolution that feeds it alone"
-            )
-    return _Block(gates, takes)
-
-
-def _scales_channels(source: nn.Module, layer: SqueezeExcite) -> bool:
-    """Whether dim 0 of the source's weight is the channel dim of the map that the block scales."""
-    if affine(source)[0].shape[0] != layer.channels:
-        return False
-    last = isinstance(source, nn.Linear | nn.LayerNorm) and not isinstance(source, LayerNorm2d)
-    return last == (-1 not in layer.space)
-
-
-def _by_deviation(groups: dict[str, _Block]) -> list[tuple[str, float]]:
+def _by_deviation(groups: dict[str, FoldableBlock]) -> list[tuple[str, float]]:
     """The blocks whose gates vary least come first."""
     deviations = {name: block.deviation for name, block in groups.items()}
     return sorted(deviations.items(), key=lambda item: item[1])
 
 
-def _folded_copy(model: nn.Module, names: Sequence[str], groups: dict[str, _Block]) -> nn.Module:
+def _folded_copy(
+    model: nn.Module, names: Sequence[str], groups: dict[str, FoldableBlock]
+) -> nn.Module:
     twin = copy.deepcopy(model)
     _fold(twin, names, groups)
     return twin
@@ -237,7 +158,7 @@ def _apply(
     model: nn.Module,
     chosen: Sequence[str],
     kept: dict[str, str],
-    groups: dict[str, _Block],
+    groups: dict[str, FoldableBlock],
     change: Change,
 ) -> Folding:
     before = _parameters(model)
@@ -252,7 +173,7 @@ def _apply(
     )
 
 
-def _fold(model: nn.Module, names: Sequence[str], groups: dict[str, _Block]) -> list[str]:
+def _fold(model: nn.Module, names: Sequence[str], groups: dict[str, FoldableBlock]) -> list[str]:
     """Fold these blocks; the names of the tensors that have other values then."""
     if not names:
         return []

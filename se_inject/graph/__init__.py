@@ -6,8 +6,10 @@ channels and operations. The files, in the order of the flow:
 
 - thread: what the planning thread is doing; frames: whose code it is running; containers: nested
   tuples, lists and dicts of tensors.
-- meta: the copy of the model on meta; foreign: its parts that are no Python on floats; example:
-  what the forward is given.
+- thread_state: what planning changes of its thread, and putting it back; held: what a module keeps
+  in objects of its own.
+- copies: the copy of the model; foreign: its parts that are no Python on floats; meta: forwards on
+  meta tensors; example: what the forward is given.
 - operations (a package): what the torch functions of a forward do to feature maps.
 - recording (a package): one forward of the copy, and what was seen of it.
 - tracing (a package): one block and its recorded calls become a graph; expect: what the new

@@ -17,7 +17,7 @@ def run_and_count(
     1 MAC = 2 FLOPs. Pooling, norms, activations and additions are not counted.
 
     Args:
-        twin: a :func:`se_inject.graph.meta.meta_copy` of the module.
+        twin: a :func:`se_inject.graph.copies.meta_copy` of the module.
         args, kwargs: of its forward, on meta.
     """
     from torch.utils.flop_counter import FlopCounterMode  # which plans do not need

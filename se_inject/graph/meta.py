@@ -1,10 +1,7 @@
-"""A model on meta tensors: its forward without values, without memory and without arithmetic."""
+"""Forwards on meta tensors: without values, without memory and without arithmetic."""
 
-import copy
-import functools
 import itertools
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,12 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from se_inject.errors import ForwardError, first_line
-from se_inject.graph.containers import tensors_in
-from se_inject.graph.foreign import StandIn, is_quantized, is_scripted
-from se_inject.graph.frames import place_of_error
 from se_inject.graph.operations.shortcuts import shortcut
-from se_inject.graph.thread import THREAD, raise_interruption
+from se_inject.graph.thread import THREAD
 from se_inject.graph.thread_state import Modes
 from se_inject.torch_private import makes_tensors
 
@@ -133,169 +126,4 @@ def needs_values(error: Exception) -> bool:
     """Whether a forward stopped because meta tensors hold no data (``nonzero`` in a detector)."""
     return isinstance(error, NotImplementedError | RuntimeError | TypeError) and bool(
         re.search(r"(?<![a-z])meta(?![a-z])", str(error).lower())
-    )
-
-
-def meta_copy(model: nn.Module, *, hooks: bool = False) -> nn.Module:
-    """A copy of the model in eval mode whose tensors are all on meta.
-
-    Hooks of ``torch.nn.utils`` (weight norm, spectral norm) belong to the model and stay.
-
-    Args:
-        model: it is not changed.
-        hooks: whether the copy has the user's hooks too.
-
-    Raises:
-        ForwardError: the model cannot be copied.
-    """
-    return copy_with_twins(model, hooks=hooks)[0]
-
-
-def copy_without_hooks(module: nn.Module) -> nn.Module | None:
-    """A copy with its values and without the user's hooks; None where it cannot be copied."""
-    memo: dict[int, Any] = {}
-    for part in module.modules():
-        for hooks in hooks_of(part):
-            memo[id(hooks)] = _library_hooks(hooks)
-    try:
-        copied = copy.deepcopy(module, memo)
-    except Exception as error:  # whatever a foreign __deepcopy__ may raise
-        raise_interruption(error)
-        return None
-    return None if _copied_oddly(module, copied, memo) else copied
-
-
-def copy_with_twins(
-    model: nn.Module, *, hooks: bool = False
-) -> tuple[nn.Module, dict[int, nn.Module], dict[int, Tensor]]:
-    """The copy, and for the ids of the model's modules and tensors those of the copy."""
-    memo: dict[int, Any] = {}
-    tensors: dict[int, Tensor] = {}
-    plain: list[nn.Module] = []  # that copy.deepcopy copies attribute by attribute
-    modules = list(model.modules())
-    for module in modules:
-        if is_scripted(module) or is_quantized(module):
-            memo[id(module)] = StandIn(module)
-            continue
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and id(tensor) not in tensors:
-                memo[id(tensor)] = tensors[id(tensor)] = _to_meta(tensor)
-        of_hooks = hooks_of(module)
-        if not hooks:
-            memo |= {id(value): _library_hooks(value) for value in of_hooks}
-        for value in vars(module).values():
-            if any(value is own for own in of_hooks):
-                continue
-            if isinstance(value, torch.jit.ScriptFunction):
-                memo[id(value)] = value  # a function, which torch cannot copy
-            elif isinstance(value, Tensor | list | tuple | dict):
-                for tensor in tensors_in(value):  # detectors keep anchors in a plain list
-                    if id(tensor) not in memo:
-                        memo[id(tensor)] = tensors[id(tensor)] = _to_meta(tensor)
-        kind: Any = type(module)
-        if _copies_plainly(kind):
-            plain.append(module)
-    own = dict(memo)
-    odd: list[nn.Module] = []
-    try:
-        for module in plain:
-            memo[id(module)] = type(module).__new__(type(module))
-        for module in reversed(plain):  # a foreign __deepcopy__ gets children that are complete
-            _copy_attributes(module, memo)
-        twin = copy.deepcopy(model, memo)
-        while more := _copied_oddly(model, twin, memo):
-            # Their __deepcopy__ returns something else than a copy. They are copied here as any
-            # other module is.
-            odd += [module for module in more if all(module is not known for known in odd)]
-            memo.clear()
-            memo |= own | {id(module): type(module).__new__(type(module)) for module in odd}
-            for module in odd:
-                vars(memo[id(module)]).update(
-                    {k: copy.deepcopy(v, memo) for k, v in vars(module).items()}
-                )
-            twin = copy.deepcopy(model, memo)
-    except Exception as error:  # whatever a foreign __deepcopy__ may raise
-        raise_interruption(error)
-        raise ForwardError(
-            f"copy.deepcopy of the model fails ({type(error).__name__}: {first_line(error)});"
-            " se_inject plans on a copy. Remove what cannot be copied from the modules first."
-        ) from error
-    twins = {id(m): memo[id(m)] for m in modules if isinstance(memo.get(id(m)), nn.Module)}
-    try:
-        twin.eval()  # not `return twin.eval()`: a train() of the user's may return None
-    except Exception as error:  # whatever a foreign train() or __setattr__ may raise
-        raise_interruption(error)
-        raise ForwardError(
-            f"eval() of a copy of the model fails ({type(error).__name__}: {first_line(error)}"
-            f"{place_of_error(error)}); se_inject plans in eval mode. Let the modules take it."
-        ) from error
-    return twin, twins, tensors
-
-
-# What a class may define so that copies of its instances are made in another way.
-_COPYING = {"__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__"}
-_COPYING |= {"__new__", "__getnewargs__", "__getnewargs_ex__", "__getattribute__", "__slots__"}
-
-
-@functools.cache
-def _copies_plainly(kind: Any) -> bool:
-    """Whether ``copy.deepcopy`` makes a new object of the class and copies all its attributes."""
-    if type(kind) is not type:
-        return False
-    own = (base for base in kind.__mro__ if base not in (nn.Module, object))
-    return not any(name in vars(base) for base in own for name in _COPYING)
-
-
-def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Fill the copy of a module that ``copy.deepcopy`` would copy in the same way, but slower."""
-    copied = vars(memo[id(module)])
-    for name, value in vars(module).items():
-        if value is None or type(value) in (bool, int, float, str):
-            copied[name] = value
-        elif id(value) in memo:
-            copied[name] = memo[id(value)]
-        elif type(value) is dict:
-            memo[id(value)] = copied[name] = items = {}
-            for key, item in value.items():
-                known = item is None or id(item) in memo
-                items[key] = memo.get(id(item)) if known else copy.deepcopy(item, memo)
-        else:
-            copied[name] = copy.deepcopy(value, memo)
-
-
-def _copied_oddly(model: nn.Module, twin: Any, memo: Mapping[int, Any]) -> list[nn.Module]:
-    """The modules whose copy is the module itself, or nothing of its class."""
-    of_model = {id(m): m for m in model.modules()}
-    kept = [m for m in twin.modules() if id(m) in of_model] if isinstance(twin, nn.Module) else []
-    return kept + [
-        module
-        for key, module in of_model.items()
-        if key in memo
-        and type(memo[key]) is not type(module)
-        # Each GraphModule has a class of its own.
-        and not isinstance(memo[key], StandIn | torch.fx.GraphModule)
-    ]
-
-
-def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
-    """The dicts in which a module keeps its hooks."""
-    return [
-        value
-        for name, value in vars(module).items()
-        if isinstance(value, dict) and "_hooks" in str(name)
-    ]
-
-
-def _to_meta(tensor: Tensor) -> Tensor:
-    meta = torch.empty_like(tensor, device="meta", requires_grad=False)
-    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-
-
-def _library_hooks(hooks: dict[int, Any]) -> OrderedDict[int, Any]:
-    if not hooks:
-        return OrderedDict()
-    return OrderedDict(
-        (key, hook)
-        for key, hook in hooks.items()
-        if type(hook).__module__.startswith("torch.nn.utils")
     )

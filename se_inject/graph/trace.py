@@ -18,9 +18,10 @@ from torch import nn
 
 from se_inject.errors import ForwardError
 from se_inject.graph.containers import tensors_in
+from se_inject.graph.copies import copy_with_twins, hooks_of
 from se_inject.graph.example import example_inputs
 from se_inject.graph.facts import TracedForward
-from se_inject.graph.meta import copy_with_twins, device_of, hooks_of
+from se_inject.graph.meta import device_of
 from se_inject.graph.operations.value import Value
 from se_inject.graph.recording.call import Arguments, Shape
 from se_inject.graph.recording.record import record

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from se_inject.errors import ArgumentError, SEInjectError, first_line
+from se_inject.graph.copies import meta_copy
 from se_inject.graph.macs import run_and_count
-from se_inject.graph.meta import meta_copy
 from se_inject.layers.attention import Attention, SELayer
 from se_inject.layers.cost import SECost
 

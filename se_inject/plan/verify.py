@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from se_inject.edit.insert import insert
 from se_inject.edit.site import Site
 from se_inject.errors import SEInjectError, UnsupportedModelError
-from se_inject.graph.meta import copy_without_hooks
+from se_inject.graph.copies import copy_without_hooks
 from se_inject.graph.recording.call import Arguments
 from se_inject.graph.trace import TracedBlock
 from se_inject.layers.variant import Variant

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from se_inject.graph.copies import meta_copy
 from se_inject.graph.example import batch_size
 from se_inject.graph.macs import run_and_count
-from se_inject.graph.meta import meta_copy, needs_values
+from se_inject.graph.meta import needs_values
 from se_inject.graph.recording.call import Arguments
 from se_inject.plan.plan import Plan
 

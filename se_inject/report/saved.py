@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from se_inject.edit.block_class import edit_of
 from se_inject.edit.insert import restore
 from se_inject.errors import NoSiteError
+from se_inject.graph.copies import meta_copy
 from se_inject.graph.example import batch_size as batch_size_of
 from se_inject.graph.macs import run_and_count
-from se_inject.graph.meta import meta_copy
 from se_inject.graph.recording.call import Arguments
 from se_inject.layers.cost import se_cost
 from se_inject.layers.squeeze_excite import SqueezeExcite

@@ -73,8 +73,9 @@ def record_history(twin: nn.Module, example: Arguments, device: torch.device) ->
     """Record one forward on meta tensors.
 
     Args:
-        twin: a :func:`se_inject.graph.meta.meta_copy` of the model.
-        example: what :func:`se_inject.graph.recording.record.record` found that the forward accepts.
+        twin: a :func:`se_inject.graph.copies.meta_copy` of the model.
+        example: what :func:`se_inject.graph.recording.record.record` found that the
+            forward accepts.
         device: where the model is; what the forward asks of devices is answered so.
 
     Raises:

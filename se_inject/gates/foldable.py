@@ -1,0 +1,95 @@
+"""Which SE blocks could be folded into the layers before them, and why the others cannot."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from timm.layers import LayerNorm2d
+from torch import nn
+
+from se_inject.edit.block_class import Edit
+from se_inject.edit.insert import injected
+from se_inject.errors import ArgumentError, NoSiteError
+from se_inject.gates.statistics import BlockGates, GateStatistics, gate_statistics
+from se_inject.keep.formats.fold import Producers, affine
+from se_inject.layers.squeeze_excite import SqueezeExcite
+from se_inject.names import Patterns
+from se_inject.plan.checks import check_model
+from se_inject.plan.select import selected
+
+
+@dataclass(frozen=True)
+class FoldableBlock:
+    """A block whose SE blocks can all be folded: of each, its gates, and whether a layer takes them
+    (otherwise they are 1).
+    """
+
+    gates: dict[str, BlockGates]  # by child
+    takes: dict[str, bool]
+
+    @property
+    def deviation(self) -> float:
+        return max(block.deviation for block in self.gates.values())
+
+
+def foldable_blocks(
+    model: nn.Module, loader: Iterable[Any], include: Patterns, exclude: Patterns
+) -> tuple[dict[str, FoldableBlock], dict[str, str]]:
+    """The blocks that could be folded, and why the others cannot."""
+    check_model(model)
+    if iter(loader) is loader:
+        raise ArgumentError(
+            "the loader is an iterator, which can be gone through only once: pass a DataLoader or a"
+            " list of batches."
+        )
+    blocks = {name: (module, edit) for name, module, edit in injected(model)}
+    if not blocks:
+        raise NoSiteError(f"{type(model).__name__} has no SE block; inject_se(model) makes them.")
+    wanted = selected(list(blocks), include, exclude, "block with an SE block")
+    statistics = gate_statistics(model, loader)
+    producers = Producers(model)
+    groups: dict[str, FoldableBlock] = {}
+    kept: dict[str, str] = {}
+    for name, (module, edit) in blocks.items():
+        if name not in wanted:
+            kept[name] = "excluded by the user"
+            continue
+        found = _foldable(name, module, edit, statistics, producers)
+        if isinstance(found, str):
+            kept[name] = found
+        else:
+            groups[name] = found
+    return groups, kept
+
+
+def _foldable(
+    name: str, module: nn.Module, edit: Edit, statistics: GateStatistics, producers: Producers
+) -> FoldableBlock | str:
+    """The gates of a block, or why it cannot be folded."""
+    seen = {block.block: block for block in statistics.blocks}
+    gates: dict[str, BlockGates] = {}
+    takes: dict[str, bool] = {}
+    for child, producer in zip(edit.children, edit.producers, strict=True):
+        layer = getattr(module, child)
+        own = name if len(edit.children) == 1 else f"{name}.{child}".lstrip(".")
+        if not isinstance(layer, SqueezeExcite):
+            return f"{type(layer).__name__} is no SE block"
+        if own not in seen:
+            return "it did not run on these images"
+        gates[child] = seen[own]
+        source = producers.of(module, producer)
+        takes[child] = source is not None and _scales_channels(source, layer)
+        if not takes[child] and gates[child].idle < 1:
+            return (
+                f"it scales the output of {producer or 'an operation'}, which is no norm or"
+                " convolution that feeds it alone"
+            )
+    return FoldableBlock(gates, takes)
+
+
+def _scales_channels(source: nn.Module, layer: SqueezeExcite) -> bool:
+    """Whether dim 0 of the source's weight is the channel dim of the map that the block scales."""
+    if affine(source)[0].shape[0] != layer.channels:
+        return False
+    last = isinstance(source, nn.Linear | nn.LayerNorm) and not isinstance(source, LayerNorm2d)
+    return last == (-1 not in layer.space)
