@@ -16,37 +16,42 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _OF_CODE = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
 
 
-def held_by(module: nn.Module) -> dict[str, list[Any]]:
-    """For each attribute of a module and of the modules in it, all that can be reached from it.
+class Held:
+    """What a module and the modules in it hold at one moment, and what was changed since."""
 
-    Layers of torch are left out: their hooks (weight norm, spectral norm) set attributes of theirs,
-    and go on doing so, since a graph calls its children.
-    """
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.before = module, _held_by(module, "")
+
+    def changed(self, path: str = "") -> str | None:
+        """The first attribute, of the module at ``path`` or in it, that holds other objects now.
+
+        Attributes of the root itself that are another object now are left out: :func:`state_of`
+        sees that they were set.
+        """
+        after = _held_by(self.module.get_submodule(path), path)
+        inside = f"{path}." if path else ""
+        before = {name: held for name, held in self.before.items() if name.startswith(inside)}
+        for name in dict.fromkeys([*before, *after]):
+            a, b = before.get(name, []), after.get(name, [])
+            if "." not in name and [*map(id, a[:1])] != [*map(id, b[:1])]:
+                continue
+            if len(a) != len(b) or any(x is not y for x, y in zip(a, b, strict=True)):
+                return name
+        return None
+
+    def renew(self, path: str) -> None:
+        """Take what a child holds now as what it held: it has run, and may keep what it likes."""
+        self.before |= _held_by(self.module.get_submodule(path), path)
+
+
+def _held_by(module: nn.Module, at: str) -> dict[str, list[Any]]:
+    """For each attribute of a module and of the modules in it, all that can be reached from it."""
     return {
         f"{path}.{name}".lstrip("."): [value, *_inside(value, _DEEPEST)]
-        for path, part in module.named_modules()
+        for path, part in module.named_modules(prefix=at)
         for name, value in vars(part).items()
-        if not _is_of_torch(part) and (path or name not in _REGISTRIES)
+        if path or name not in _REGISTRIES
     }
-
-
-def _is_of_torch(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.")
-
-
-def changed_in(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> str | None:
-    """The first attribute that holds other objects than before.
-
-    Attributes of the module itself that are another object now are left out: :func:`state_of`
-    sees that they were set.
-    """
-    for name in dict.fromkeys([*before, *after]):
-        a, b = before.get(name, []), after.get(name, [])
-        if "." not in name and [*map(id, a[:1])] != [*map(id, b[:1])]:
-            continue
-        if len(a) != len(b) or any(x is not y for x, y in zip(a, b, strict=True)):
-            return name
-    return None
 
 
 def _inside(value: Any, depth: int) -> Iterator[Any]:

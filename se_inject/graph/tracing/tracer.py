@@ -16,10 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from se_inject.graph.containers import all_leaves
 from se_inject.graph.frames import is_of_torch, is_unpacked_next, user_frame
+from se_inject.graph.held import Held
 from se_inject.graph.operations.log import GUESSES
 from se_inject.graph.recording.call import Call
 from se_inject.graph.recording.replay import output_of
-from se_inject.graph.thread import THREAD
+from se_inject.graph.thread import THREAD, OtherNetworkError
 from se_inject.graph.tracing.arguments import placeholders
 from se_inject.graph.tracing.functions import (
     ASIDE,
@@ -49,7 +50,7 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
 
     def trace(self, root: nn.Module) -> fx.Graph:
         """The graph of the root's forward in the mode that it is in."""
-        self._root = root
+        self._root, self._held = root, Held(root)
         self._forward = type(root).forward
         for path, module in root.named_modules():
             self._modules.setdefault(id(module), path)
@@ -71,6 +72,7 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
             THREAD.tracer = None
 
         output = run_replaced(lambda: replacements(self._forward), run, end)
+        self._check_held("")
         self.graph.create_node("output", "output", (self.argument(output),), {})
         return self.graph
 
@@ -142,6 +144,14 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
         node = self.node_of(op, target, args, kwargs)
         return Machine(self, node, value, what)
 
+    def _check_held(self, path: str) -> None:
+        """Refuse a forward that changes what a module holds: a graph would not do it."""
+        if name := self._held.changed(path):
+            raise OtherNetworkError(
+                f"its forward changes what self.{name} holds",
+                "keep it in a local variable, or return it",
+            )
+
     def call_module(
         self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
@@ -160,7 +170,9 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
         inputs = {id(t): t for t in all_leaves((args, kwargs)) if isinstance(t, Tensor)}
         if call is None:
             with self.quietly():
+                self._check_held(path)
                 value = original(module, *plain(tuple(args)), **plain(dict(kwargs)))
+                self._held.renew(path)  # its hooks may set attributes of it (weight norm)
         else:
             value = output_of(call, list(inputs.values()), self.alias)
         return self.wrapped(node, value, inputs)

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from se_inject.graph.held import changed_in, held_by
 from se_inject.graph.recording.state import changed, state_of
 from se_inject.graph.thread import OtherNetworkError
 
@@ -16,18 +15,13 @@ def unchanged(module: nn.Module) -> Iterator[None]:
     """Put back what a traced forward set on its module (proxies), and refuse such a forward."""
     inner: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
     attributes, contents = dict(vars(module)), [dict(d) for d in inner]
-    before, held = state_of(module), held_by(module)
+    before = state_of(module)
     try:
         yield
         module.eval()
         if sets := changed(before, state_of(module)):
             raise OtherNetworkError(
                 f"its forward sets self.{sets[0]}",
-                "keep it in a local variable, or return it",
-            )
-        if name := changed_in(held, held_by(module)):
-            raise OtherNetworkError(
-                f"its forward changes what self.{name} holds",
                 "keep it in a local variable, or return it",
             )
     finally:
