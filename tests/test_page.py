@@ -313,6 +313,6 @@ def test_the_command_of_a_run_gives_its_settings_again() -> None:
         r={"layer4.*": 8, "*": 16},
     )
     assert command_of(settings) == (
-        "se-inject finetune resnet50 --data 'my data' --r 'layer4.*=8,*=16' --include 'layer4.*'"
-        " --no-pretrained --epochs 3 --control"
+        "se-inject finetune resnet50 --data 'my data' --no-pretrained --epochs 3 --control"
+        " --r 'layer4.*=8,*=16' --include 'layer4.*'"
     )
