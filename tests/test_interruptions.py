@@ -27,6 +27,8 @@ from se_inject.graph.thread import THREAD
 X = torch.randn(2, 3, 8, 8)
 OURS = str(Path(se_inject.__file__).parent)
 BELOW = (str(Path(torch.__file__).parent), "contextlib.py", "copy.py")
+# It runs when Python collects garbage, where Python itself ignores whatever is raised.
+CLEANING = f"{BELOW[0]}/_dynamo"
 
 
 class Stopper:
@@ -38,6 +40,8 @@ class Stopper:
     def __call__(self, frame: types.FrameType, event: str, _: Any) -> Any:
         name = frame.f_code.co_filename
         if not (name.startswith((OURS, BELOW[0])) or name.endswith(BELOW[1:])):
+            return None
+        if name.startswith(CLEANING):
             return None
         if event == "line":
             self.count += 1
