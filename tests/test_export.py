@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from commands import command
 from helpers import randomize
 from test_cli import run
 from torch import Tensor, nn
@@ -432,10 +433,10 @@ def test_other_attention_is_named_again(tmp_path: Path) -> None:
     save_se(base, tmp_path / "se.safetensors", extra="trained")
     arguments = ("export", "test_resnet", "--weights", str(tmp_path / "se.safetensors"))
     arguments += ("--format", "torch-export", "--output", str(tmp_path / "net.pt2"))
-    result = run(*arguments)
+    result = command(*arguments)
     assert (result.returncode, result.stdout) == (1, "")
     assert "another se_layer" in result.stderr
-    result = run(*arguments, "--attention", "eca")
+    result = command(*arguments, "--attention", "eca")
     assert (result.returncode, result.stderr) == (0, "")
 
 
@@ -452,7 +453,7 @@ def test_clear_errors(folder: Path, tmp_path: Path) -> None:
         ),
     }
     for arguments, message in cases.items():
-        result = run("export", *arguments)
+        result = command("export", *arguments)
         assert (result.returncode, result.stdout) == (1, ""), arguments
         assert result.stderr.startswith("error: ")
         assert message in result.stderr

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import command
 from test_cli import run
 
 from se_inject.report.zoo import families, family_of, model_names, survey
@@ -44,14 +45,14 @@ def test_the_command_writes_the_table(tmp_path: Path) -> None:
 
 
 def test_json_is_one_object() -> None:
-    result = run("zoo", "--filter", "resnet18", "--library", "timm", "--json")
+    result = command("zoo", "--filter", "resnet18", "--library", "timm", "--json")
     data = json.loads(result.stdout)
     assert data["models"][0]["model"] == "resnet18"
     assert data["families"][0]["sites"] == 8
 
 
 def test_a_filter_that_matches_nothing_is_an_error() -> None:
-    result = run("zoo", "--filter", "nothing*")
+    result = command("zoo", "--filter", "nothing*")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "error: --filter 'nothing*' matches no model of all.\n"
 
