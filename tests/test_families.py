@@ -89,6 +89,8 @@ def check(name: str, inputs: tuple[Any, ...], example: Any, targets: Any = None)
         model.transform.min_size, model.transform.max_size = (96,), 128
         if hasattr(model, "roi_heads"):
             model.roi_heads.detections_per_img = 4
+            model.roi_heads.batch_size_per_image = 16  # of 512 boxes: heads cost the most
+            model.rpn._post_nms_top_n = {"training": 32, "testing": 32}
     state = copy.deepcopy(model.state_dict())  # with the metadata that MNASNet asks for
     for_training = inputs if targets is None else (*inputs, targets)
 
