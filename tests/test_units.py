@@ -112,6 +112,14 @@ def run(model: nn.Module, x: Tensor, *, training: bool) -> tuple[Tensor, dict[st
 
 
 @OTHERS
+@pytest.mark.parametrize("name", ["vgg13_bn", "repvgg_a0", "torchvision/alexnet"])
+def test_an_activation_that_is_a_unit_by_itself_is_edited_on_meta(name: str) -> None:
+    """It has no tensors: the check before the edit must not take it for one on the CPU."""
+    model = load_model(name, meta=True)
+    inject_se(model)
+    assert all(p.is_meta for p in se_parameters(model))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_function_keys_gradients_and_removal(name: str) -> None:
     model = built(name)

@@ -5,7 +5,6 @@ a real tensor has would go unnoticed. Here a copy of the block runs before and a
 """
 
 import dataclasses
-import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -48,8 +47,9 @@ def verify(
         by_block.setdefault(site.block, []).append(site)
     said: dict[int, Hashable] = {}  # by the id of a graph, which many blocks share
     smallest: dict[Hashable, tuple[int, str]] = {}
-    for name in by_block:
-        size = _weights_of(modules[name])
+    for name, own in by_block.items():
+        # An activation alone has no tensors; its SE block is made where the model is.
+        size = None if own[0].device.type == "meta" else _weights_of(modules[name])
         if size is None or size > _MOST_WEIGHTS:
             continue
         kind = _kind_of(modules[name], blocks[name], said)
@@ -84,8 +84,7 @@ def _kind_of(module: nn.Module, block: TracedBlock, said: dict[int, Hashable]) -
 
 def _is_kept(module: nn.Module, sites: list[Site], block: TracedBlock, variant: Variant) -> bool:
     """Whether the outputs stay equal; also where this cannot be tried."""
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    device = next((t.device for t in tensors), torch.device("cpu"))
+    device = sites[0].device
     own = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(own, device_type="cuda" if not own else device.type):
         return _stays_equal(module, sites, block, variant, device)
