@@ -81,6 +81,16 @@ def without_torch_functions() -> AbstractContextManager[None]:
     return torch._C.DisableTorchFunction()
 
 
+def torch_function_state() -> Any:
+    """Whether this thread lets modes and classes see the functions that run."""
+    return torch._C._get_torch_function_state()  # type: ignore[attr-defined]
+
+
+def set_torch_function_state(state: Any) -> None:
+    """Let them see the functions again, or not: an interruption can stop a ``with`` at its end."""
+    torch._C._set_torch_function_state(state)  # type: ignore[attr-defined]
+
+
 def function_modes() -> list[Any]:
     """The modes that see the functions of this thread, the innermost last."""
     count = torch._C._len_torch_function_stack()

@@ -21,7 +21,7 @@ from se_inject import NoSiteError, SEInjectError, inject_se, plan_se
 from se_inject.graph.meta import on_meta
 from se_inject.graph.thread import THREAD
 from se_inject.graph.tracing.tracer import BlockTracer
-from se_inject.torch_private import function_modes
+from se_inject.torch_private import function_modes, torch_function_state
 
 NAMES = (
     "test_resnet",
@@ -50,7 +50,8 @@ def state_of(model: nn.Module) -> Iterator[Any]:
 def torch_state() -> list[Any]:
     names = ("__call__", "__getattr__", "__setattr__", "training")
     functions = [torch.arange, torch.full, torch.linspace, torch.autocast.__init__]
-    modes = [*function_modes(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
+    modes = [*function_modes(), torch_function_state()]
+    modes += [torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
     return [*(vars(nn.Module).get(name) for name in names), *functions, *modes, sys.getprofile()]
 
 

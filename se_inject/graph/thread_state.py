@@ -14,21 +14,28 @@ from typing import Any
 import numpy
 import torch
 
-from se_inject.torch_private import function_modes, set_function_modes
+from se_inject.torch_private import (
+    function_modes,
+    set_function_modes,
+    set_torch_function_state,
+    torch_function_state,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Modes:
-    """Whether gradients are kept, and the modes that see the functions of torch that run."""
+    """Whether gradients are kept, and which modes see the functions of torch that run, if any."""
 
     grad: bool
     functions: list[Any]
+    seen: Any  # whether the modes see anything now
 
     @classmethod
     def now(cls) -> "Modes":
-        return cls(torch.is_grad_enabled(), function_modes())
+        return cls(torch.is_grad_enabled(), function_modes(), torch_function_state())
 
     def put_back(self) -> None:
+        set_torch_function_state(self.seen)
         modes = function_modes()
         if len(modes) != len(self.functions) or any(
             a is not b for a, b in zip(modes, self.functions, strict=True)
