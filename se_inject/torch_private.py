@@ -81,6 +81,7 @@ def without_torch_functions() -> AbstractContextManager[None]:
     return torch._C.DisableTorchFunction()
 
 
+# Torch has these two and does not declare them in its types.
 def torch_function_state() -> Any:
     """Whether this thread lets modes and classes see the functions that run."""
     return torch._C._get_torch_function_state()  # type: ignore[attr-defined]

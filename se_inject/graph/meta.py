@@ -28,6 +28,7 @@ class on_meta:  # noqa: N801 - it is called as the contexts of torch are
         self.before = Modes.now()
         try:
             torch.set_grad_enabled(False)
+            # Torch gives it no types. No `with`: put_back() of Modes is the other end of it.
             TorchFunctionMode.__enter__(_Answers(self.device))  # type: ignore[no-untyped-call]
         except BaseException:  # a Ctrl-C
             self.before.put_back()

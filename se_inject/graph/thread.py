@@ -22,7 +22,7 @@ class _Thread(threading.local):
     tracer: Any = None  # the BlockTracer that runs
     replay: Any = None  # the Replay that answers for the children of a block
     modules: dict[int, nn.Module] = {}  # noqa: RUF012 - replaced, never changed
-    tensors: dict[int, Tensor] = {}  # noqa: RUF012
+    tensors: dict[int, Tensor] = {}  # noqa: RUF012 - so are these
 
     def twin_of(self, tensor: Tensor) -> Tensor:
         """The copy of one of the user's tensors; any other tensor itself."""

@@ -29,6 +29,7 @@ class Machine(Traced):
         super().__init__(tracer, node, value)
         self._what = what
 
+    # A property in this place is Python's way to answer isinstance; mypy knows an attribute only.
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return type(self._value)

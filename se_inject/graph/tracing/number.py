@@ -19,6 +19,7 @@ class Number(Traced):
         self._tracer.expect(self.traced_node(), self._value)
         return self._value
 
+    # A property in this place is Python's way to answer isinstance; mypy knows an attribute only.
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """``isinstance(h, int)`` is answered as for the number itself."""

@@ -34,6 +34,7 @@ class Shape(tuple[Any, ...]):
         shape._tracer, shape._node = tracer, node
         return shape
 
+    # A property in this place is Python's way to answer isinstance; mypy knows an attribute only.
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return torch.Size
