@@ -8,16 +8,17 @@
    additions: where planning is linear, the figure stays the same.
 
 The two sides of a ratio take turns, so that a noisy machine is noisy for both; medians are of
-the ratios pair by pair.
+the ratios pair by pair. Seconds are those of the processor, of the process and of those that it
+started: with one thread nothing waits, and other work on the machine counts less.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,9 +36,9 @@ PROCESS_B = [sys.executable, "-c", "import torch, timm"]
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = os.times()
     function()
-    return time.perf_counter() - start
+    return sum(os.times()[:4]) - sum(start[:4])
 
 
 def compare(a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ import random
 import sys
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ import se_inject
 from se_inject import inject_se, load_se, plan_se, remove_se, save_se
 from se_inject.edit.block_class import edit_of
 from se_inject.graph.thread import THREAD
+from se_inject.graph.tracing import patches
+from se_inject.graph.tracing.patches import LOCK, Replacement, run_replaced
 
 X = torch.randn(2, 3, 8, 8)
 OURS = str(Path(se_inject.__file__).parent)
@@ -34,8 +37,8 @@ CLEANING = f"{BELOW[0]}/_dynamo"
 class Stopper:
     """Raises KeyboardInterrupt at the n-th line that runs in our files or below them."""
 
-    def __init__(self, n: int | None) -> None:
-        self.n, self.count, self.at = n, 0, ""
+    def __init__(self, n: int | None, only: str = "") -> None:
+        self.n, self.count, self.at, self.only = n, 0, "", only
 
     def __call__(self, frame: types.FrameType, event: str, _: Any) -> Any:
         name = frame.f_code.co_filename
@@ -43,7 +46,7 @@ class Stopper:
             return None
         if name.startswith(CLEANING):
             return None
-        if event == "line":
+        if event == "line" and name.endswith(self.only):
             self.count += 1
             if self.count == self.n:
                 self.at = f"{name}:{frame.f_lineno}"
@@ -67,7 +70,17 @@ def process_state() -> list[Any]:
     """What an interruption must leave as it was, beside the model."""
     numbers = random.getstate(), repr(numpy.random.get_state())
     default = torch.tensor(0.0).device, torch.get_default_dtype()
-    return [*torch_state(), *numbers, *default, dict(vars(THREAD))]
+    return [*torch_state(), *numbers, *default, dict(vars(THREAD)), another_thread_can_plan()]
+
+
+def another_thread_can_plan() -> bool:
+    """Whether the lock on the replaced functions of torch is free, as another thread sees it."""
+
+    def take() -> bool:
+        return LOCK.acquire(blocking=False) and not LOCK.release()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(take).result()
 
 
 def check_interruptions(operation: str, count: int, seed: int, folder: Path) -> None:
@@ -121,6 +134,22 @@ OPERATIONS = ["plan", "apply", "load", "remove"]
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_8_interruptions(operation: str, tmp_path: Path) -> None:
     check_interruptions(operation, 8, 0, tmp_path)
+
+
+def test_each_line_under_the_lock() -> None:
+    here = types.SimpleNamespace(value=0)
+
+    def do() -> None:
+        run_replaced(lambda: [Replacement(here, "value", 1)], lambda: None, lambda: None)
+
+    counter = Stopper(None, patches.__file__)
+    counter.run(do)
+    assert counter.count > 15
+    for n in range(1, counter.count + 1):
+        stopper = Stopper(n, patches.__file__)
+        assert stopper.run(do)
+        assert here.value == 0, stopper.at
+        assert another_thread_can_plan(), stopper.at
 
 
 @pytest.mark.long

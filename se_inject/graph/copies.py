@@ -63,8 +63,9 @@ def copy_with_twins(
         of_hooks = hooks_of(module)
         if not hooks:
             memo |= {id(value): _library_hooks(value) for value in of_hooks}
+        own_hooks = set(map(id, of_hooks))
         for value in vars(module).values():
-            if any(value is own for own in of_hooks):
+            if type(value) in _WITHOUT_TENSORS or id(value) in own_hooks:
                 continue
             if isinstance(value, torch.jit.ScriptFunction):
                 memo[id(value)] = value  # a function, which torch cannot copy
@@ -112,6 +113,9 @@ def copy_with_twins(
     return twin, twins, tensors
 
 
+# Types of most attributes of a module. Such a value is its own copy.
+_WITHOUT_TENSORS = frozenset((bool, int, float, str, type(None)))
+
 # What a class may define so that copies of its instances are made in another way.
 _COPYING = {"__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__"}
 _COPYING |= {"__new__", "__getnewargs__", "__getnewargs_ex__", "__getattribute__", "__slots__"}
@@ -130,7 +134,7 @@ def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
     """Fill the copy of a module that ``copy.deepcopy`` would copy in the same way, but slower."""
     copied = vars(memo[id(module)])
     for name, value in vars(module).items():
-        if value is None or type(value) in (bool, int, float, str):
+        if type(value) in _WITHOUT_TENSORS:
             copied[name] = value
         elif id(value) in memo:
             copied[name] = memo[id(value)]

@@ -5,6 +5,7 @@ counts its calls in ``self.stats``, would stop doing so without a word.
 """
 
 import collections
+import operator
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 _DEEPEST = 4
+# Most attributes are one of these, or a dict of hooks with nothing in it. They are not looked into.
+_FLAT = frozenset((bool, int, float, str, type(None)))
+_DICTS = (dict, collections.OrderedDict)
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _OF_CODE = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
 
@@ -30,13 +34,15 @@ class Held:
         """
         after = _held_by(self.module.get_submodule(path), path)
         inside = f"{path}." if path else ""
-        before = {name: held for name, held in self.before.items() if name.startswith(inside)}
-        for name in dict.fromkeys([*before, *after]):
-            a, b = before.get(name, []), after.get(name, [])
-            if "." not in name and [*map(id, a[:1])] != [*map(id, b[:1])]:
-                continue
-            if len(a) != len(b) or any(x is not y for x, y in zip(a, b, strict=True)):
-                return name
+        before = [p for p in self.before if p == path or p.startswith(inside)]
+        for part in dict.fromkeys([*before, *after]):
+            was, now = self.before.get(part, {}), after.get(part, {})
+            for name in dict.fromkeys([*was, *now]):
+                a, b = was.get(name, []), now.get(name, [])
+                if not part and [*map(id, a[:1])] != [*map(id, b[:1])]:
+                    continue
+                if len(a) != len(b) or any(map(operator.is_not, a, b)):
+                    return f"{part}.{name}".lstrip(".")
         return None
 
     def renew(self, path: str) -> None:
@@ -44,14 +50,21 @@ class Held:
         self.before |= _held_by(self.module.get_submodule(path), path)
 
 
-def _held_by(module: nn.Module, at: str) -> dict[str, list[Any]]:
-    """For each attribute of a module and of the modules in it, all that can be reached from it."""
+def _held_by(module: nn.Module, at: str) -> dict[str, dict[str, list[Any]]]:
+    """For each module, and each attribute of it, all that can be reached from the attribute."""
     return {
-        f"{path}.{name}".lstrip("."): [value, *_inside(value, _DEEPEST)]
+        path: {
+            name: [value] if _is_flat(value) else [value, *_inside(value, _DEEPEST)]
+            for name, value in vars(part).items()
+            if path or name not in _REGISTRIES
+        }
         for path, part in module.named_modules(prefix=at)
-        for name, value in vars(part).items()
-        if path or name not in _REGISTRIES
     }
+
+
+def _is_flat(value: Any) -> bool:
+    kind = type(value)
+    return kind in _FLAT or (kind in _DICTS and not value)
 
 
 def _inside(value: Any, depth: int) -> Iterator[Any]:

@@ -4,6 +4,7 @@ A replaced function asks whether its thread is the one that plans; for all other
 original. Everything is put back whatever happens, a Ctrl-C at any line included.
 """
 
+import contextlib
 import functools
 import threading
 import traceback
@@ -52,33 +53,62 @@ def run_replaced(
     """Run ``body`` with the replacements in place.
 
     They are made under the lock, so that none takes another thread's replacement for the original.
-    This is no context manager: a Ctrl-C between its ``__enter__`` and the ``with`` block would
-    leave the replacements behind. Where the first putting back is interrupted, the second is not.
+    This is no context manager, and the lock is not taken by ``with``: a Ctrl-C between
+    ``__enter__`` and the block, or before ``__exit__``, would leave the replacements behind, or
+    the lock held. Where the first putting back is interrupted, the second is not.
 
     Args:
         put_back: what else is to be put back in the end; it has to be safe to repeat.
     """
-    with LOCK:
-        made: list[Replacement] = []
+    try:
+        return _run_under_the_lock(replacements, body, put_back)
+    except KeyboardInterrupt:
+        _release()  # it may have come before the line that releases
+        raise
 
-        def put_all_back() -> None:
-            for replacement in reversed(made):
-                replacement.put_back()
-            put_back()
 
+def _run_under_the_lock(
+    replacements: Callable[[], Sequence[Replacement]],
+    body: Callable[[], T],
+    put_back: Callable[[], None],
+) -> T:
+    try:  # before the lock is taken: Python runs this line outside of any block
+        LOCK.acquire()
+        return _run(replacements, body, put_back)
+    finally:
+        _release()
+
+
+def _release() -> None:
+    with contextlib.suppress(RuntimeError):  # this thread does not have it
+        LOCK.release()
+
+
+def _run(
+    replacements: Callable[[], Sequence[Replacement]],
+    body: Callable[[], T],
+    put_back: Callable[[], None],
+) -> T:
+    made: list[Replacement] = []
+
+    def put_all_back() -> None:
+        for replacement in reversed(made):
+            replacement.put_back()
+        put_back()
+
+    try:
         try:
-            try:
-                made += replacements()
-                for replacement in made:
-                    replacement.put()
-                return body()
-            except KeyboardInterrupt as error:
-                _close_contexts(error)
-                raise
-            finally:
-                put_all_back()
+            made += replacements()
+            for replacement in made:
+                replacement.put()
+            return body()
+        except KeyboardInterrupt as error:
+            _close_contexts(error)
+            raise
         finally:
             put_all_back()
+    finally:
+        put_all_back()
 
 
 def _close_contexts(error: BaseException | None) -> None:

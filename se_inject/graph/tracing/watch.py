@@ -50,35 +50,39 @@ def watched(body: Callable[[], T]) -> T:
 
 
 def _see(frame: types.FrameType, event: str, argument: Any) -> None:
-    tracer = THREAD.running()
-    if tracer is None:
-        return
+    # It sees every call, so what most of them are not is asked first, and the tracer last.
     if event == "call":
         what = _FUNCTIONS.get(frame.f_code)
         if what is None and frame.f_code.co_filename == torch.utils.checkpoint.__file__:
             what = _CHECKPOINT
-        if what is not None:
-            raise tracer.refused(*what)
     elif event == "c_call":
-        owner = getattr(argument, "__self__", None)
-        if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
-            if argument.__name__ == "apply":
-                raise tracer.refused(
-                    "calls an autograd.Function", "compute the same with functions of torch"
-                )
-        elif is_of_torch(frame):
-            return  # torch asks for its own purposes
-        elif argument is isinstance:
-            # Such a type has a device and a dtype in it, and a copy on meta is of none of them.
-            if not LEGACY_TYPES.isdisjoint(frame.f_code.co_names):
-                raise tracer.refused(
-                    "asks whether a tensor is a torch.FloatTensor or the like",
-                    "ask x.is_floating_point()",
-                )
-        elif (mode := _mode_of(argument)) is not None:
-            raise tracer.refused(
-                f"asks whether {mode} is on, and may take another way then", "take one way for both"
-            )
+        what = _of_builtin(frame, argument)
+    else:
+        return
+    if what is not None and (tracer := THREAD.running()) is not None:
+        raise tracer.refused(*what)
+
+
+def _of_builtin(frame: types.FrameType, function: Any) -> tuple[str, str] | None:
+    """What a frame does that calls a function written in C, and what the user can do instead."""
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        if function.__name__ == "apply":
+            return "calls an autograd.Function", "compute the same with functions of torch"
+        return None
+    if function is not isinstance and (mode := _mode_of(function)) is None:
+        return None
+    if is_of_torch(frame):
+        return None  # torch asks for its own purposes
+    if function is isinstance:
+        # Such a type has a device and a dtype in it, and a copy on meta is of none of them.
+        if LEGACY_TYPES.isdisjoint(frame.f_code.co_names):
+            return None
+        return (
+            "asks whether a tensor is a torch.FloatTensor or the like",
+            "ask x.is_floating_point()",
+        )
+    return f"asks whether {mode} is on, and may take another way then", "take one way for both"
 
 
 def _mode_of(function: Any) -> str | None:
