@@ -1,6 +1,7 @@
 """Bars by block, the diagram of a block, and what a folded network saves."""
 
 import copy
+import html
 import json
 import re
 import shutil
@@ -97,7 +98,11 @@ def test_the_diagram_shows_both_forwards(
     assert "layer1.0: Bottleneck" in text
     assert "SEBottleneck" in text
     assert "SqueezeExcite and sum" in text
+    assert "excite: 256→16→256" in html.unescape(text)
+    assert "gate: 2 * sigmoid" in text
+    assert "branch × gate + shortcut" in html.unescape(text)
     assert text.count("conv3") >= 2
+    assert "Identity" not in text  # drop_block and aa, which do nothing
     with pytest.raises(ArgumentError, match=r"block 'layer1\.9' gets no SE block"):
         draw_block(plan, "layer1.9", tmp_path / "block.svg")
     with pytest.raises(ArgumentError, match=r"\.svg or \.png"):
@@ -116,6 +121,7 @@ def test_dot_is_given_each_box_and_arrow(tmp_path: Path, monkeypatch: pytest.Mon
     assert '"1 bn2" -> "1 se"' in source
     assert '"0 bn2" -> "0 iadd"' in source or '"0 bn2" -> "0 add"' in source
     assert source.count('fillcolor="#f4b183"') == 1
+    assert source.index("cluster_1") < source.index("cluster_0")  # graphviz stacks them upwards
     fake.write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
     with pytest.raises(ArgumentError, match="dot cannot draw the block"):
         draw_block(plan_se(network()), "layer1.0", tmp_path / "other.svg")

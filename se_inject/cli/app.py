@@ -5,9 +5,10 @@ or two lines, 2 wrong usage.
 """
 
 import io
+import shutil
 import sys
 import warnings
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 import typer.core
@@ -23,6 +24,9 @@ from se_inject.cli.report import report
 from se_inject.cli.zoo import zoo
 from se_inject.errors import SEInjectError
 
+_MARKUP: Literal["markdown"] = "markdown"  # of the help
+_NARROW = 70  # columns; below, the help is a plain list
+
 
 class _DefaultReport(typer.core.TyperGroup):
     """``se-inject MODEL`` is ``se-inject report MODEL``."""
@@ -37,8 +41,7 @@ class _DefaultReport(typer.core.TyperGroup):
 app = typer.Typer(
     cls=_DefaultReport,
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=_MARKUP,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     epilog="`se-inject MODEL` is short for `se-inject report MODEL`: `se-inject resnet50 --r 16`,"
@@ -80,6 +83,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows "?" for "×"
             stream.reconfigure(errors="replace")
+    # The frames that rich draws around the help would cut the names of options.
+    narrow = shutil.get_terminal_size().columns < _NARROW
+    app.rich_markup_mode = None if narrow else _MARKUP
     try:
         app()
         sys.stdout.flush()

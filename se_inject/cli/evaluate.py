@@ -67,6 +67,7 @@ def evaluate(
 
 def _print(result: dict[str, Any]) -> None:
     from se_inject.finetune.options.trust import printable
+    from se_inject.report.console import print_table
 
     console = Console()
     top5 = "" if result["top5"] is None else f", top-5 {100 * result['top5']:.2f} %"
@@ -85,7 +86,7 @@ def _print(result: dict[str, Any]) -> None:
         cells = ["-" if share is None else f"{100 * share:.2f} %" for share in shares]
         area = "-" if row["auroc"] is None else f"{row['auroc']:.4f}"
         table.add_row(Text(printable(name)), f"{row['images']:,}", *cells, area)
-    console.print(table)
+    print_table(console, table)
     if result["unreadable"]:
         console.print(f"{len(result['unreadable'])} images could not be read.", highlight=False)
     files = ", ".join(result["files"])

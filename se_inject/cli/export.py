@@ -1,6 +1,7 @@
 """``se-inject export``: a trained network in a form that needs no se_inject to load."""
 
 import contextlib
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -71,6 +72,7 @@ def export(
         int | None,
         typer.Option(min=1, help="Input channels of the base.", show_default="the model's own"),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
     """Write a trained network in a form that needs no se_inject to load.
@@ -114,4 +116,7 @@ def export(
                 se_layer=injection.se_layer,
             )
         hint = FORMATS[target].write(network, output)
-    print(f"{output}: same outputs as the model. Load it with {hint}")
+    if as_json:
+        print(json.dumps({"file": str(output), "format": target, "load": hint}, indent=2))
+    else:
+        print(f"{output}: same outputs as the model. Load it with {hint}")

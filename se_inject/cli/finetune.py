@@ -1,5 +1,6 @@
 """``se-inject finetune``: train a network with SE blocks, and go on with a run."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,14 @@ def finetune(
             rich_help_panel="Output",
         ),
     ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print the summary of the run as exactly one JSON object.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
     trust_code: TrustCode = False,
 ) -> None:
     """Fine-tune MODEL with SE blocks, and with --control also without them.
@@ -95,24 +104,29 @@ def finetune(
         folder = output.expanduser() if output else _default_folder(settings)
         summary = trainer.start(settings, folder, console, find=find)
     if rank() == 0:
-        _print_summary(summary, folder)
-        _draw_page(folder)
+        if not as_json:
+            _print_summary(summary, folder)
+        page = _draw_page(folder)
+        if as_json:
+            where = {"run": str(folder), "page": None if page is None else str(page)}
+            print(json.dumps({**summary, **where}, indent=2))
+        elif page is not None:
+            Console().print(f"The page of the run: {page}", highlight=False, soft_wrap=True)
 
 
-def _draw_page(folder: Path) -> None:
+def _draw_page(folder: Path) -> Path | None:
     """Write the page of the run; the run is finished and kept whatever happens here."""
     from se_inject.finetune.after.page import write_page
 
     try:
-        path = write_page(folder, trust_code=True)  # the user has just run that code
+        return write_page(folder, trust_code=True)  # the user has just run that code
     except Exception as error:  # a library may raise anything while it draws
         print(
             f"warning: {folder}/page.html could not be drawn ({type(error).__name__}:"
             f" {first_line(error)}). The run is whole; se-inject page {folder} tries again.",
             file=sys.stderr,
         )
-        return
-    Console().print(f"The page of the run: {path}", highlight=False, soft_wrap=True)
+        return None
 
 
 def _with_whole_paths(settings: Settings) -> Settings:
@@ -135,6 +149,8 @@ def _default_folder(settings: Settings) -> Path:
 
 
 def _print_summary(summary: dict[str, Any], folder: Path) -> None:
+    from se_inject.report.console import print_table
+
     arms = summary["arms"]
     tested = any(row.get("test") for row in arms.values())
     columns = ["arm", "validation accuracy", *(["test accuracy"] if tested else []), "last epoch"]
@@ -149,7 +165,7 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
             f"{row['seconds']:.0f}",
         )
     console = Console()
-    console.print(table)
+    print_table(console, table)
     for arm, row in arms.items():
         for line in _about(arm, row):
             console.print(line, highlight=False, soft_wrap=True)

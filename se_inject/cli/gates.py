@@ -97,6 +97,7 @@ def gates(
     from se_inject.gates import advice, gate_statistics, gates_table, statistics_dict
     from se_inject.gates.pictures import write_pictures
     from se_inject.keep.restore import restore_model
+    from se_inject.report.console import print_table
 
     with contextlib.redirect_stdout(sys.stderr):  # what a user's builder prints is no report
         if weights is None:
@@ -117,7 +118,7 @@ def gates(
         print(json.dumps(statistics_dict(statistics), indent=2))
         return
     console = Console()
-    console.print(gates_table(statistics))
+    print_table(console, gates_table(statistics))
     console.print(f"\n{advice(statistics)}", highlight=False, soft_wrap=True, markup=False)
     if paths:
         names = ", ".join(path.name for path in paths)

@@ -1,5 +1,6 @@
 """``se-inject page``: what a run found, on one page."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ def page(
     benchmark: Annotated[
         bool, typer.Option("--benchmark", help="Also measure the latency with and without SE.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
     """Write RUN/page.html: one file that shows what a run found, and opens without a network.
@@ -28,4 +30,4 @@ def page(
     from se_inject.finetune.after.page import write_page
 
     path = write_page(run.expanduser(), trust_code=trust_code, benchmark=benchmark)
-    print(f"The page of the run: {path}")
+    print(json.dumps({"page": str(path)}, indent=2) if as_json else f"The page of the run: {path}")

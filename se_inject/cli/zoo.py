@@ -56,6 +56,7 @@ def zoo(
 
     from rich.progress import Progress
 
+    from se_inject.report.console import print_table
     from se_inject.report.coverage import coverage_markdown, coverage_table, failures
     from se_inject.report.zoo import families, model_names, survey_all
 
@@ -79,7 +80,7 @@ def zoo(
         print(json.dumps({"families": rows, "models": models, "seconds": seconds}, indent=2))
     else:
         console = Console()
-        console.print(coverage_table(families(surveys)))
+        print_table(console, coverage_table(families(surveys)))
         console.print(f"\nNot planned ({len(names)} models in {seconds:.0f} s):", highlight=False)
         for line in failures(surveys):
             console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -36,7 +36,14 @@ def coverage_table(rows: Sequence[Family]) -> Table:
     total = _total(rows)
     for header, footer in zip(_HEADERS, _cells(total), strict=True):
         right = header not in (_HEADERS[0], _HEADERS[-1])
-        table.add_column(header, footer, justify="right" if right else "left", overflow="fold")
+        table.add_column(
+            header,
+            footer,
+            justify="right" if right else "left",
+            overflow="fold",
+            no_wrap=header == _HEADERS[0],
+            min_width=max(map(len, header.split())),
+        )
     for row in rows:
         table.add_row(*_cells(row))
     return table

@@ -8,9 +8,11 @@ from typing import Any
 from torch import fx, nn
 
 from se_inject.edit.rewrite import edit_graph
+from se_inject.edit.site import Site
 from se_inject.errors import ArgumentError, first_line
 from se_inject.gates.pictures import new_figure, write_figure
 from se_inject.keep.atomic import atomic_write
+from se_inject.layers.gates import GATES
 from se_inject.names import near_names
 from se_inject.plan.plan import Plan, layer_name
 from se_inject.plan.table import MODEL_ITSELF
@@ -23,7 +25,8 @@ _NEW, _OLD = "#f4b183", "#dbe5f1"
 def draw_block(plan: Plan, block: str, path: Path) -> Path:
     """Draw the forward of one block, in eval mode, before and after; SE blocks are orange.
 
-    Graphviz's ``dot`` draws it where it is installed, and matplotlib otherwise.
+    Graphviz's ``dot`` draws it where it is installed, and matplotlib otherwise. Children that are
+    ``nn.Identity`` do nothing and are left out.
 
     Args:
         path: ends in .svg or .png.
@@ -44,11 +47,11 @@ def draw_block(plan: Plan, block: str, path: Path) -> Path:
     after = edit_graph(
         graph, [site.where[0] for site in sites], children, fuse=plan.se_layer is None
     )
-    new = "SqueezeExcite" if plan.se_layer is None else layer_name(plan.se_layer)
+    new = {site.child: _inserted(plan, site) for site in sites}
     name = block or MODEL_ITSELF
     parts = {
         f"{name}: {type(module).__name__}": _boxes(graph, module, {}),
-        f"SE{type(module).__name__}": _boxes(after, module, dict.fromkeys(children, new)),
+        f"SE{type(module).__name__}": _boxes(after, module, new),
     }
     if dot := shutil.which("dot"):
         return _by_dot(dot, dot_source(parts), path)
@@ -56,13 +59,15 @@ def draw_block(plan: Plan, block: str, path: Path) -> Path:
 
 
 def dot_source(parts: dict[str, Boxes]) -> str:
-    """The graphs, side by side, in the language of graphviz."""
+    """The graphs, one above the other, in the language of graphviz."""
     lines = [
         "digraph {",
-        'node [shape=box style="filled,rounded" fontname=Helvetica fontsize=11]',
-        "fontname=Helvetica",
+        "rankdir=LR nodesep=0.15 ranksep=0.22 fontname=Helvetica",
+        'node [shape=box style="filled,rounded" fontname=Helvetica fontsize=11 margin="0.06,0.04"'
+        " width=0.3]",
     ]
-    for number, (title, (boxes, arrows)) in enumerate(parts.items()):
+    # From left to right graphviz stacks the clusters upwards: the last one written is on top.
+    for number, (title, (boxes, arrows)) in reversed(list(enumerate(parts.items()))):
         lines += [f"subgraph cluster_{number} {{", f"label={_quoted(title)} color=gray"]
         for name, (label, new) in boxes.items():
             color = _NEW if new else _OLD
@@ -73,36 +78,66 @@ def dot_source(parts: dict[str, Boxes]) -> str:
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def _boxes(graph: fx.Graph, module: nn.Module, new: dict[str, str]) -> Boxes:
+def _inserted(plan: Plan, site: Site) -> tuple[str, ...]:
+    """What the box of an inserted layer says: its kind, what it computes, and a sum at an addition.
+
+    The last line is for boxes with two inputs alone.
+    """
+    if plan.se_layer is not None:
+        return layer_name(plan.se_layer), ""
+    variant = plan.variant
+    squeeze = {"avg": "mean of each channel", "max": "maximum of each channel", "none": "none"}
+    return (
+        "SqueezeExcite",
+        f"squeeze: {squeeze[variant.squeeze]}",
+        f"excite: {site.channels}→{site.bottleneck}→{site.channels}",
+        f"gate: {GATES[variant.gate].formulas[variant.init]}",
+        "branch × gate + shortcut" if variant.placement == "standard" else "map × gate + other map",
+    )
+
+
+def _boxes(graph: fx.Graph, module: nn.Module, new: dict[str, tuple[str, ...]]) -> Boxes:
     """What leads from the inputs to the output; checks of flags beside it are left out."""
     output = next(node for node in graph.nodes if node.op == "output")
     wanted = {output}
     for node in reversed(graph.nodes):
         if node in wanted:
             wanted.update(node.all_input_nodes)
-    nodes = [node for node in graph.nodes if node in wanted]
+    nodes = [node for node in graph.nodes if node in wanted and not _is_identity(node, module, new)]
     boxes = {node.name: (_label(node, module, new), str(node.target) in new) for node in nodes}
-    arrows = [(source.name, node.name) for node in nodes for source in node.all_input_nodes]
+    arrows = []
+    for node in nodes:
+        for source in node.all_input_nodes:
+            while _is_identity(source, module, new):
+                source = source.all_input_nodes[0]
+            arrows.append((source.name, node.name))
     return boxes, arrows
 
 
-def _label(node: fx.Node, module: nn.Module, new: dict[str, str]) -> str:
+def _is_identity(node: fx.Node, module: nn.Module, new: dict[str, tuple[str, ...]]) -> bool:
+    if node.op != "call_module" or str(node.target) in new or len(node.all_input_nodes) != 1:
+        return False
+    return type(module.get_submodule(str(node.target))) is nn.Identity
+
+
+def _label(node: fx.Node, module: nn.Module, new: dict[str, tuple[str, ...]]) -> str:
     target = str(node.target)
     if node.op == "output":
         return "output"
     if node.op == "placeholder":
         return target.removeprefix("*")
     if node.op == "call_module":
-        kind = new.get(target)
-        if kind is None:
+        if target in new:
+            kind, *lines, addition = new[target]
+            if len(node.all_input_nodes) > 1:
+                kind, lines = f"{kind} and sum", [*lines, addition]
+        else:
             child: Any = module.get_submodule(target)
-            kind = type(child).__name__
+            kind, lines = type(child).__name__, []
             if hasattr(child, "kernel_size") and hasattr(child, "out_channels"):
-                size = "×".join(map(str, child.kernel_size))
-                kind = f"{kind} {size}, {child.in_channels}→{child.out_channels}"
-        elif len(node.all_input_nodes) > 1:
-            kind = f"{kind} and sum"
-        return f"{target}\n{kind}"
+                kind += " " + "×".join(map(str, child.kernel_size))
+                lines = [f"{child.in_channels}→{child.out_channels}"]
+        return "\n".join([target, kind, *lines])
     return getattr(node.target, "__name__", target).strip("_")
 
 

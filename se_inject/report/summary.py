@@ -4,12 +4,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 
 from se_inject.names import plural
 from se_inject.plan.plan import Plan, layer_name
 from se_inject.plan.table import site_table, skipped_table
+from se_inject.report.console import print_table
 from se_inject.report.count import Costs, Count
 from se_inject.report.latency import Latency
 
@@ -31,23 +30,14 @@ def print_report(
         latency: what ``--benchmark`` measured.
         verbose: one row a site however many there are, and every skipped addition.
     """
-    _print_table(console, site_table(plan.sites, by_stage=not verbose))
+    print_table(console, site_table(plan.sites, by_stage=not verbose))
     if plan.skipped:
-        _print_table(console, skipped_table(plan.skipped, verbose=verbose))
+        print_table(console, skipped_table(plan.skipped, verbose=verbose))
         console.print()
     timed = () if latency is None else _latency_lines(latency)
     for line in (summary(name, costs), *_notes(plan, costs), *timed):
         # Not broken: a terminal wraps it, and a pipe gets one line to search in.
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def _print_table(console: Console, table: Table) -> None:
-    """Print with every figure whole: a console that is too narrow wraps the lines."""
-    width = console.width
-    unlimited = console.options.update(max_width=1000)
-    console.width = max(width, Measurement.get(console, unlimited, table).minimum)
-    console.print(table, crop=False)
-    console.width = width
 
 
 def report_dict(
