@@ -4,6 +4,7 @@ import csv
 import functools
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import numpy as np
@@ -244,16 +246,15 @@ from se_inject.finetune.data import sources
 from se_inject.finetune.training.optimizer import groups_of
 from se_inject.finetune.training.recipe import Recipe
 from rich.console import Console
-from se_inject.errors import SEInjectError
-from se_inject.finetune.runs.trainer import resume, start
+from se_inject.finetune.runs.trainer import start
 from se_inject.finetune.options.settings import Settings
 
-folder = Path(sys.argv[2])
+folder = Path(sys.argv[1])
 all_digits, step = sources.Digits.__init__, Recipe.training_step
 
 def few_digits(self):
     all_digits(self)
-    self.labels = self.labels[:400]
+    self.labels = self.labels[:200]
 
 def wait_in_epoch_2(self, batch, index):
     if self.current_epoch == 1 and index == 1:
@@ -263,35 +264,42 @@ def wait_in_epoch_2(self, batch, index):
     return step(self, batch, index)
 
 sources.Digits.__init__ = few_digits
-if sys.argv[1] == "wait":
-    Recipe.training_step = wait_in_epoch_2
-try:
-    if sys.argv[1] == "resume":
-        resume(folder, Console(stderr=True))
-    else:
-        start(
-            Settings("test_resnet", pretrained=False, epochs=3, freeze_epochs=1, img_size=32,
-                     workers=2, # they resume in another way than workers=0
-                     lr=3e-3, aa="rand-m9-mstd0.5", val_split=0.5),
-            folder, Console(stderr=True),
-        )
-except SEInjectError as error:
-    sys.exit(f"error: {error}")
+Recipe.training_step = wait_in_epoch_2
+start(
+    Settings("test_resnet", pretrained=False, epochs=3, freeze_epochs=1, img_size=32,
+             batch_size=32, workers=2, # they resume in another way than workers=0
+             lr=3e-3, aa="rand-m9-mstd0.5", val_split=0.5),
+    folder, Console(quiet=True),
+)
 """
+THE_SAME = replace(
+    SETTINGS, epochs=3, batch_size=32, workers=2, aa="rand-m9-mstd0.5", val_split=0.5
+)
 
 
-def stopped_in_epoch_2(folder: Path, how: int) -> subprocess.Popen[str]:
-    """A run that waits in its second epoch until the signal comes, however slow the machine is."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "wait", str(folder)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def killed_in_epoch_2(folder: Path) -> None:
+    """A run that waits in its second epoch until it is killed, however slow the machine is."""
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder)])
     while not (folder / "in_epoch_2").exists() and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(how)
-    return process
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+
+def terminated_in_epoch_2(folder: Path) -> None:
+    step = Recipe.training_step
+
+    def end(self: Recipe, batch: Any, index: int) -> Tensor:
+        if self.current_epoch == 1 and index == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, batch, index)
+
+    message = f"stopped. Go on with: se-inject finetune --resume {folder}"
+    with (
+        mock.patch.object(Recipe, "training_step", end),
+        pytest.raises(TrainingError, match=re.escape(message)),
+    ):
+        running.start(THE_SAME, folder, QUIET)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -299,17 +307,14 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def test_kill_minus_nine_and_sigterm_go_on_to_the_same_weights(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", PROGRAM, "start", str(tmp_path / "whole")], check=True)
+    """Only what is killed needs a process of its own."""
+    running.start(THE_SAME, tmp_path / "whole", QUIET)
     expected, metrics = weights(tmp_path / "whole"), rows_of(tmp_path / "whole")
-    for how in (signal.SIGKILL, signal.SIGTERM):
-        folder = tmp_path / how.name
-        process = stopped_in_epoch_2(folder, how)
-        _, stderr = process.communicate()
-        assert process.returncode != 0
+    for stop in (killed_in_epoch_2, terminated_in_epoch_2):
+        folder = tmp_path / stop.__name__
+        stop(folder)
         assert len(rows_of(folder)) == 1
-        if how is signal.SIGTERM:
-            assert f"stopped. Go on with: se-inject finetune --resume {folder}" in stderr
-        subprocess.run([sys.executable, "-c", PROGRAM, "resume", str(folder)], check=True)
+        running.resume(folder, QUIET)
         again = weights(folder)
         assert [key for key in expected if not torch.equal(expected[key], again[key])] == []
         assert rows_of(folder) == metrics
@@ -386,7 +391,7 @@ def test_options_that_change_the_step(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Inductor takes minutes and is not in question here.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     settings = replace(SETTINGS, batch_size=32, **options)
     summary = running.start(settings, tmp_path / "run", QUIET)
     best = use.evaluate(use.load_run(tmp_path / "run"), tmp_path / "run")["top1"]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from commands import command
-from test_cli import run as process
 from test_finetune import BEFORE_ROOMS, QUIET
 from test_finetune_data import COMMAND, SETTINGS, settings_of, tree
 
@@ -58,8 +57,9 @@ def test_predict_on_a_foreign_run_folder_runs_nothing(
 ) -> None:
     run = hostile(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")  # as with ``python -m se_inject``
     for args in (("predict", str(run), "image.png"), ("predict", "x", "i.png", "--trust-code")):
-        result = process(*args, env={"PYTHONPATH": str(Path(__file__).parents[1])})
+        result = command(*args)
         assert result.returncode == 1
         assert "names code" in result.stderr
         assert len(result.stderr.splitlines()) <= 2

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import command
 from safetensors.torch import load_file
 from small_net import build
 
@@ -100,15 +101,9 @@ def test_an_old_module_has_no_other_names() -> None:
 # --- run folders ---------------------------------------------------------------------------------
 
 
-def command(*args: str) -> str:
-    """``se-inject ARGS`` in a process that can import ``small_net``."""
-    path = os.pathsep.join(filter(None, [str(TESTS), *sys.path]))
-    result = subprocess.run(
-        [sys.executable, "-m", "se_inject", *args],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+def said_by(*args: str) -> str:
+    """What ``se-inject ARGS`` prints in this process, which can import ``small_net``."""
+    result = command(*args)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -118,20 +113,20 @@ def test_evaluate_and_predict_of_a_finished_run(tmp_path: Path) -> None:
 
     run = tmp_path / "run"
     shutil.copytree(OLD / "finished", run)
-    said = json.loads(command("evaluate", str(run), "--json", "--trust-code"))
+    said = json.loads(said_by("evaluate", str(run), "--json", "--trust-code"))
     summary = json.loads((OLD / "finished" / "summary.json").read_text())
     assert said["top1"] == pytest.approx(summary["arms"]["se"]["mean"], rel=1e-3)
     from PIL import Image
 
     pixels = load_digits().images[0]
     Image.fromarray((pixels * 16).clip(0, 255).astype("uint8")).save(tmp_path / "digit.png")
-    assert "digit.png" in command("predict", str(run), str(tmp_path / "digit.png"), "--trust-code")
+    assert "digit.png" in said_by("predict", str(run), str(tmp_path / "digit.png"), "--trust-code")
 
 
 def test_a_stopped_run_goes_on_as_the_old_version_did(tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(OLD / "stopped", run)
-    command("finetune", "--resume", str(run), "--trust-code")
+    said_by("finetune", "--resume", str(run), "--trust-code")
     got, wanted = (
         list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
         for folder in (run, OLD / "went_on")

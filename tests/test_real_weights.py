@@ -1,5 +1,6 @@
 """Real ImageNet weights on real photographs, both from packages: see ``examples/lite0.py``."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -89,14 +90,9 @@ def test_timms_own_pretrained_path(model: nn.Module, images: Tensor, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["quickstart.py", "own_network.py"])
-def test_the_examples_run(name: str) -> None:
-    import subprocess
-    import sys
-
-    example = Path(__file__).parents[1] / "examples" / name
-    result = subprocess.run(
-        [sys.executable, "-W", "error", str(example)], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert "equal to the last bit: True" in result.stdout
-    assert result.stderr == ""
+def test_the_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Warnings are errors here too."""
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / name), run_name="__main__")
+    said = capsys.readouterr()
+    assert "equal to the last bit: True" in said.out
+    assert said.err == ""

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from commands import command
-from test_cli import run
 
 from se_inject.report.zoo import families, family_of, model_names, survey
 
@@ -36,7 +35,7 @@ def test_a_model_that_cannot_be_planned_is_a_failure_with_its_error() -> None:
 
 def test_the_command_writes_the_table(tmp_path: Path) -> None:
     page = tmp_path / "coverage.md"
-    result = run("zoo", "--filter", "test_*resnet*", "--library", "timm", "--output", str(page))
+    result = command("zoo", "--filter", "test_*resnet*", "--library", "timm", "--output", str(page))
     assert result.returncode == 0, result.stderr
     assert re.search(r"^timm resnet +1 +1 +4 ", result.stdout, re.M)
     text = page.read_text()
