@@ -7,7 +7,6 @@ another base. The sites are planned anew on the base and must be those of the fi
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from se_inject.edit.whole import ModuleState, run_or_undo
 from se_inject.errors import CheckpointError, SEInjectError
 from se_inject.keep.fingerprint import dtype_name, module_hashes, se_keys, tensors_of
 from se_inject.keep.header import Header, SavedSite, SharedSettings
+from se_inject.keep.hub.folder import weights_file
 from se_inject.keep.read import printable, read_file
 from se_inject.layers.attention import SELayer
 from se_inject.names import block_label, few
@@ -42,6 +42,8 @@ def load_se(
 
     Args:
         base: the network that the saved one was made from, with its weights, without SE blocks.
+        path: the file, a folder that :func:`save_se` wrote, or ``"hf-hub:user/repo"`` (with
+            ``@revision`` where that is wanted).
         example_input: as in :func:`plan_se`; only for a forward whose arguments no file can hold.
         se_layer: what the saved model was injected with, if it was: code is in no checkpoint.
 
@@ -49,8 +51,9 @@ def load_se(
         CheckpointError: the file is damaged, foreign or of another version, or ``base`` is not
             the network that it was made for; the message names the first differences.
     """
-    header, tensors = read_file(Path(path))
-    path = printable(path)
+    file = weights_file(path)
+    header, tensors = read_file(file)
+    path = printable(file)
     _check_base(base, header, path)
     if None in header.examples and example_input is None:
         raise CheckpointError(
