@@ -13,6 +13,7 @@ from se_inject.errors import CheckpointError, first_line
 from se_inject.keep.header import SavedSite, saved_sites
 from se_inject.layers.layout import first_convolution
 from se_inject.models.head import num_classes_of
+from se_inject.names import base_architecture
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def _name_in_timm(config: Mapping[str, Any]) -> str | None:
     repo = str(config.get("hf_hub_id") or "")
     if config.get("source") == "hf-hub" and not repo.startswith("timm/"):
         return f"hf-hub:{repo}"
-    return ".".join(filter(None, (config.get("architecture"), config.get("tag")))) or None
+    architecture = base_architecture(config.get("architecture") or "")
+    return ".".join(filter(None, (architecture, config.get("tag")))) or None
 
 
 def read_run(folder: Path) -> RunSaid:
