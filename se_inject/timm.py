@@ -25,6 +25,7 @@ from torch import nn
 
 from se_inject.api import inject_se
 from se_inject.errors import ArgumentError
+from se_inject.keep.beside import described, repeat
 from se_inject.names import REGISTERED, base_architecture
 from se_inject.plan.injection import Injection
 
@@ -34,6 +35,7 @@ __all__: list[str] = []  # timm's register_model puts the names of the models he
 default_cfgs: dict[str, Any] = {}
 
 _OPTIONS = tuple(field.name for field in fields(Injection))
+_PLAN = "se_inject"  # the argument of a model that repeats what was injected
 
 
 def register(names: Iterable[str] | None = None) -> None:
@@ -54,6 +56,26 @@ def register(names: Iterable[str] | None = None) -> None:
         register_model(build)
 
 
+def hf_config(model: nn.Module) -> dict[str, Any]:
+    """What timm's ``save_for_hf`` and ``push_to_hf_hub`` have to know of an injected model.
+
+    For models that ``inject_se`` was called on; ``local-dir:`` and ``hf-hub:`` then build the same
+    blocks again, wherever ``se_inject.timm`` is imported::
+
+        timm.models.save_for_hf(model, "folder", **se_inject.timm.hf_config(model))
+
+    Raises:
+        NoSiteError: the model has no SE block.
+        ArgumentError: timm did not build the model.
+    """
+    plan = described(model)
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if not architecture:
+        raise ArgumentError(f"{type(model).__name__} is not from timm: save_se keeps it.")
+    name = f"{REGISTERED}{base_architecture(architecture)}"
+    return {"model_config": {"architecture": name}, "model_args": {_PLAN: plan}}
+
+
 def _entry_point(name: str, base: str) -> Callable[..., nn.Module]:
     """The function that timm calls to build the injected model."""
 
@@ -72,6 +94,11 @@ def _build(name: str, base: str, pretrained: bool, kwargs: dict[str, Any]) -> nn
     from timm.models import load_pretrained
 
     own = {option: kwargs.pop(option) for option in _OPTIONS if option in kwargs}
+    plan = kwargs.pop(_PLAN, None)
+    if plan is not None and (given := [option for option in own if option != "attention"]):
+        raise ArgumentError(
+            f"the saved model says itself what was injected: leave out {', '.join(given)}."
+        )
     # Weights that timm's save_for_hf kept of an injected model have its SE blocks, which are
     # therefore put in before they are loaded. All others are the base's, and are loaded into it.
     with_blocks = pretrained and _source(kwargs.get("pretrained_cfg")) in ("local-dir", "hf-hub")
@@ -83,11 +110,16 @@ def _build(name: str, base: str, pretrained: bool, kwargs: dict[str, Any]) -> nn
     build = timm.model_entrypoint(base)
     model: Any = build(pretrained=pretrained and not with_blocks, **kwargs)
     size, channels = kwargs.get("img_size"), kwargs.get("in_chans", 3)
-    if size is not None:  # The configuration keeps the size of the pretrained weights.
+    if (
+        size is not None and plan is None
+    ):  # The configuration keeps the size of the pretrained weights.
         sides = (size, size) if isinstance(size, int) else tuple(size)
         own["example_input"] = torch.empty(2, channels, *sides, device="meta")
-    own["se_layer"] = Injection(attention=own.pop("attention", None)).se_layer
-    inject_se(model, **own)
+    se_layer = Injection(attention=own.pop("attention", None)).se_layer
+    if plan is None:
+        inject_se(model, se_layer=se_layer, **own)
+    else:
+        repeat(model, plan, f"{name}: {_PLAN}", se_layer)
     if with_blocks:
         load_pretrained(
             model,

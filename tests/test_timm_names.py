@@ -1,23 +1,37 @@
 """``import se_inject.timm``: injected models by names of timm's registry, and timm's own files."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from helpers import open_gates, randomize
+from small_net import build
 from timm.models import load_checkpoint, save_for_hf
 from torch import nn
 
 import se_inject.timm
-from se_inject import ArgumentError, NoSiteError, SqueezeExcite, inject_se, save_se, to_stock
+from se_inject import (
+    ArgumentError,
+    CheckpointError,
+    NoSiteError,
+    SqueezeExcite,
+    inject_se,
+    save_se,
+    to_stock,
+)
+from se_inject.keep.beside import described, repeat
+from se_inject.layers.attention import Attention
 from se_inject.models.files import load_weights
 from se_inject.models.names import load_model, timm_names
 from se_inject.report.zoo import model_names
+from se_inject.timm import hf_config
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -92,6 +106,76 @@ def test_a_folder_of_timm_brings_the_se_blocks_back(tmp_path: Path) -> None:
     assert torch.equal(other.forward_features(X), model.forward_features(X))
     with pytest.raises(ArgumentError, match="build the whole network"):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True)
+
+
+def by_hand() -> nn.Module:
+    """Two calls with different options, and one block left out."""
+    model = randomize(timm.create_model("test_resnet", num_classes=5)).eval()
+    inject_se(model, 4, include="layer[12].*", gate="tanh", divisor=1, example_input=X)
+    inject_se(model, 8, include="layer4.*", squeeze="max")
+    open_gates(model)
+    return model
+
+
+def test_a_folder_of_a_model_that_was_injected_by_hand(tmp_path: Path) -> None:
+    model = by_hand()
+    save_for_hf(model, str(tmp_path), safe_serialization=True, **hf_config(model))
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(X), model(X))
+    assert model.pretrained_cfg["architecture"] == "test_resnet"
+    with pytest.raises(ArgumentError, match="leave out r, gate"):
+        timm.create_model(f"local-dir:{tmp_path}", r=4, gate="relu")
+
+
+def test_a_model_that_has_no_block_or_is_of_no_library_is_not_described() -> None:
+    with pytest.raises(NoSiteError, match="has no SE block"):
+        hf_config(timm.create_model("test_resnet"))
+    with pytest.raises(ArgumentError, match="is not from timm"):
+        hf_config(inject_se(build(), 4))
+
+
+def test_a_block_of_the_users_own_is_given_again(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet").eval()
+    inject_se(model, se_layer=Attention("eca"))
+    save_for_hf(model, str(tmp_path), safe_serialization=True, **hf_config(model))
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, attention="eca").eval()
+    assert torch.equal(again(X), model(X))
+    with pytest.raises(CheckpointError, match="another se_layer"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "no plan": ([], "is damaged"),
+    "format": ({"format": 99}, "its format is 99"),
+    "no sites": ({"sites": []}, "no sites"),
+    "sites": ({"sites": {}}, "sites is no list"),
+    "example": ({"examples": []}, "the example 0 of 0"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_plan_is_refused(kind: str) -> None:
+    changes, message = HOSTILE[kind]
+    plan = described(by_hand())
+    plan = changes if isinstance(changes, list) else plan | changes
+    base = timm.create_model("test_resnet", num_classes=5)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        repeat(base, plan, "the plan")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not blocks_of(base)
+
+
+def test_a_plan_with_a_bottleneck_of_gigabytes_builds_nothing() -> None:
+    plan = json.loads(json.dumps(described(by_hand())))
+    for site in plan["sites"]:
+        site["settings"]["divisor"] = site["bottleneck"] = 2**30
+    with pytest.raises(CheckpointError, match="cannot have a bottleneck of 1073741824 channels"):
+        repeat(timm.create_model("test_resnet", num_classes=5), plan, "the plan")
+
+
+def test_a_plan_of_another_base_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="does not fit this base"):
+        repeat(timm.create_model("test_convnext"), described(by_hand()), "the plan")
 
 
 @pytest.mark.parametrize("average", [False, True])
