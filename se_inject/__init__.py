@@ -53,6 +53,7 @@ from se_inject.reasons import Skipped
 
 if TYPE_CHECKING:
     from se_inject.keep.formats.stock import to_stock
+    from se_inject.keep.hub.pretrained import from_pretrained
     from se_inject.keep.load import load_se
     from se_inject.keep.save import save_se
 
@@ -62,6 +63,7 @@ __version__ = metadata.version("se-inject")
 
 # Files are read and written by few programs, so these names are imported when they are first used.
 _LATER = {
+    "from_pretrained": "se_inject.keep.hub.pretrained",
     "load_se": "se_inject.keep.load",
     "save_se": "se_inject.keep.save",
     "to_stock": "se_inject.keep.formats.stock",
@@ -91,6 +93,7 @@ __all__ = [
     "UnknownModelError",
     "UnsupportedModelError",
     "Variant",
+    "from_pretrained",
     "inject_se",
     "load_se",
     "plan_se",

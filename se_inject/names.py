@@ -1,4 +1,7 @@
-"""Names of blocks: how messages show them, which of them a glob matches, and which are near."""
+"""Names of blocks: how messages show them, which of them a glob matches, and which are near.
+
+And the names of models that ``se_inject.timm`` puts into timm's registry.
+"""
 
 import difflib
 import fnmatch
@@ -10,6 +13,15 @@ from se_inject.errors import ArgumentError
 def block_label(name: str) -> str:
     """The name of a block as users read it; the root module has the empty name."""
     return f"'{name}'" if name else "the model itself"
+
+
+# What the names of injected models in timm's registry begin with.
+REGISTERED = "se_inject_"
+
+
+def base_architecture(name: str) -> str:
+    """The name of the base: ``resnet50`` of ``se_inject_resnet50``, and of ``resnet50`` itself."""
+    return name.removeprefix(REGISTERED)
 
 
 Patterns = str | Sequence[str] | None

@@ -187,7 +187,7 @@ def test_the_rollback_of_load_se_interrupted(
         base[0].weight.add_(1)
     before, twin = state(base), copy.deepcopy(base)
     plan = plan_se(base, 1, divisor=1, example_input=X)
-    monkeypatch.setattr(se_inject.keep.load, "_plan", lambda *_: plan)
+    monkeypatch.setattr(se_inject.keep.load, "plan_again", lambda *_: plan)
 
     def fill(model: nn.Module, *_: Any) -> None:
         with torch.no_grad():
@@ -218,7 +218,9 @@ def test_load_se_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         base[0].weight.add_(1)
     before, twin = state(base), copy.deepcopy(base)
     plan = plan_se(base, 1, divisor=1, example_input=X)
-    monkeypatch.setattr(se_inject.keep.load, "_plan", lambda *_: plan)  # planning takes its time
+    monkeypatch.setattr(
+        se_inject.keep.load, "plan_again", lambda *_: plan
+    )  # planning takes its time
     for interrupter in moments("line", se_inject.keep.load, *EDIT[:2], step=3):
         interrupter.run(lambda: load_se(base, tmp_path / "se.safetensors"))
         if state(base) != before:

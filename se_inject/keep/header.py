@@ -1,6 +1,6 @@
 """What a file of ``save_se`` says beside its tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -78,10 +78,15 @@ class Header:
 
     def groups(self) -> dict[SharedSettings, list[SavedSite]]:
         """The sites by the ``inject_se`` call that made them."""
-        groups: dict[SharedSettings, list[SavedSite]] = {}
-        for site in self.sites:
-            groups.setdefault(site.settings, []).append(site)
-        return groups
+        return by_call(self.sites)
+
+
+def by_call(sites: Iterable[SavedSite]) -> dict[SharedSettings, list[SavedSite]]:
+    """Sites by the ``inject_se`` call that made them."""
+    groups: dict[SharedSettings, list[SavedSite]] = {}
+    for site in sites:
+        groups.setdefault(site.settings, []).append(site)
+    return groups
 
 
 def saved_sites(model: nn.Module, examples: list[Any]) -> list[SavedSite]:

@@ -7,7 +7,6 @@ another base. The sites are planned anew on the base and must be those of the fi
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,17 +14,16 @@ from torch import Tensor, nn
 
 from se_inject.edit.insert import is_injected
 from se_inject.edit.whole import ModuleState, run_or_undo
-from se_inject.errors import CheckpointError, SEInjectError
+from se_inject.errors import CheckpointError
 from se_inject.keep.fingerprint import dtype_name, module_hashes, se_keys, tensors_of
-from se_inject.keep.header import Header, SavedSite, SharedSettings
+from se_inject.keep.header import Header
+from se_inject.keep.hub.folder import weights_file
 from se_inject.keep.read import printable, read_file
+from se_inject.keep.replan import like, plan_again
 from se_inject.layers.attention import SELayer
 from se_inject.names import block_label, few
 from se_inject.plan.checks import check_model
-from se_inject.plan.injection import Injection
 from se_inject.plan.plan import Plan
-from se_inject.plan.planner import make_plan
-from se_inject.torch_private import pytree
 
 
 def load_se(
@@ -42,6 +40,8 @@ def load_se(
 
     Args:
         base: the network that the saved one was made from, with its weights, without SE blocks.
+        path: the file, a folder that :func:`save_se` wrote, or ``"hf-hub:user/repo"`` (with
+            ``@revision`` where that is wanted).
         example_input: as in :func:`plan_se`; only for a forward whose arguments no file can hold.
         se_layer: what the saved model was injected with, if it was: code is in no checkpoint.
 
@@ -49,8 +49,9 @@ def load_se(
         CheckpointError: the file is damaged, foreign or of another version, or ``base`` is not
             the network that it was made for; the message names the first differences.
     """
-    header, tensors = read_file(Path(path))
-    path = printable(path)
+    file = weights_file(path)
+    header, tensors = read_file(file)
+    path = printable(file)
     _check_base(base, header, path)
     if None in header.examples and example_input is None:
         raise CheckpointError(
@@ -58,7 +59,7 @@ def load_se(
             " to inject_se."
         )
     examples = [
-        _like(base, example) if example_input is None else example_input
+        like(base, example) if example_input is None else example_input
         for example in header.examples
     ]
     own = {key: tensor for key, tensor in tensors_of(base).items() if key in tensors}
@@ -67,7 +68,7 @@ def load_se(
 
     def load() -> None:
         for settings, sites in header.groups().items():
-            plan = _plan(base, settings, sites, examples[settings.example], se_layer, path)
+            plan = plan_again(base, settings, sites, examples[settings.example], se_layer, path)
             if not settings.custom:
                 _check_there(plan, tensors, path)
             plan.apply()
@@ -133,65 +134,6 @@ def _check_base(base: nn.Module, header: Header, path: Any) -> None:
         )
 
 
-def _like(base: nn.Module, example: Any) -> Any:
-    """The example in the dtype of the base, which may have been converted since the injection."""
-    dtype = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
-
-    def convert(value: Any) -> Any:
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(dtype) if floating else value
-
-    return pytree.tree_map(convert, example)
-
-
-def _plan(
-    base: nn.Module,
-    settings: SharedSettings,
-    sites: Sequence[SavedSite],
-    example: Any,
-    se_layer: SELayer | None,
-    path: Any,
-) -> Plan:
-    """The plan of one ``inject_se`` call of the file, or an error if the base has other sites."""
-    if settings.custom and se_layer is None:
-        raise CheckpointError(
-            f"{path} was saved from a model with another se_layer. Pass that to load_se too:"
-            " load_se(base, path, se_layer=...), or --attention NAME."
-        )
-    blocks = {site.block: site for site in sites}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # They were shown when the model was injected.
-            plan = make_plan(  # This checks the options of the variant too.
-                base,
-                Injection(
-                    r={_literal(block): site.r for block, site in blocks.items()},
-                    include=[_literal(block) for block in blocks],
-                    where=settings.where,
-                    **vars(settings.variant),
-                    attention=se_layer if settings.custom else None,
-                ),
-                example,
-            )
-    except SEInjectError as error:
-        raise CheckpointError(f"{path} does not fit this base: {error}") from error
-    found = {(s.block, s.child): (s.channels, s.bottleneck) for s in plan.sites}
-    for site in sites:
-        here = found.pop((site.block, site.child), None)
-        there = (site.channels, site.bottleneck)
-        if here is None or (not settings.custom and here != there):
-            raise CheckpointError(
-                f"{path} does not fit this base: its SE block in {block_label(site.block)} has"
-                f" widths {there}, and here it is {here or 'nowhere'}."
-            )
-    if found:
-        (block, _), *_ = found
-        raise CheckpointError(
-            f"{path} does not fit this base: it has no SE block for {block_label(block)}."
-        )
-    return plan
-
-
 def _check_there(plan: Plan, tensors: Mapping[str, Tensor], path: Any) -> None:
     """Raise unless the file has the tensors of each SE block: nothing is built in vain."""
     missing = [key for s in plan.sites if (key := f"{s.name}.fc1.weight") not in tensors]
@@ -202,11 +144,6 @@ def _check_there(plan: Plan, tensors: Mapping[str, Tensor], path: Any) -> None:
 def _few(names: Sequence[str]) -> str:
     """A few names, which may come from a hostile file."""
     return printable(few(names))
-
-
-def _literal(name: str) -> str:
-    """A glob that matches only ``name``."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Any) -> None:

@@ -6,6 +6,7 @@ Reading executes nothing: a safetensors file holds bytes and JSON.
 import json
 import math
 import stat
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -120,23 +121,48 @@ def _parse(text: str, shown: str) -> Header:
     try:
         if not isinstance(data["model"], str):
             raise TypeError("the name of the model")
-        for name, kind in (("sites", list), ("examples", list), ("modules", dict), ("base", dict)):
-            if not isinstance(data[name], kind):
-                raise TypeError(f"{name} is no {kind.__name__}")
-        if len(data["sites"]) > _MOST_SITES:
-            raise ValueError(f"{len(data['sites'])} sites")
+        for name in ("modules", "base"):
+            if not isinstance(data[name], dict):
+                raise TypeError(f"{name} is no dict")
+        sites, examples = _parse_sites(data)
         header = Header(
             version=version,
             model=printable(data["model"]),
-            sites=tuple(map(_parse_site, data["sites"])),
-            examples=tuple(None if e is None else _decode(e, 0) for e in data["examples"]),
+            sites=sites,
+            examples=examples,
             modules={k: str(v) for k, v in data["modules"].items()},
             base={k: _parse_tensor(v) for k, v in data["base"].items()},
         )
-        _check_sites(header)
     except _DAMAGE as error:
         raise _damaged(shown, error) from error
     return header
+
+
+def parse_plan(data: Any, shown: str) -> tuple[tuple[SavedSite, ...], tuple[Any, ...]]:
+    """The sites and the examples of a plan that JSON kept beside a model.
+
+    Raises:
+        CheckpointError: it is damaged or of another version.
+    """
+    try:
+        if type(data["format"]) is not int or not 1 <= data["format"] <= FORMAT:
+            raise ValueError(f"its format is {data['format']!r}, and this version knows {FORMAT}")
+        return _parse_sites(data)
+    except _DAMAGE as error:
+        said = repr(error) if isinstance(error, BaseException) else str(error)
+        raise CheckpointError(f"{shown} is damaged ({printable(said)}).") from error
+
+
+def _parse_sites(data: Any) -> tuple[tuple[SavedSite, ...], tuple[Any, ...]]:
+    for name in ("sites", "examples"):
+        if not isinstance(data[name], list):
+            raise TypeError(f"{name} is no list")
+    if len(data["sites"]) > _MOST_SITES:
+        raise ValueError(f"{len(data['sites'])} sites")
+    sites = tuple(map(_parse_site, data["sites"]))
+    examples = tuple(None if e is None else _decode(e, 0) for e in data["examples"])
+    _check_sites(sites, examples)
+    return sites, examples
 
 
 def _parse_tensor(entry: Any) -> tuple[str, list[int], str | None]:
@@ -177,14 +203,14 @@ def _parse_site(data: Any) -> SavedSite:
     return site
 
 
-def _check_sites(header: Header) -> None:
-    for site in header.sites:
+def _check_sites(sites: Sequence[SavedSite], examples: Sequence[Any]) -> None:
+    for site in sites:
         example = site.settings.example
-        if type(example) is not int or not 0 <= example < len(header.examples):
-            raise ValueError(f"the example {example!r} of {len(header.examples)}")
-    if len({(site.block, site.child) for site in header.sites}) < len(header.sites):
+        if type(example) is not int or not 0 <= example < len(examples):
+            raise ValueError(f"the example {example!r} of {len(examples)}")
+    if len({(site.block, site.child) for site in sites}) < len(sites):
         raise ValueError("a site comes twice")
-    if not header.sites:
+    if not sites:
         raise ValueError("no sites")
 
 

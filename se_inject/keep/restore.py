@@ -6,6 +6,7 @@ from torch import nn
 
 from se_inject.errors import UnknownModelError
 from se_inject.keep.header import Header
+from se_inject.keep.hub.folder import weights_file
 from se_inject.keep.load import load_se
 from se_inject.keep.read import read_header
 from se_inject.layers.attention import SELayer
@@ -27,7 +28,7 @@ def restore_model(
 
     Args:
         name: of the base, as :func:`load_model` takes it.
-        weights: a file of :func:`save_se`.
+        weights: a file or folder of :func:`save_se`, or ``hf-hub:user/repo``.
         checkpoint: the base's own weights. Without it, the pretrained weights of the library are
             taken where the file does not hold all weights.
         in_chans, num_classes: those of the base; for timm's models, the file knows the number of
@@ -38,6 +39,7 @@ def restore_model(
         CheckpointError: a file is damaged, or made for another network.
         UnknownModelError: no such model, or its pretrained weights cannot be had.
     """
+    weights = weights_file(weights)
     header = read_header(weights)
     if num_classes is None:
         num_classes = _num_classes(name, header, in_chans)

@@ -1,4 +1,4 @@
-"""``save_se``: the SE tensors and the whole plan in one ``.safetensors`` file."""
+"""``save_se``: the SE tensors and the whole plan in one ``.safetensors`` file, or a folder."""
 
 import json
 import os
@@ -12,43 +12,88 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from se_inject.errors import NoSiteError
+from se_inject.edit.insert import is_injected
+from se_inject.errors import ArgumentError, NoSiteError
 from se_inject.keep.atomic import atomic_write
 from se_inject.keep.fingerprint import COUNTERS, fingerprint, module_hashes, se_keys, tensors_of
 from se_inject.keep.header import FORMAT, HEADER_KEY, saved_sites
+from se_inject.keep.hub.about import about
+from se_inject.keep.hub.folder import names_a_folder, write_folder
 from se_inject.names import Patterns, few, matching
 from se_inject.plan.checks import check_model
 
 
-def save_se(model: nn.Module, path: str | os.PathLike[str], *, extra: Patterns = None) -> None:
-    """Write the SE blocks of ``model`` to one ``.safetensors`` file.
+def save_se(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    extra: Patterns = None,
+    base: str | None = None,
+    run: str | os.PathLike[str] | None = None,
+    license: str | None = None,
+    push_to_hub: str | None = None,
+) -> None:
+    """Write the SE blocks of ``model`` to one ``.safetensors`` file, or to a folder to share.
+
+    A folder gets that file as ``se.safetensors``, a ``config.json`` that says the base, and a model
+    card ``README.md`` (one that was edited stays as it is). :func:`from_pretrained` and
+    :func:`load_se` read it, from the disk or from the Hugging Face Hub.
 
     Args:
         model: an injected model, not wrapped for distributed runs and not sharded.
-        path: the file; it is replaced as a whole or not at all, whatever happens on the way.
+        path: the file; it is replaced as a whole or not at all, whatever happens on the way. With a
+            slash at its end (``"folder/"``) it is a folder.
         extra: what else goes into the file: a glob or globs on ``state_dict`` keys
             (``"head.*"``), or ``"trained"`` for every tensor that can have changed: trainable
             parameters and the statistics of norms. Without it, the file is right only for a base
             whose own tensors have stayed as they were.
+        base: the name of the base, such as ``"torchvision/resnet50"``. A model of timm knows it.
+        run: the folder of the fine-tuning run that the model is from. The card then says the data,
+            the classes and the accuracies.
+        license: of the weights, such as ``"apache-2.0"``; by default that of timm's base weights.
+        push_to_hub: ``"user/repo"``, which is made if it is not there. A card on the Hub stays.
 
     Raises:
         NoSiteError: the model has no SE block.
-        ArgumentError: a glob of ``extra`` matches no tensor.
+        ArgumentError: a glob of ``extra`` matches no tensor, the path cannot be written, or an
+            option of folders is given for a file.
         UnsupportedModelError: the model is wrapped, compiled or sharded.
+        CheckpointError: ``run`` is no finished run.
+        ExportError: the Hub does not take the folder, which is written on the disk.
     """
+    if not names_a_folder(path):
+        options = {"base": base, "run": run, "license": license, "push_to_hub": push_to_hub}
+        if given := [name for name, value in options.items() if value is not None]:
+            raise ArgumentError(
+                f"{', '.join(given)} is of a folder, and {os.fspath(path)!r} is a file: end it in"
+                " a slash."
+            )
+        _write_file(model, Path(path), extra)
+        return
     check_model(model)
-    state = tensors_of(model)
-    examples: list[Any] = []
-    sites = saved_sites(model, examples)
-    if not sites:
+    _check_injected(model)
+    said = about(model, base, None if run is None else Path(run), license)
+    write_folder(Path(path), said, lambda file: _write_file(model, file, extra), repo=push_to_hub)
+
+
+def _check_injected(model: nn.Module) -> None:
+    if not is_injected(model):
         raise NoSiteError(
             f"{type(model).__name__} has no SE block to save; inject_se(model) makes them."
         )
+
+
+def _write_file(model: nn.Module, path: Path, extra: Patterns) -> None:
+    check_model(model)
+    _check_injected(model)
+    state = tensors_of(model)
+    examples: list[Any] = []
+    sites = saved_sites(model, examples)
     if lost := [key for key in model.state_dict() if key not in state]:
         warnings.warn(
             f"{few(lost)} comes from get_extra_state and is not saved: safetensors holds the"
             " tensors of modules only.",
-            stacklevel=2,
+            stacklevel=3,
         )
     ours = se_keys(model, state)
     base = [key for key in state if key not in ours]
@@ -67,7 +112,7 @@ def save_se(model: nn.Module, path: str | os.PathLike[str], *, extra: Patterns =
         key: state[key].detach().clone(memory_format=torch.contiguous_format)
         for key in (*ours, *kept)
     }
-    with atomic_write(Path(path)) as part:
+    with atomic_write(path) as part:
         part.write_bytes(save(tensors, metadata={HEADER_KEY: json.dumps(header)}))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from se_inject.errors import ArgumentError, UnknownModelError, first_line
+from se_inject.names import REGISTERED
 
 
 def load_model(
@@ -71,6 +72,13 @@ def load_model(
         return _from_library(name, **options)
 
 
+def timm_names() -> list[str]:
+    """The models of timm, without the injected ones that ``se_inject.timm`` registers."""
+    import timm
+
+    return [name for name in timm.list_models() if not name.startswith(REGISTERED)]
+
+
 def _from_library(
     name: str,
     *,
@@ -97,7 +105,7 @@ def _from_library(
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return _build(name, timm.create_model, name, **options)
     if not timm.is_model(architecture):
-        also = timm.list_models()
+        also = timm_names()
         return _from_torchvision(architecture, in_chans, num_classes, pretrained, also)
     tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:

@@ -16,7 +16,7 @@ from threading import Thread
 from typing import Any, Literal
 
 from se_inject.errors import NoSiteError, SEInjectError
-from se_inject.models.names import load_model
+from se_inject.models.names import load_model, timm_names
 from se_inject.plan.plan import Plan
 from se_inject.plan.planner import plan_se
 from se_inject.sites.scaled import Where
@@ -45,9 +45,7 @@ def model_names(library: Library = "all", pattern: str = "*") -> list[str]:
     """All names of the libraries that match a glob, as :func:`load_model` takes them."""
     names: list[str] = []
     if library in ("timm", "all"):
-        import timm
-
-        names += timm.list_models()
+        names += timm_names()
     if library in ("torchvision", "all"):
         from torchvision.models import list_models
 

@@ -18,6 +18,7 @@ from se_inject.keep.atomic import atomic_write
 from se_inject.keep.formats.compare import check_equal, example_tensors
 from se_inject.keep.formats.format import Format, need_packages
 from se_inject.keep.formats.program import export_program
+from se_inject.names import base_architecture
 from se_inject.torch_private import pytree
 
 # The names of the dims of a map in the file, by its rank.
@@ -156,7 +157,7 @@ def _metadata(model: nn.Module) -> dict[str, str]:
     }
     same = len(set(ratios.values())) == 1
     return {
-        "network": str(config.get("architecture") or type(model).__name__),
+        "network": base_architecture(config.get("architecture") or type(model).__name__),
         "r": str(next(iter(ratios.values()))) if same else json.dumps(ratios),
         "se_inject": metadata.version("se-inject"),
     }

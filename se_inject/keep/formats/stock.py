@@ -19,7 +19,8 @@ from se_inject.keep.formats.fold import fold_gates
 from se_inject.keep.formats.format import Format
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.models.head import num_classes_of
-from se_inject.names import block_label
+from se_inject.models.names import timm_names
+from se_inject.names import base_architecture, block_label
 from se_inject.plan.checks import check_model
 
 
@@ -97,16 +98,14 @@ def _architecture(model: nn.Module) -> str:
             f"{type(model).__name__} is not from timm, and only timm has SE networks of other"
             " libraries' blocks. torch.export.export(model, ...) needs no stock network."
         )
-    return str(config["architecture"])
+    return base_architecture(str(config["architecture"]))
 
 
 def _stock_names(architecture: str) -> list[str]:
     """timm's names that are ``architecture`` with "se" put in: resnext50 -> seresnext50."""
-    import timm
-
     return [
         name
-        for name in timm.list_models()
+        for name in timm_names()
         if any(
             name[i : i + 2] == "se" and name[:i] + name[i + 2 :] == architecture
             for i in range(len(name))
