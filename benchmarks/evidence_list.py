@@ -84,7 +84,7 @@ REMEDIES = (
 HEAD = Arm("head", "head only", options={"train": "head"})
 ADAPTERS = (
     Arm("se", "SE + head", se=True, options={"train": "se+head"}),
-    Arm("bias", "biases + head", options={"train": "bias"}),
+    Arm("bias", "biases + head", options={"train": "bias"}, late=True),
     Arm("norm", "norms' scales and shifts + head", options={"train": "norm"}, late=True),
     Arm("se-r4", "SE with r = 4 + head", se=True, options={"train": "se+head", "r": 4}, late=True),
 )
@@ -102,7 +102,7 @@ SCRATCH: Mapping[str, Any] = {
 PRETRAINED: Mapping[str, Any] = {
     "img_size": 48,
     "batch_size": 32,
-    "epochs": 8,
+    "epochs": 6,
     "freeze_epochs": 2,
     "bn_stats": "frozen",
     "hflip": 0.5,
@@ -131,13 +131,14 @@ def small() -> tuple[Experiment, ...]:
     more: dict[str, Any] = {"seeds": tuple(range(5)), "rate_epochs": 4}
     few = Sizes(512, 256, 1000)
     cells = Sizes(512, 256, 656)
+    fewer: dict[str, Any] = {"sizes": Sizes(256, 128, 656), **more, "rate_epochs": 3}
     return (
         _scratch("residual", "fashion", few, **more),
-        *_pretrained("fashion", Sizes(320, 128, 1000), **more),
+        *_pretrained("fashion", **fewer),
+        _scratch("residual", "elpv", cells, **more),
+        *_pretrained("elpv", **fewer),
         _scratch("plain", "fashion", few, **more),
         _scratch("units", "fashion", few, **more),
-        _scratch("residual", "elpv", cells, **more),
-        *_pretrained("elpv", Sizes(320, 128, 656), **more),
         _scratch("plain", "elpv", cells, **more),
         _scratch("units", "elpv", cells, **more),
     )
