@@ -65,7 +65,7 @@ def run_all(experiments: list[Experiment], output: Path, workers: int = 0) -> No
     began = time.perf_counter()
     made = 0
     arms = [(experiment, arm) for experiment in experiments for arm in experiment.arms]
-    for experiment, arm in sorted(arms, key=lambda pair: pair[1].late):
+    for experiment, arm in sorted(arms, key=lambda pair: pair[0].late or pair[1].late):
         rate = rate_of(experiment, arm, output, workers)
         for seed in experiment.seeds:
             path = output / experiment.folder / f"{arm.name}-{seed}.json"
@@ -149,7 +149,8 @@ def run(
             found = {"history": [{"epoch": 0, "val_acc": 0.0, "val_loss": 1e9}]}
         gates = None
         if arm.se and not choosing and seed == min(experiment.seeds):
-            gates = _gates(settings, split, seed, Path(folder))
+            kept = split_of(experiment.data, experiment.sizes, seed, test=False)
+            gates = _gates(settings, kept, seed, Path(folder))
     return {
         "question": experiment.question,
         "network": arm.network or experiment.network,

@@ -102,7 +102,8 @@ def split_of(data: str, sizes: Sizes, seed: int, *, test: bool) -> Split:
     """
     pool, others = images_of(data)
     order = np.random.default_rng(seed).permutation(len(pool)).tolist()
-    chosen = {"train": order[: sizes.train], "val": order[sizes.train : sizes.train + sizes.val]}
+    val = min(sizes.val, sizes.watched) if test else sizes.val
+    chosen = {"train": order[: sizes.train], "val": order[sizes.train : sizes.train + val]}
     parts = {
         name: Part(pool, indices, [pool.labels[i] for i in indices])
         for name, indices in chosen.items()

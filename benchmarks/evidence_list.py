@@ -29,8 +29,9 @@ class Sizes:
     """How many images an arm with one seed has."""
 
     train: int
-    val: int  # also training images, on which the rates are chosen and the epochs are watched
+    val: int  # also training images, on which the rates are chosen
     test: int  # nothing is chosen on these
+    watched: int = 32  # of val, what the runs that are reported have of them in each epoch
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Experiment:
     seeds: tuple[int, ...]
     rates: tuple[float, ...] = RATES
     rate_epochs: int = 1  # of the runs that choose a rate
+    late: bool = False  # is trained after the others, as late arms are
     folder: str = ""  # of its files; two questions share those of the arms that they share
 
     def arm(self, name: str) -> Arm:
@@ -61,11 +63,17 @@ QUESTIONS = {
 
 BASE = Arm("base", "without SE")
 SE = Arm("se", "SE", se=True)
-IDENTITY = Arm("se-identity", "SE on the shortcut", se=True, options={"placement": "identity"})
+IDENTITY = Arm(
+    "se-identity",
+    "SE on the shortcut",
+    se=True,
+    options={"placement": "identity"},
+    late=True,
+)
 
 
 def _wider(network: str) -> Arm:
-    return Arm("wide", "wider, as many parameters", network=f"{network}_wide")
+    return Arm("wide", "wider, as many parameters", network=f"{network}_wide", late=True)
 
 
 EVERYTHING = Arm("all", "everything learns, no SE")
@@ -97,13 +105,13 @@ SCRATCH: Mapping[str, Any] = {
     "base_lr_scale": 1.0,
     "hflip": 0.5,
 }
-# Two epochs of the frozen base, then everything at a tenth of the rate, the statistics kept: what
+# An epoch of the frozen base, then everything at a tenth of the rate, the statistics kept: what
 # se-inject finetune does with a pretrained network unless it is told otherwise.
 PRETRAINED: Mapping[str, Any] = {
     "img_size": 48,
     "batch_size": 32,
-    "epochs": 6,
-    "freeze_epochs": 2,
+    "epochs": 4,
+    "freeze_epochs": 1,
     "bn_stats": "frozen",
     "hflip": 0.5,
 }
@@ -131,16 +139,16 @@ def small() -> tuple[Experiment, ...]:
     more: dict[str, Any] = {"seeds": tuple(range(5)), "rate_epochs": 4}
     few = Sizes(512, 256, 1000)
     cells = Sizes(512, 256, 656)
-    fewer: dict[str, Any] = {"sizes": Sizes(256, 128, 656), **more, "rate_epochs": 3}
+    fewer: dict[str, Any] = {"sizes": Sizes(320, 128, 500), **more, "rate_epochs": 2}
     return (
         _scratch("residual", "fashion", few, **more),
         *_pretrained("fashion", **fewer),
+        _scratch("plain", "fashion", few, late=True, **more),
+        _scratch("units", "fashion", few, late=True, **more),
         _scratch("residual", "elpv", cells, **more),
         *_pretrained("elpv", **fewer),
-        _scratch("plain", "fashion", few, **more),
-        _scratch("units", "fashion", few, **more),
-        _scratch("plain", "elpv", cells, **more),
-        _scratch("units", "elpv", cells, **more),
+        _scratch("plain", "elpv", cells, late=True, **more),
+        _scratch("units", "elpv", cells, late=True, **more),
     )
 
 
