@@ -53,12 +53,12 @@ def forest(rows: list[Row]) -> str:
     for tick in ticks:
         text = f"{tick:+g}".replace("-", "−") if tick else "0"
         parts.append(
-            f'<text x="{x(tick)}" y="{bottom + 14}" text-anchor="middle" font-size="11">{text}</text>'
+            f'<text x="{x(tick)}" y="{bottom + 14}" text-anchor="middle" font-size="11">'
+            f"{text}</text>"
         )
-    middle = x(0)
     parts.append(
-        f'<text x="{middle}" y="{bottom + 30}" text-anchor="middle">points of test accuracy more'
-        " than the arm without (95 % interval)</text>"
+        f'<text x="{x(0)}" y="{bottom + 30}" text-anchor="middle">points of test accuracy more'
+        " than the first arm of the table (95 % interval)</text>"
     )
     return "\n".join([*parts, "</svg>"]) + "\n"
 

@@ -30,12 +30,12 @@ python benchmarks/evidence.py --device cuda      # all images and bf16, on a GPU
 The experiments are data (`benchmarks/evidence_list.py`); each run is trained by the code of
 `se-inject finetune` and leaves one file in `benchmarks/results/evidence`.
 
-**How to read it.** Accuracies are those of test images on which nothing was chosen: the weights are
-those of the last epoch, and the recipe of all arms was fixed before. The learning rate alone was
-chosen, for each arm from the same grid (0.001, 0.003, 0.01), by the accuracy on training images that
-were kept back, with a seed that is not reported. Each seed has its own training images, its own
-first weights and its own order of batches, and all arms of a seed have the same. ± is the standard
-deviation over the seeds. The difference is that to the first arm of the table, seed by seed, with
+**How to read it.** Accuracies are those of test images on which nothing was chosen: the weights
+are those of the last epoch, and the recipe of all arms was fixed before. The learning rate alone
+was chosen, for each arm from the same grid (0.001, 0.003, 0.01), in shorter runs, by the accuracy
+on training images that were kept back, with a seed that is not reported. Each seed has its own
+training images, its own first weights and its own order of batches, and all arms of a seed have
+the same. ± is the standard deviation over the seeds. The difference is that to the first arm of the table, seed by seed, with
 its 95 % interval by Student's t; "within the noise" says that the interval has 0 in it. That is not
 to say that there is no difference: there may be one as large as the ends of the interval. Each
 interval is of one comparison, so that of twenty without any difference one would exclude 0 by
@@ -54,11 +54,10 @@ million images for a hundred epochs; a difference that shows only then cannot sh
 tables answer what somebody finds who trains a small network on some hundred images, and the
 intervals say how sure that is.
 
-Where SE blocks have a bottleneck of C/16 channels, `divisor=8` makes it 8 at least: in the small
-networks r = 16 and r = 4 are the same for all blocks of 32 channels or fewer. The SE blocks begin as
-the identity (`init="identity"`) in all arms. Units (the plain and the ShuffleNet-like network) have
-no shortcut that an SE block could be on, so that arm is of the residual network alone. The wider
-networks have as many parameters as the network with SE blocks has, to within 0.1 % (units: 0.2 %),
-and more MACs than it. In EfficientNet-Lite0 the convolutions have no biases, so the arm of the biases
-trains the shifts of its norms.
+`divisor=8` makes each bottleneck 8 channels wide at least, so r = 16 asks for less than the small
+networks and the early blocks of EfficientNet-Lite0 get. The SE blocks begin as the identity
+(`init="identity"`) in all arms. The plain and the ShuffleNet-like network have no shortcut that an
+SE block could be on, so that arm is of the residual network alone. A wider network has as many
+parameters as the network with SE blocks, to within 0.2 %, and more MACs. In EfficientNet-Lite0 the
+convolutions have no biases, so the arm of the biases trains the shifts of its norms and the head.
 """

@@ -44,7 +44,7 @@ def build(results: Path) -> tuple[str, dict[str, str]]:
     lines: list[str] = [HEAD]
     pictures = {}
     for scale in SCALES:
-        experiments = [e for e in SCALES[scale]() if scale != "quick" and _arms(results / scale, e)]
+        experiments = [e for e in SCALES[scale]() if _arms(results / scale, e)]
         if not experiments:
             continue
         lines += ["", f"## {SCALE_TEXT[scale]}", "", *_circumstances(results / scale)]
@@ -111,8 +111,8 @@ def _table(folder: Path, experiment: Experiment) -> Iterator[str]:
     first = next(iter(arms[0][1].values()))
     sizes, recipe = first["sizes"], first["options"]
     yield (
-        f"**{_title(experiment)}**: {sizes['train']:,} training and {first['test']['images']:,} test"
-        f" images of {recipe['img_size']} pixels, {recipe['epochs']} epochs, batches of"
+        f"**{_title(experiment)}**: {sizes['train']:,} training and {first['test']['images']:,}"
+        f" test images of {recipe['img_size']} pixels, {recipe['epochs']} epochs, batches of"
         f" {recipe['batch_size']}."
     )
     yield ""
