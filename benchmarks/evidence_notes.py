@@ -35,12 +35,12 @@ are those of the last epoch, and the recipe of all arms was fixed before. The le
 was chosen, for each arm from the same grid (0.001, 0.003, 0.01), in shorter runs, by the accuracy
 on training images that were kept back, with a seed that is not reported. Each seed has its own
 training images, its own first weights and its own order of batches, and all arms of a seed have
-the same. ± is the standard deviation over the seeds. The difference is that to the first arm of the table, seed by seed, with
-its 95 % interval by Student's t; "within the noise" says that the interval has 0 in it. That is not
-to say that there is no difference: there may be one as large as the ends of the interval. Each
-interval is of one comparison, so that of twenty without any difference one would exclude 0 by
-chance. "Learn" is the number of parameters that learn. Seconds are the median by the clock, of a
-machine with other work: they say nothing of speed.
+the same. ± is the standard deviation over the seeds. The difference is that to the first arm of
+the table, seed by seed, with its 95 % interval by Student's t; "within the noise" says that the
+interval has 0 in it. That is not to say that there is no difference: there may be one as large as
+the ends of the interval. Each interval is of one comparison, so that of twenty without any
+difference one would exclude 0 by chance. "Learn" is the number of parameters that learn. Seconds
+are the median by the clock, of a machine with other work: they say nothing of speed.
 """
 
 # What was found beyond the tables, by scale and question.
