@@ -11,6 +11,7 @@ import timm
 import torch
 from helpers import randomize
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import nn
 
 from se_inject import ArgumentError, TrainingError, inject_se
@@ -18,6 +19,7 @@ from se_inject.finetune.after import evaluate as use
 from se_inject.finetune.after.page import write_page
 from se_inject.finetune.options.settings import Settings
 from se_inject.finetune.runs import trainer as running
+from se_inject.finetune.training.callbacks import save_network
 from se_inject.finetune.training.recipe import Recipe
 from se_inject.finetune.training.tune import find_settings
 
@@ -133,6 +135,15 @@ def test_se_blocks_are_no_part_of_these_arms() -> None:
     )
     recipe = Recipe(network, Settings("x", pretrained=False, train="se+head"), 10, 0)
     assert recipe.new == {n for n in dict(network.named_parameters()) if ".se." in n} | HEAD
+
+
+def test_a_network_without_se_is_kept_also_when_it_is_channels_last(tmp_path: Path) -> None:
+    """As it is on a GPU. safetensors refuses tensors that are not contiguous."""
+    network = timm.create_model("test_resnet", num_classes=10)
+    network.to(memory_format=torch.channels_last)
+    save_network(network, tmp_path / "best.safetensors", base_is_known=True)
+    kept = load_file(tmp_path / "best.safetensors")
+    assert all(torch.equal(kept[key], value) for key, value in network.state_dict().items())
 
 
 def test_a_control_beside_them_is_refused(base: Path) -> None:
