@@ -78,7 +78,7 @@ def _write_matrix(
     matrix: Tensor, run: Trained, folder: Path, data: str | None
 ) -> tuple[Path, Path]:
     """A table and a picture; the rows are the true classes. Those of other data have its name."""
-    name = "confusion" + ("" if run.arm == "se" else f"-{run.arm}")
+    name = "confusion" + ("" if run.arm == run.settings.arms[0] else f"-{run.arm}")
     if data is not None:
         name += "-of-" + (re.sub(r"[^\w.-]+", "-", Path(data).resolve().name) or "data")
     table, picture = folder / f"{name}.csv", folder / f"{name}.png"

@@ -25,6 +25,7 @@ from se_inject.finetune.after.evaluate import evaluate
 from se_inject.finetune.after.looked import batches_of_run, split_of_run
 from se_inject.finetune.after.trained import Trained, load_run
 from se_inject.finetune.data.parts import Split
+from se_inject.finetune.options.choices import WITHOUT_SE
 from se_inject.finetune.options.settings import Settings
 from se_inject.gates import GateStatistics, advice, gate_statistics, verdict
 from se_inject.gates.pictures import class_curves, heat_map, spread_by_depth
@@ -41,7 +42,8 @@ _PAIRS = 20
 def write_page(folder: Path, *, trust_code: bool = False, benchmark: bool = False) -> Path:
     """Write the page of a finished run into its folder.
 
-    The chosen network runs over the validation images twice: to be measured, and for its gates.
+    The chosen network runs over the validation images twice: to be measured, and for its gates. A
+    run of --train head, norm or bias has no SE blocks, and its page says nothing of gates and cost.
 
     Raises:
         ArgumentError, CheckpointError, DataError: as of :func:`load_run` and :func:`evaluate`.
@@ -50,8 +52,7 @@ def write_page(folder: Path, *, trust_code: bool = False, benchmark: bool = Fals
     summary = json.loads((folder / "summary.json").read_text())
     measured = evaluate(run, folder)
     split = split_of_run(run, folder)
-    statistics = gate_statistics(run.network, batches_of_run(run, split), run.classes)
-    cost = _cost(run, benchmark)
+    has_se = run.settings.train not in WITHOUT_SE
     context = {
         "model": run.settings.model,
         "data": Path(run.settings.data).name if _is_path(run.settings.data) else run.settings.data,
@@ -66,12 +67,8 @@ def write_page(folder: Path, *, trust_code: bool = False, benchmark: bool = Fals
         "measured": measured,
         "matrix": _matrix(folder, run.classes),
         "pairs": _pairs(folder, run.classes),
-        "advice": advice(statistics),
-        "gates": [
-            (block.block or MODEL_ITSELF, block, verdict(block)) for block in statistics.blocks
-        ],
-        "gate_pictures": list(_gate_pictures(statistics)),
-        "cost": cost,
+        "has_se": has_se,
+        **(_about_se(run, split, benchmark) if has_se else {}),
         "command": command_of(run.settings),
         "versions": _versions(),
     }
@@ -166,6 +163,19 @@ def _pairs(folder: Path, classes: Sequence[str]) -> list[tuple[str, str, int]]:
         for value, place in zip(values.tolist(), places.tolist(), strict=True)
         if value
     ]
+
+
+def _about_se(run: Trained, split: Split, benchmark: bool) -> dict[str, Any]:
+    """What the page says of the SE blocks: their gates and their cost."""
+    statistics = gate_statistics(run.network, batches_of_run(run, split), run.classes)
+    return {
+        "advice": advice(statistics),
+        "gates": [
+            (block.block or MODEL_ITSELF, block, verdict(block)) for block in statistics.blocks
+        ],
+        "gate_pictures": list(_gate_pictures(statistics)),
+        "cost": _cost(run, benchmark),
+    }
 
 
 def _gate_pictures(statistics: GateStatistics) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from se_inject.api import remove_se
 from se_inject.errors import ArgumentError, CheckpointError, first_line
+from se_inject.finetune.options.choices import WITHOUT_SE
 from se_inject.finetune.options.config import read_config
 from se_inject.finetune.options.settings import Settings
 from se_inject.finetune.options.trust import check_code
@@ -52,6 +53,7 @@ def load_run(folder: Path, *, trust_code: bool = False, arm: ArmName = "se") -> 
     Args:
         trust_code: import the ``module:callable`` that the configuration names.
         arm: with SE blocks, or the control; of several seeds the best on the validation images.
+            A run of --train head, norm or bias has the network without SE blocks alone.
 
     Raises:
         ArgumentError: the folder has no finished run or no such arm, or names code and is not
@@ -61,8 +63,11 @@ def load_run(folder: Path, *, trust_code: bool = False, arm: ArmName = "se") -> 
     settings = read_config(folder)
     check_code(settings.model, folder, trusted=trust_code)
     classes = read_classes(folder)
-    if arm == "control":
-        network, config = _control(settings, folder, len(classes))
+    if settings.train in WITHOUT_SE:
+        arm = "control"
+        network, config = _without_se(settings, folder / BEST, len(classes))
+    elif arm == "control":
+        network, config = _without_se(settings, _best_control(folder), len(classes))
     else:
         network, config = _with_se(settings, folder / BEST, len(classes))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,12 +87,16 @@ def _with_se(settings: Settings, best: Path, classes: int) -> tuple[nn.Module, d
     return network, config
 
 
-def _control(settings: Settings, folder: Path, classes: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The network without SE blocks; its file is a whole state dict."""
+def _best_control(folder: Path) -> Path:
+    """The weights of the control arm; of several seeds the best on the validation images."""
     arms = [path.parent for path in sorted(folder.glob(f"control-*/{ARM}"))]
     if not arms:
         raise ArgumentError(f"{folder} has no control arm: it was trained without --control.")
-    best = max(arms, key=lambda own: float(read_arm(own / ARM)["val_acc"])) / BEST
+    return max(arms, key=lambda own: float(read_arm(own / ARM)["val_acc"])) / BEST
+
+
+def _without_se(settings: Settings, best: Path, classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The network without SE blocks; its file is a whole state dict."""
     network, config = base_of(replace(settings, pretrained=False, checkpoint=None))
     network = with_head(network, classes)
     try:

@@ -70,6 +70,8 @@ def verdict(arms: dict[str, list[dict[str, Any]]]) -> str:
     They are compared by figures on which no choice was made: those of the test images, else those
     of the last epoch. The best of several epochs is better than its network is.
     """
+    if "se" not in arms:
+        return "No arm with SE blocks: compare these figures with those of --train se+head."
     if "control" not in arms:
         return "No control arm: --control says whether the SE blocks helped."
     every = [*arms["se"], *arms["control"]]

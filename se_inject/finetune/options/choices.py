@@ -9,7 +9,10 @@ from typing import Literal
 from se_inject.names import Patterns
 from se_inject.plan.injection import option
 
-Train = Literal["se", "se+head", "all"]
+Train = Literal["se", "se+head", "all", "head", "norm", "bias"]
+# These values of --train put no SE block into the network: they are what people train instead of an
+# adapter, and so what SE blocks as an adapter are compared with.
+WITHOUT_SE = ("head", "norm", "bias")
 BNStats = Literal["auto", "frozen", "moving"]
 Select = Literal["best", "last"]
 ClassWeights = Literal["none", "balanced"]
@@ -120,7 +123,13 @@ class RecipeChoices:
         min=0,
         **_RECIPE,
     )
-    train: Train = option("all", "What learns after the epochs of the frozen base.", **_RECIPE)
+    train: Train = option(
+        "all",
+        "What learns after the epochs of the frozen base. head, norm and bias put in no SE blocks,"
+        " so that SE as an adapter has something to be compared with: the head alone, or the head"
+        " with the scales and shifts of the norms, or with all biases.",
+        **_RECIPE,
+    )
     bn_stats: BNStats = option(
         "auto",
         "BatchNorm statistics after the epochs of the frozen base: auto keeps those of a pretrained"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from se_inject.errors import ArgumentError
 from se_inject.finetune.options.choices import (
     LOGGERS,
+    WITHOUT_SE,
     MachineChoices,
     NetworkChoices,
     OutputChoices,
@@ -50,6 +51,13 @@ class Settings(
     def base_is_random(self) -> bool:
         """Whether the base begins with random weights, as far as the options tell."""
         return not self.pretrained and self.checkpoint is None
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The networks that a run trains: with SE blocks, and ``control`` without them."""
+        if self.train in WITHOUT_SE:
+            return ("control",)
+        return ("se", "control") if self.control else ("se",)
 
     @property
     def frozen_epochs(self) -> int:
@@ -101,6 +109,11 @@ class Settings(
             raise ArgumentError(f"--logger {unknown[0]} is none of {', '.join(LOGGERS)}.")
         if self.strategy == "fsdp" and (self.ema or self.compile):
             raise ArgumentError("--strategy fsdp goes with neither --ema nor --compile.")
+        if self.control and self.train in WITHOUT_SE:
+            raise ArgumentError(
+                f"--control with --train {self.train} is one arm twice: it has no SE blocks either."
+                " Leave out --control, and compare with a run of --train se+head."
+            )
         if self.control and self.train == "se":
             raise ArgumentError(
                 "--control with --train se has nothing to train: the control has no SE blocks."

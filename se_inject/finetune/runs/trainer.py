@@ -90,11 +90,7 @@ def resume(
 
 def _run(settings: Settings, folder: Path, console: Console, *, begun: bool) -> dict[str, Any]:
     first = rank() == 0
-    arms = [
-        (arm, settings.seed + i)
-        for i in range(settings.seeds)
-        for arm in (("se", "control") if settings.control else ("se",))
-    ]
+    arms = [(arm, settings.seed + i) for i in range(settings.seeds) for arm in settings.arms]
     results = []
     split: Split | None = None
     for number, (arm, seed) in enumerate(arms, start=1):
@@ -126,8 +122,9 @@ def _run(settings: Settings, folder: Path, console: Console, *, begun: bool) -> 
     with atomic_write(folder / SUMMARY) as part:
         part.write_text(json.dumps(summary, indent=2) + "\n")
     if len(arms) > 1:
-        best = max((r for r in results if r["arm"] == "se"), key=lambda r: r["val_acc"])
-        own = folder / f"se-{best['seed']}"
+        chosen_arm = settings.arms[0]
+        best = max((r for r in results if r["arm"] == chosen_arm), key=lambda r: r["val_acc"])
+        own = folder / f"{chosen_arm}-{best['seed']}"
         chosen = own / "best.safetensors"
         if not chosen.exists():
             raise CheckpointError(

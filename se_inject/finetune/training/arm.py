@@ -65,6 +65,8 @@ class Arm:
         balanced = settings.class_weights == "balanced"
         weights = balanced_weights(data.train, classes) if balanced else None
         recipe = Recipe(network, settings, classes, self.seed, prepared.blocks, weights)
+        # The recipe begins with its last phase, in which most learns.
+        trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
         sharded = settings.strategy == "fsdp"
         plain = copy.deepcopy(network) if sharded else None
         history = RunFolder(self.folder, self.arm, self.seed, settings, plain)
@@ -116,6 +118,7 @@ class Arm:
             "test": test,
             "last_val_acc": rows[-1]["val_acc"],
             "params": params,
+            "trainable": trainable,
             "macs": macs,
             "seconds": history.seconds,
             "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
@@ -155,8 +158,10 @@ class Arm:
             f"  {len(data.train)} images to train, {len(data.val)} to validate,"
             f" {len(data.classes)} classes"
         )
+        more = {"norm": ["scales and shifts of norms"], "bias": ["biases"]}
         parts = [
             *(["SE blocks"] if added else []),
+            *more.get(settings.train, []),
             *(["head"] if settings.train != "se" else []),
         ]
         phases = [(settings.epochs, " and ".join(parts), new)]

@@ -122,8 +122,13 @@ def save_network(network: nn.Module, path: Path, *, base_is_known: bool) -> None
         return
     from safetensors.torch import save_file
 
+    # On a GPU the network is channels-last, and safetensors takes contiguous tensors alone.
+    state = {
+        name: value.detach().clone(memory_format=torch.contiguous_format)
+        for name, value in network.state_dict().items()
+    }
     with atomic_write(path) as part:
-        save_file({k: v.detach().clone() for k, v in network.state_dict().items()}, part)
+        save_file(state, part)
 
 
 class EarlyStop(EarlyStopping):

@@ -61,7 +61,8 @@ class Recipe(pl.LightningModule):
         self.blocks = blocks
         self.classes = classes
         self.unreadable: dict[str, None] = {}  # in the order in which they were met
-        self.new = new_parameters(network, settings)
+        self._parts = new_parts(network, settings)
+        self.new = self._parts | base_parts(network, settings)
         self._smoothing = nn.CrossEntropyLoss(weights, label_smoothing=settings.label_smoothing)
         self._soft = nn.CrossEntropyLoss(weights)  # of mixed labels, smoothed already
         self._mixup = _mixup(settings, classes)
@@ -88,11 +89,13 @@ class Recipe(pl.LightningModule):
         self._base_frozen = not all_learn
 
     def train(self, mode: bool = True) -> "Recipe":
+        # A norm of the base whose scale and shift learn (--train norm, bias) is no new part: its
+        # statistics stay those of the base.
         super().train(mode)
         for prefix, module in self.network.named_modules():
             # A container of new parts only (SE blocks, head) trains in each phase.
             own = [f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters()]
-            if mode and (not own or not self.new.issuperset(own)):
+            if mode and (not own or not self._parts.issuperset(own)):
                 keeps_statistics = isinstance(module, _BatchNorm) and self._statistics_frozen
                 if self._base_frozen or keeps_statistics:
                     module.training = False
@@ -202,11 +205,47 @@ class Recipe(pl.LightningModule):
         return optimizer_of(self.network, self.new, self.settings, steps)
 
 
-def new_parameters(network: nn.Module, settings: Settings) -> frozenset[str]:
-    """Names of what learns from the first epoch on: the SE blocks and, but for ``se``, the head."""
+def new_parts(network: nn.Module, settings: Settings) -> frozenset[str]:
+    """The names of the parameters of the SE blocks and, but for ``--train se``, of the head."""
     head = list(head_of(network).parameters()) if settings.train != "se" else []
     new = {id(p) for p in (*se_parameters(network), *head)}
     return frozenset(name for name, p in network.named_parameters() if id(p) in new)
+
+
+def base_parts(network: nn.Module, settings: Settings) -> frozenset[str]:
+    """The names of the base's own parameters that ``--train norm`` or ``bias`` lets learn.
+
+    They learn at the whole rate, as the SE blocks do that they are compared with.
+
+    Raises:
+        TrainingError: the base has none of them.
+    """
+    if settings.train == "norm":
+        found = {
+            f"{prefix}.{name}".lstrip(".")
+            for prefix, module in network.named_modules()
+            if _is_norm(module)
+            for name, p in module.named_parameters(recurse=False)
+            if p.dim() == 1
+        }
+    elif settings.train == "bias":
+        found = {n for n, _ in network.named_parameters() if n.rpartition(".")[2] == "bias"}
+    else:
+        return frozenset()
+    # The bias of the head learns with the head, and does not make a base that has biases.
+    if not found - new_parts(network, settings):
+        raise TrainingError(
+            f"--train {settings.train} has nothing to train: the base has no such parameters."
+            " Use --train head."
+        )
+    return frozenset(found)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm: torch, timm and others have no class of theirs in common, but
+    all say it in its name (BatchNormAct2d, LayerNorm2d, RmsNorm, GlobalResponseNorm).
+    """
+    return "norm" in type(module).__name__.lower()
 
 
 def _follow_closely(network: nn.Module) -> None:

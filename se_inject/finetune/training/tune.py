@@ -15,6 +15,7 @@ from se_inject.errors import ArgumentError, TrainingError
 from se_inject.finetune.data.loading import Images, loader
 from se_inject.finetune.data.parts import limited
 from se_inject.finetune.data.split import open_split
+from se_inject.finetune.options.choices import WITHOUT_SE, Train
 from se_inject.finetune.options.settings import Settings
 from se_inject.finetune.training.machine import precision_of, processes
 from se_inject.finetune.training.prepare import Prepared, prepare
@@ -36,7 +37,7 @@ def find_settings(
         ArgumentError: no rate is found.
     """
     split = limited(open_split(settings), settings.limit)
-    prepared = prepare(settings, split, "se", settings.seed)
+    prepared = prepare(settings, split, settings.arms[0], settings.seed)
     if "batch_size" in find:
         settings = replace(settings, batch_size=_batch_size(settings, prepared, folder))
         console.print(f"--batch-size auto: {settings.batch_size}", highlight=False)
@@ -56,10 +57,14 @@ def check_alone(settings: Settings) -> None:
 
 
 def _rate(settings: Settings, prepared: Prepared, folder: Path) -> float:
-    """The rate at which the loss of the SE blocks and the head falls fastest."""
+    """The rate at which the loss falls fastest, while the SE blocks and the head learn alone.
+
+    Where --train asks for less or other parameters than these, the rate is found for them.
+    """
     low, high = _RATES
+    train: Train = settings.train if settings.train in WITHOUT_SE else "se+head"
     while high > low:
-        recipe = _recipe(replace(settings, train="se+head", ema=None), prepared)
+        recipe = _recipe(replace(settings, train=train, ema=None), prepared)
         batches = loader(prepared.data.train, settings, training=True, epoch=0, rank=0, world=1)
         try:
             found = Tuner(_trainer(settings, folder)).lr_find(

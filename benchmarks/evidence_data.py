@@ -1,0 +1,114 @@
+"""The images of evidence.py: those of training, drawn by seed, and those of the test, the same.
+
+Fashion-MNIST is Debian's package ``dataset-fashion-mnist``, ELPV (photographs of solar cells,
+intact or defective) ``pip install elpv-dataset``, whose licence (CC BY-NC-SA) lets nobody put it
+into this repository; digits are scikit-learn's.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from evidence_list import Sizes
+from PIL import Image
+
+from se_inject.finetune.data.parts import Part, Split
+
+FASHION = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
+CELL = 64  # pixels: the side to which the cells (300 x 300) are made smaller once
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Grey images [N, H, W] as a source of ``se-inject finetune``."""
+
+    pixels: np.ndarray
+    labels: list[int]
+    classes: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [str(i) for i in range(len(self.labels))]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]).convert("RGB"), self.labels[index]
+
+
+def _fashion() -> tuple[InMemory, InMemory]:
+    from fashion_mnist import CLASSES, read_idx
+
+    def part(stem: str) -> InMemory:
+        labels = read_idx(FASHION / f"{stem}-labels-idx1-ubyte.gz")
+        images = read_idx(FASHION / f"{stem}-images-idx3-ubyte.gz")
+        return InMemory(images, labels.tolist(), CLASSES)
+
+    return part("train"), part("t10k")
+
+
+def _elpv() -> tuple[InMemory, InMemory]:
+    from elpv_dataset.utils import load_dataset
+
+    images, probability, _ = load_dataset()
+    small = [Image.fromarray(image).resize((CELL, CELL), Image.Resampling.BOX) for image in images]
+    labels = (probability > 0.5).astype(int)
+    return _divided(np.stack([np.asarray(image) for image in small]), labels, ("intact", "defect"))
+
+
+def _digits() -> tuple[InMemory, InMemory]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).astype(np.uint8)
+    return _divided(pixels, digits.target, tuple(map(str, range(10))))
+
+
+def _divided(
+    pixels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
+) -> tuple[InMemory, InMemory]:
+    """A quarter for the test, by chance and always the same; the rest is to train on."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    test, train = np.split(order, [len(order) // 4])
+    made = [InMemory(pixels[part], labels[part].tolist(), classes) for part in (train, test)]
+    return made[0], made[1]
+
+
+SETS: dict[str, Callable[[], tuple[InMemory, InMemory]]] = {
+    "fashion": _fashion,
+    "elpv": _elpv,
+    "digits": _digits,
+}
+
+
+@cache
+def images_of(data: str) -> tuple[InMemory, InMemory]:
+    """The images to train on and those of the test."""
+    return SETS[data]()
+
+
+def split_of(data: str, sizes: Sizes, seed: int, *, test: bool) -> Split:
+    """The images of a run: those to train on by the seed, the first ones of the test.
+
+    So the seeds differ in their images too, and an interval over them says what to expect of other
+    images of the same kind. All arms of a seed have the same ones.
+
+    Args:
+        test: whether the run may see the images of the test.
+    """
+    pool, others = images_of(data)
+    order = np.random.default_rng(seed).permutation(len(pool)).tolist()
+    val = min(sizes.val, sizes.watched) if test else sizes.val
+    chosen = {"train": order[: sizes.train], "val": order[sizes.train : sizes.train + val]}
+    parts = {
+        name: Part(pool, indices, [pool.labels[i] for i in indices])
+        for name, indices in chosen.items()
+    }
+    if test:
+        first = range(min(sizes.test, len(others)))
+        parts["test"] = Part(others, first, [others.labels[i] for i in first])
+    return Split(pool.classes, parts)

@@ -1,0 +1,187 @@
+"""The experiments of evidence.py as data: which arms of which network on which images.
+
+All that could be chosen is fixed here, before anything is measured. The learning rate alone is
+chosen, for each arm by the same grid, on training images (:func:`evidence.rate_of`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+RATES = (1e-3, 3e-3, 1e-2)
+RATE_SEED = 1000  # of the runs that choose a rate; no reported run has it
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train the network of an experiment."""
+
+    name: str
+    text: str  # what the page calls it
+    se: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)  # of se-inject finetune
+    network: str | None = None  # another network than the experiment's
+    late: bool = False  # is trained when all others of all experiments are done
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many images an arm with one seed has."""
+
+    train: int
+    val: int  # also training images, on which the rates are chosen
+    test: int  # nothing is chosen on these
+    watched: int = 32  # of val, what the runs that are reported have of them in each epoch
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Arms of one network on one data set, each against the arm ``base``."""
+
+    question: int
+    network: str
+    data: str
+    base: str
+    arms: tuple[Arm, ...]
+    recipe: Mapping[str, Any]  # options of se-inject finetune that all arms share
+    sizes: Sizes
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...] = RATES
+    rate_epochs: int = 1  # of the runs that choose a rate
+    late: bool = False  # is trained after the others, as late arms are
+    folder: str = ""  # of its files; two questions share those of the arms that they share
+
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+QUESTIONS = {
+    1: "From scratch: does a network learn more with SE blocks?",
+    2: "Into a pretrained network, everything trained: do SE blocks help?",
+    3: "As an adapter: the base frozen to the bit, a head and little else learns",
+}
+
+BASE = Arm("base", "without SE")
+SE = Arm("se", "SE", se=True)
+IDENTITY = Arm(
+    "se-identity",
+    "SE on the shortcut",
+    se=True,
+    options={"placement": "identity"},
+    late=True,
+)
+
+
+def _wider(network: str) -> Arm:
+    return Arm("wide", "wider, as many parameters", network=f"{network}_wide", late=True)
+
+
+EVERYTHING = Arm("all", "everything learns, no SE")
+EVERYTHING_SE = Arm("all-se", "everything learns, with SE", se=True)
+# What the gates of all-se showed led to these two; docs/evidence.md says what was found.
+REMEDIES = (
+    Arm(
+        "all-se-3x3",
+        "everything, SE behind the depthwise convolutions",
+        se=True,
+        options={"placement": "3x3"},
+        late=True,
+    ),
+    Arm("all-se-r4", "everything, SE with r = 4", se=True, options={"r": 4}, late=True),
+)
+HEAD = Arm("head", "head only", options={"train": "head"})
+ADAPTERS = (
+    Arm("se", "SE + head", se=True, options={"train": "se+head"}),
+    Arm("bias", "biases + head", options={"train": "bias"}, late=True),
+    Arm("norm", "norms' scales and shifts + head", options={"train": "norm"}, late=True),
+    Arm("se-r4", "SE with r = 4 + head", se=True, options={"train": "se+head", "r": 4}, late=True),
+)
+
+SCRATCH: Mapping[str, Any] = {
+    "img_size": 32,
+    "batch_size": 32,
+    "epochs": 8,
+    "freeze_epochs": 0,
+    "base_lr_scale": 1.0,
+    "hflip": 0.5,
+}
+# An epoch of the frozen base, then everything at a tenth of the rate, the statistics kept: what
+# se-inject finetune does with a pretrained network unless it is told otherwise.
+PRETRAINED: Mapping[str, Any] = {
+    "img_size": 48,
+    "batch_size": 32,
+    "epochs": 4,
+    "freeze_epochs": 1,
+    "bn_stats": "frozen",
+    "hflip": 0.5,
+}
+
+
+def _scratch(network: str, data: str, sizes: Sizes, **more: Any) -> Experiment:
+    # The placements of the paper are of residual branches; units have the standard one only.
+    arms = (BASE, SE, *((IDENTITY,) if network == "residual" else ()), _wider(network))
+    return Experiment(
+        *(1, network, data, "base", arms, SCRATCH, sizes), folder=f"{network}-{data}", **more
+    )
+
+
+def _pretrained(data: str, sizes: Sizes, **more: Any) -> tuple[Experiment, Experiment]:
+    shared = {"recipe": PRETRAINED, "sizes": sizes, "folder": f"lite0-{data}", **more}
+    inside = (EVERYTHING, EVERYTHING_SE, *REMEDIES)
+    return (
+        Experiment(2, "lite0", data, "all", inside, **shared),
+        Experiment(3, "lite0", data, "head", (HEAD, *ADAPTERS, EVERYTHING), **shared),
+    )
+
+
+def small() -> tuple[Experiment, ...]:
+    """What two shared CPU cores train in an hour."""
+    more: dict[str, Any] = {"seeds": tuple(range(5)), "rate_epochs": 4}
+    few = Sizes(512, 256, 1000)
+    cells = Sizes(512, 256, 656)
+    fewer: dict[str, Any] = {"sizes": Sizes(320, 128, 500), **more, "rate_epochs": 2}
+    return (
+        _scratch("residual", "fashion", few, **more),
+        *_pretrained("fashion", **fewer),
+        _scratch("plain", "fashion", few, late=True, **more),
+        _scratch("units", "fashion", few, late=True, **more),
+        _scratch("residual", "elpv", cells, **more),
+        *_pretrained("elpv", **fewer),
+        _scratch("plain", "elpv", cells, late=True, **more),
+        _scratch("units", "elpv", cells, late=True, **more),
+    )
+
+
+def full() -> tuple[Experiment, ...]:
+    """The same questions with all images and longer training, for a GPU."""
+
+    def whole(experiment: Experiment) -> Experiment:
+        fashion = experiment.data == "fashion"
+        sizes = Sizes(55_000, 5_000, 10_000) if fashion else Sizes(1_600, 368, 656)
+        recipe = {**experiment.recipe, "batch_size": 256 if fashion else 64, "epochs": 20}
+        if experiment.network == "lite0":
+            recipe["img_size"] = 96
+        return replace(experiment, sizes=sizes, recipe=recipe, rate_epochs=5)
+
+    return tuple(map(whole, small()))
+
+
+def quick() -> tuple[Experiment, ...]:
+    """One arm of each kind in seconds: digits, two seeds, one epoch, random weights."""
+    tiny = Sizes(32, 16, 16)
+    skipped = ("all-se-r4", "norm", "se-r4")
+
+    def short(experiment: Experiment) -> Experiment:
+        return replace(
+            experiment,
+            network="residual",
+            recipe={**experiment.recipe, "epochs": 1, "freeze_epochs": 0, "img_size": 32},
+            arms=tuple(arm for arm in experiment.arms if arm.name not in skipped),
+        )
+
+    scratch = _scratch("residual", "digits", tiny, seeds=(0, 1), rates=(1e-3, 3e-3))
+    inside = _pretrained("digits", tiny, seeds=(0, 1), rates=(3e-3,))
+    return tuple(map(short, (scratch, *inside)))
+
+
+SCALES = {"small": small, "full": full, "quick": quick}
