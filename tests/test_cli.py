@@ -1,6 +1,7 @@
 """The command line, mostly in this process; once each as a real process."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 
 import pytest
 import typer
+from commands import command
 from typer.testing import CliRunner, Result
 
 import se_inject
@@ -376,24 +378,28 @@ def test_a_real_process_prints_the_report_into_a_pipe() -> None:
     assert "\x1b[" not in result.stdout
 
 
-def test_a_real_process_fails_without_a_traceback() -> None:
-    result = run("densenet121", "--where", "residual")
+def test_a_failure_has_no_traceback() -> None:
+    result = command("densenet121", "--where", "residual")
     assert result.returncode == 1
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
 
 
 def test_warnings_go_to_stderr() -> None:
-    result = run("resnet18", "--r", "1000000", "--json")
+    result = command("resnet18", "--r", "1000000", "--json")
     assert result.returncode == 0
     json.loads(result.stdout)
     assert result.stderr.startswith("warning: r=1000000 is more than the channels of any block")
 
 
-def test_a_terminal_without_unicode_still_gets_the_report() -> None:
-    result = run("resnet18", env={"PYTHONIOENCODING": "ascii"})
-    assert result.returncode == 0
-    assert "64?56?56" in result.stdout
+def test_a_terminal_without_unicode_still_gets_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "argv", ["se-inject", "resnet18"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    terminal.flush()
+    assert b"64?56?56" in terminal.buffer.getvalue()
 
 
 def test_a_full_disk_is_one_line() -> None:

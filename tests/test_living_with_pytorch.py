@@ -30,7 +30,10 @@ X = torch.randn(2, 3, 64, 64)
 
 @pytest.fixture
 def model() -> nn.Module:
-    model = inject_se(randomize(timm.create_model("resnet18", num_classes=7)), example_input=X)
+    """A narrow one with two blocks in its first stage: what is asked here asks for no more."""
+    narrow = {"layers": (2, 1, 1, 1), "channels": (64, 32, 64, 128)}
+    base = timm.create_model("resnet18", num_classes=7, **narrow)
+    model = inject_se(randomize(base), example_input=X)
     open_gates(model)
     return model.eval()
 
@@ -339,7 +342,7 @@ def test_channels_last_is_kept_through_every_block(model: nn.Module) -> None:
                 )
             )
     model(X.to(memory_format=torch.channels_last))
-    assert formats == [True] * 16
+    assert formats == [True] * 10
 
 
 def test_gradient_checkpointing_by_the_switch_of_timm(model: nn.Module) -> None:
