@@ -88,6 +88,8 @@ def rate_of(experiment: Experiment, arm: Arm, output: Path, workers: int = 0) ->
     They are training images; those of the test are not opened. Each rate of the grid is tried in
     one run with a seed of its own; of equal accuracies the smaller loss wins.
     """
+    if arm.rate is not None:
+        return arm.rate
     if len(experiment.rates) == 1:
         return experiment.rates[0]
     tried = {}
