@@ -154,8 +154,8 @@ def _summary(folder: Path, experiments: Sequence[Experiment]) -> str:
     ]
     counts = {word: verdicts.count(word) for word in ("better", "worse", "within the noise")}
     return (
-        f"Comparisons of an arm with SE: {len(verdicts)}. Better than without by more than the noise:"
-        f" {counts['better']}; worse: {counts['worse']}; within the noise:"
+        f"Comparisons of an arm with SE: {len(verdicts)}. Better than without by more than the"
+        f" noise: {counts['better']}; worse: {counts['worse']}; within the noise:"
         f" {counts['within the noise']}."
     )
 
