@@ -50,6 +50,7 @@ class Experiment:
     rates: tuple[float, ...] = RATES
     rate_epochs: int = 1  # of the runs that choose a rate
     late: bool = False  # is trained after the others, as late arms are
+    note: str = ""  # what is said of it beside its name
     folder: str = ""  # of its files; two questions share those of the arms that they share
 
     def arm(self, name: str) -> Arm:
@@ -138,8 +139,14 @@ def _pretrained(data: str, sizes: Sizes, **more: Any) -> tuple[Experiment, ...]:
     return (
         Experiment(2, "lite0", data, "all", inside, **shared),
         Experiment(3, "lite0", data, "head", (HEAD, *ADAPTERS, EVERYTHING), **shared),
-        Experiment(3, "lite0", data, "head-0.003", (HEAD_SLOWER, *ADAPTERS, EVERYTHING), **shared),
+        *((_afterwards(**shared),) if data == "fashion" else ()),
     )
+
+
+def _afterwards(**shared: Any) -> Experiment:
+    arms = (HEAD_SLOWER, *ADAPTERS, EVERYTHING)
+    note = "the same arms against the head at the rate of SE + head, added when the rest was seen"
+    return Experiment(3, "lite0", "fashion", "head-0.003", arms, note=note, **shared)
 
 
 def small() -> tuple[Experiment, ...]:

@@ -104,7 +104,8 @@ def _compared(folder: Path, experiment: Experiment) -> Iterator[tuple[Arm, Diffe
 
 
 def _title(experiment: Experiment) -> str:
-    return f"{NETWORKS[experiment.network]} on {DATA[experiment.data]}"
+    name = f"{NETWORKS[experiment.network]} on {DATA[experiment.data]}"
+    return f"{name} ({experiment.note})" if experiment.note else name
 
 
 def _table(folder: Path, experiment: Experiment) -> Iterator[str]:
@@ -114,7 +115,8 @@ def _table(folder: Path, experiment: Experiment) -> Iterator[str]:
     yield (
         f"**{_title(experiment)}**: {sizes['train']:,} training and {first['test']['images']:,}"
         f" test images of {recipe['img_size']} pixels, {recipe['epochs']} epochs, batches of"
-        f" {recipe['batch_size']}."
+        f" {recipe['batch_size']}. The largest class has"
+        f" {100 * first['test']['majority_share']:.1f} % of the test images."
     )
     yield ""
     yield (
@@ -150,7 +152,7 @@ def _summary(folder: Path, experiments: Sequence[Experiment]) -> str:
         found.verdict
         for experiment in experiments
         for arm, found in _compared(folder, experiment)
-        if arm.se
+        if arm.se and not experiment.note
     ]
     counts = {word: verdicts.count(word) for word in ("better", "worse", "within the noise")}
     return (
@@ -194,7 +196,7 @@ def _gates(folder: Path, experiments: Sequence[Experiment]) -> Iterator[str]:
     yield "| network and data | arm | blocks | idle | fixed | mean gate | spread over the images |"
     yield "|---|---|---:|---:|---:|---:|---:|"
     for experiment in experiments:
-        for arm, runs in _arms(folder, experiment):
+        for arm, runs in _arms(folder, experiment) if not experiment.note else ():
             gates = next((run["gates"] for run in runs.values() if run["gates"]), None)
             if gates is None:
                 continue
