@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--scale", choices=SCALES, help="default: small on a CPU, full on a GPU")
     parser.add_argument("--quick", action="store_true", help="the same as --scale quick")
-    parser.add_argument("--only", default="", help="folders that begin so, such as lite0-")
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="what begins so, in this order: lite0-elpv/se ..."
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the files go")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
     parser.add_argument("--page", action="store_true", help="write docs/evidence.md, train nothing")
@@ -57,14 +59,26 @@ def main() -> None:
         parser.error("there is no CUDA device; leave out --device")
     scale = "quick" if options.quick else options.scale
     scale = scale or ("full" if options.device == "cuda" else "small")
-    experiments = [e for e in SCALES[scale]() if e.folder.startswith(options.only)]
-    run_all(experiments, options.output / scale, options.workers)
+    for only in options.only:
+        run_all(SCALES[scale](), options.output / scale, options.workers, only)
 
 
-def run_all(experiments: list[Experiment], output: Path, workers: int = 0) -> None:
+def run_all(
+    experiments: Sequence[Experiment], output: Path, workers: int = 0, only: str = ""
+) -> None:
+    """Train every arm with every seed whose file is not there, late ones after the others.
+
+    Args:
+        only: how FOLDER/ARM has to begin.
+    """
     began = time.perf_counter()
     made = 0
-    arms = [(experiment, arm) for experiment in experiments for arm in experiment.arms]
+    arms = [
+        (experiment, arm)
+        for experiment in experiments
+        for arm in experiment.arms
+        if f"{experiment.folder}/{arm.name}".startswith(only)
+    ]
     for experiment, arm in sorted(arms, key=lambda pair: pair[0].late or pair[1].late):
         rate = rate_of(experiment, arm, output, workers)
         for seed in experiment.seeds:
@@ -88,6 +102,8 @@ def rate_of(experiment: Experiment, arm: Arm, output: Path, workers: int = 0) ->
     They are training images; those of the test are not opened. Each rate of the grid is tried in
     one run with a seed of its own; of equal accuracies the smaller loss wins.
     """
+    if arm.rate is not None:
+        return arm.rate
     if len(experiment.rates) == 1:
         return experiment.rates[0]
     tried = {}

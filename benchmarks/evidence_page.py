@@ -58,6 +58,7 @@ def build(results: Path) -> tuple[str, dict[str, str]]:
             for experiment in own:
                 lines += ["", *_table(results / scale, experiment)]
             lines += _found(scale, question)
+        lines += ["", *_rates(results / scale, experiments)]
         lines += ["", *_gates(results / scale, experiments)]
     return "\n".join([*lines, TAIL]), pictures
 
@@ -103,7 +104,8 @@ def _compared(folder: Path, experiment: Experiment) -> Iterator[tuple[Arm, Diffe
 
 
 def _title(experiment: Experiment) -> str:
-    return f"{NETWORKS[experiment.network]} on {DATA[experiment.data]}"
+    name = f"{NETWORKS[experiment.network]} on {DATA[experiment.data]}"
+    return f"{name} ({experiment.note})" if experiment.note else name
 
 
 def _table(folder: Path, experiment: Experiment) -> Iterator[str]:
@@ -113,7 +115,8 @@ def _table(folder: Path, experiment: Experiment) -> Iterator[str]:
     yield (
         f"**{_title(experiment)}**: {sizes['train']:,} training and {first['test']['images']:,}"
         f" test images of {recipe['img_size']} pixels, {recipe['epochs']} epochs, batches of"
-        f" {recipe['batch_size']}."
+        f" {recipe['batch_size']}. The largest class has"
+        f" {100 * first['test']['majority_share']:.1f} % of the test images."
     )
     yield ""
     yield (
@@ -149,13 +152,13 @@ def _summary(folder: Path, experiments: Sequence[Experiment]) -> str:
         found.verdict
         for experiment in experiments
         for arm, found in _compared(folder, experiment)
-        if arm.se
+        if arm.se and not experiment.note
     ]
     counts = {word: verdicts.count(word) for word in ("better", "worse", "within the noise")}
     return (
-        f"Of {len(verdicts)} comparisons of an arm with SE, {counts['better']}"
-        f" {'is' if counts['better'] == 1 else 'are'} better than the noise, {counts['worse']}"
-        f" worse, {counts['within the noise']} within it."
+        f"Comparisons of an arm with SE: {len(verdicts)}. Better than without by more than the"
+        f" noise: {counts['better']}; worse: {counts['worse']}; within the noise:"
+        f" {counts['within the noise']}."
     )
 
 
@@ -193,7 +196,7 @@ def _gates(folder: Path, experiments: Sequence[Experiment]) -> Iterator[str]:
     yield "| network and data | arm | blocks | idle | fixed | mean gate | spread over the images |"
     yield "|---|---|---:|---:|---:|---:|---:|"
     for experiment in experiments:
-        for arm, runs in _arms(folder, experiment):
+        for arm, runs in _arms(folder, experiment) if not experiment.note else ():
             gates = next((run["gates"] for run in runs.values() if run["gates"]), None)
             if gates is None:
                 continue
@@ -202,6 +205,34 @@ def _gates(folder: Path, experiments: Sequence[Experiment]) -> Iterator[str]:
             yield (
                 f"| {_title(experiment)} | {arm.text} | {len(blocks)} | {100 * shares[0]:.0f} %"
                 f" | {100 * shares[1]:.0f} % | {shares[2]:.3f} | {shares[3]:.3f} |"
+            )
+
+
+def _rates(folder: Path, experiments: Sequence[Experiment]) -> Iterator[str]:
+    """What each rate gave on the images by which it was chosen."""
+    rates = sorted({rate for experiment in experiments for rate in experiment.rates})
+    yield "### How the rates were chosen"
+    yield ""
+    yield (
+        "Accuracy on the images that were kept back from training, at each rate of the grid; of"
+        " equal accuracies the smaller loss was taken."
+    )
+    yield ""
+    yield f"| network and data | arm | images | epochs | {' | '.join(map(str, rates))} |"
+    yield "|---|---|---:|---:|" + "---:|" * len(rates)
+    seen = set()
+    for experiment in experiments:
+        for arm in experiment.arms:
+            stem = folder / experiment.folder / arm.name
+            paths = [Path(f"{stem}-rate-{rate:g}.json") for rate in rates]
+            if stem in seen or not all(path.exists() for path in paths):
+                continue
+            seen.add(stem)
+            last = [json.loads(path.read_text())["history"][-1] for path in paths]
+            cells = [f"{100 * row['val_acc']:.1f} %" for row in last]
+            yield (
+                f"| {_title(experiment)} | {arm.text} | {experiment.sizes.val}"
+                f" | {last[0]['epoch']} | {' | '.join(cells)} |"
             )
 
 

@@ -47,7 +47,7 @@ def test_the_files_are_of_the_list() -> None:
 def test_a_tiny_list_from_training_to_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    experiments = list(SCALES["quick"]())
+    experiments = SCALES["quick"]()
     run_all(experiments, tmp_path / "quick")
     assert capsys.readouterr().out.count(".json") == 20
     run_all(experiments, tmp_path / "quick")  # all of it is there

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
+import torch
 from commands import command
+from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 from rich.console import Console
 
@@ -23,7 +25,7 @@ from se_inject import DataError
 from se_inject.finetune.after import evaluate as use
 from se_inject.finetune.data.folders import split_folders
 from se_inject.finetune.data.images import to_rgb
-from se_inject.finetune.data.loading import open_data
+from se_inject.finetune.data.loading import open_data, seed_of, seeded
 from se_inject.finetune.data.parts import table_of
 from se_inject.finetune.data.sources import open_sources
 from se_inject.finetune.data.split import open_split, write_split
@@ -499,3 +501,13 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "summary.json").exists()
     assert not os.path.exists("~")
+
+
+def test_the_numbers_of_an_image_are_those_of_its_seed_and_nothing_else_moves() -> None:
+    before = torch.get_rng_state()
+    with seeded(3, 1, 7):
+        drawn = torch.rand(4)
+    assert torch.equal(torch.get_rng_state(), before)
+    with isolate_rng(include_cuda=False):
+        torch.manual_seed(seed_of(3, 1, 7))
+        assert torch.equal(drawn, torch.rand(4))
