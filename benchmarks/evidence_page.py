@@ -72,9 +72,9 @@ def _runs(folder: Path, experiment: Experiment, arm: Arm) -> dict[int, Run]:
 
 
 def _arms(folder: Path, experiment: Experiment) -> list[tuple[Arm, dict[int, Run]]]:
-    """The arms of which there are two seeds at least; none, where the base arm is not of them."""
+    """The arms of which all seeds are there; none, where the base arm is not of them."""
     found = [(arm, _runs(folder, experiment, arm)) for arm in experiment.arms]
-    there = [(arm, runs) for arm, runs in found if len(runs) > 1]
+    there = [(arm, runs) for arm, runs in found if len(runs) == len(experiment.seeds)]
     has_base = any(arm.name == experiment.base for arm, _ in there)
     return there if has_base and len(there) > 1 else []
 
@@ -164,7 +164,7 @@ def _summary(folder: Path, experiments: Sequence[Experiment]) -> str:
 
 def _found(scale: str, question: int) -> list[str]:
     text = FOUND.get((scale, question), "")
-    return ["", text] if text else []
+    return ["", text.rstrip()] if text else []
 
 
 def _circumstances(folder: Path) -> list[str]:
