@@ -152,6 +152,32 @@ def test_each_line_under_the_lock() -> None:
         assert another_thread_can_plan(), stopper.at
 
 
+@pytest.mark.parametrize("load", [False, True])
+def test_each_line_of_the_context_managers_of_gradients(load: bool, tmp_path: Path) -> None:
+    path = tmp_path / "se.safetensors"
+    save_se(inject_se(build(), 4, example_input=X), path)
+    model = build()
+    plan = plan_se(model, 4, example_input=X)
+
+    def do() -> None:
+        load_se(model, path) if load else plan.apply()
+
+    counter = Stopper(None, "grad_mode.py")
+    counter.run(do)
+    assert counter.count > 5
+    remove_se(model)
+    # The last ones are of the edit and of the tensors that are filled in.
+    some = {
+        *range(1, counter.count + 1, max(1, counter.count // 6)),
+        *range(counter.count - 8, counter.count + 1),
+    }
+    for n in sorted(some - {0}):
+        around, stopper = process_state(), Stopper(n, "grad_mode.py")
+        assert stopper.run(do)
+        assert process_state() == around, stopper.at
+        assert not any(map(edit_of, model.modules())), stopper.at
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("part", range(5))
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -5,11 +5,13 @@ A ``with`` block puts things back too, but a Ctrl-C that comes while a Python ``
 Putting back twice, or after half of it was done, is safe.
 """
 
+import functools
 import pickle
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy
 import torch
@@ -20,6 +22,9 @@ from se_inject.torch_private import (
     set_torch_function_state,
     torch_function_state,
 )
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +48,24 @@ class Modes:
             set_function_modes(self.functions)
         if torch.is_grad_enabled() != self.grad:
             torch.set_grad_enabled(self.grad)
+
+
+def modes_kept(function: Callable[P, T]) -> Callable[P, T]:
+    """Put the modes of the thread back where ``function`` fails or is interrupted.
+
+    A Ctrl-C at the first line of ``torch.no_grad.__exit__`` would leave gradients off.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        modes = Modes.now()
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            modes.put_back()
+            raise
+
+    return call
 
 
 class ForeignRandomNumbers:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from se_inject.edit.insert import is_injected
 from se_inject.edit.whole import ModuleState, run_or_undo
 from se_inject.errors import CheckpointError
+from se_inject.graph.thread_state import modes_kept
 from se_inject.keep.fingerprint import dtype_name, module_hashes, se_keys, tensors_of
 from se_inject.keep.header import Header
 from se_inject.keep.hub.folder import weights_file
@@ -26,6 +27,7 @@ from se_inject.plan.checks import check_model
 from se_inject.plan.plan import Plan
 
 
+@modes_kept
 def load_se(
     base: nn.Module,
     path: str | os.PathLike[str],

@@ -10,6 +10,7 @@ from se_inject.edit.insert import insert, withdraw
 from se_inject.edit.site import Site
 from se_inject.graph.example import item_size
 from se_inject.graph.recording.call import Arguments
+from se_inject.graph.thread_state import modes_kept
 from se_inject.graph.trace import TracedBlock
 from se_inject.layers.attention import SELayer
 from se_inject.layers.cost import SECost, sum_costs
@@ -49,6 +50,7 @@ class Plan:
         """Parameters and MACs of all sites together."""
         return sum_costs(site.cost for site in self.sites)
 
+    @modes_kept
     def apply(self) -> nn.Module:
         """Insert the SE blocks into the model, in place, and return it.
 

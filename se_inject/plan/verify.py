@@ -86,8 +86,13 @@ def _is_kept(module: nn.Module, sites: list[Site], block: TracedBlock, variant: 
     """Whether the outputs stay equal; also where this cannot be tried."""
     device = sites[0].device
     own = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(own, device_type="cuda" if not own else device.type):
-        return _stays_equal(module, sites, block, variant, device)
+    numbers = torch.get_rng_state()
+    try:
+        with torch.random.fork_rng(own, device_type="cuda" if not own else device.type):
+            return _stays_equal(module, sites, block, variant, device)
+    except BaseException:  # it may have come before fork_rng put them back
+        torch.set_rng_state(numbers)
+        raise
 
 
 def _seed(device: torch.device) -> None:
