@@ -104,16 +104,16 @@ def _compared(folder: Path, experiment: Experiment) -> Iterator[tuple[Arm, Diffe
 
 
 def _title(experiment: Experiment) -> str:
-    name = f"{NETWORKS[experiment.network]} on {DATA[experiment.data]}"
-    return f"{name} ({experiment.note})" if experiment.note else name
+    return f"{NETWORKS[experiment.network]} on {DATA[experiment.data]}"
 
 
 def _table(folder: Path, experiment: Experiment) -> Iterator[str]:
     arms = _arms(folder, experiment)
     first = next(iter(arms[0][1].values()))
     sizes, recipe = first["sizes"], first["options"]
+    note = f" ({experiment.note})" if experiment.note else ""
     yield (
-        f"**{_title(experiment)}**: {sizes['train']:,} training and {first['test']['images']:,}"
+        f"**{_title(experiment)}**{note}: {sizes['train']:,} training and {first['test']['images']:,}"
         f" test images of {recipe['img_size']} pixels, {recipe['epochs']} epochs, batches of"
         f" {recipe['batch_size']}. The largest class has"
         f" {100 * first['test']['majority_share']:.1f} % of the test images."
