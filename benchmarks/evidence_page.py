@@ -113,9 +113,9 @@ def _table(folder: Path, experiment: Experiment) -> Iterator[str]:
     sizes, recipe = first["sizes"], first["options"]
     note = f" ({experiment.note})" if experiment.note else ""
     yield (
-        f"**{_title(experiment)}**{note}: {sizes['train']:,} training and {first['test']['images']:,}"
-        f" test images of {recipe['img_size']} pixels, {recipe['epochs']} epochs, batches of"
-        f" {recipe['batch_size']}. The largest class has"
+        f"**{_title(experiment)}**{note}: {sizes['train']:,} training and"
+        f" {first['test']['images']:,} test images of {recipe['img_size']} pixels,"
+        f" {recipe['epochs']} epochs, batches of {recipe['batch_size']}. The largest class has"
         f" {100 * first['test']['majority_share']:.1f} % of the test images."
     )
     yield ""
