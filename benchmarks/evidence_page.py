@@ -60,6 +60,7 @@ def build(results: Path) -> tuple[str, dict[str, str]]:
             lines += _found(scale, question)
         lines += ["", *_rates(results / scale, experiments)]
         lines += ["", *_gates(results / scale, experiments)]
+        lines += _missing(results / scale, SCALES[scale]())
     return "\n".join([*lines, TAIL]), pictures
 
 
@@ -234,6 +235,17 @@ def _rates(folder: Path, experiments: Sequence[Experiment]) -> Iterator[str]:
                 f"| {_title(experiment)} | {arm.text} | {experiment.sizes.val}"
                 f" | {last[0]['epoch']} | {' | '.join(cells)} |"
             )
+
+
+def _missing(folder: Path, experiments: Sequence[Experiment]) -> list[str]:
+    """Which arms of the list have not been trained with every seed."""
+    missing: dict[str, dict[str, None]] = {}
+    for experiment in experiments:
+        for arm in experiment.arms:
+            if len(_runs(folder, experiment, arm)) < len(experiment.seeds):
+                missing.setdefault(_title(experiment), {})[arm.text] = None
+    rows = [f"- {title}: {'; '.join(arms)}" for title, arms in missing.items()]
+    return ["", "### Not trained yet", "", *rows] if rows else []
 
 
 def _mean(blocks: Sequence[dict[str, Any]], name: str) -> float:
