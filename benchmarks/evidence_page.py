@@ -60,6 +60,7 @@ def build(results: Path) -> tuple[str, dict[str, str]]:
             lines += _found(scale, question)
         lines += ["", *_rates(results / scale, experiments)]
         lines += ["", *_gates(results / scale, experiments)]
+        lines += _missing(results / scale, SCALES[scale]())
     return "\n".join([*lines, TAIL]), pictures
 
 
@@ -104,18 +105,18 @@ def _compared(folder: Path, experiment: Experiment) -> Iterator[tuple[Arm, Diffe
 
 
 def _title(experiment: Experiment) -> str:
-    name = f"{NETWORKS[experiment.network]} on {DATA[experiment.data]}"
-    return f"{name} ({experiment.note})" if experiment.note else name
+    return f"{NETWORKS[experiment.network]} on {DATA[experiment.data]}"
 
 
 def _table(folder: Path, experiment: Experiment) -> Iterator[str]:
     arms = _arms(folder, experiment)
     first = next(iter(arms[0][1].values()))
     sizes, recipe = first["sizes"], first["options"]
+    note = f" ({experiment.note})" if experiment.note else ""
     yield (
-        f"**{_title(experiment)}**: {sizes['train']:,} training and {first['test']['images']:,}"
-        f" test images of {recipe['img_size']} pixels, {recipe['epochs']} epochs, batches of"
-        f" {recipe['batch_size']}. The largest class has"
+        f"**{_title(experiment)}**{note}: {sizes['train']:,} training and"
+        f" {first['test']['images']:,} test images of {recipe['img_size']} pixels,"
+        f" {recipe['epochs']} epochs, batches of {recipe['batch_size']}. The largest class has"
         f" {100 * first['test']['majority_share']:.1f} % of the test images."
     )
     yield ""
@@ -234,6 +235,17 @@ def _rates(folder: Path, experiments: Sequence[Experiment]) -> Iterator[str]:
                 f"| {_title(experiment)} | {arm.text} | {experiment.sizes.val}"
                 f" | {last[0]['epoch']} | {' | '.join(cells)} |"
             )
+
+
+def _missing(folder: Path, experiments: Sequence[Experiment]) -> list[str]:
+    """Which arms of the list have not been trained with every seed."""
+    missing: dict[str, dict[str, None]] = {}
+    for experiment in experiments:
+        for arm in experiment.arms:
+            if len(_runs(folder, experiment, arm)) < len(experiment.seeds):
+                missing.setdefault(_title(experiment), {})[arm.text] = None
+    rows = [f"- {title}: {'; '.join(arms)}" for title, arms in missing.items()]
+    return ["", "### Not trained yet", "", *rows] if rows else []
 
 
 def _mean(blocks: Sequence[dict[str, Any]], name: str) -> float:
