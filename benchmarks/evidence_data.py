@@ -7,7 +7,6 @@ into this repository; digits are scikit-learn's.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -16,28 +15,10 @@ from evidence_list import Sizes
 from PIL import Image
 
 from se_inject.finetune.data.parts import Part, Split
+from se_inject.finetune.data.sources import InMemory
 
 FASHION = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 CELL = 64  # pixels: the side to which the cells (300 x 300) are made smaller once
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """Grey images [N, H, W] as a source of ``se-inject finetune``."""
-
-    pixels: np.ndarray
-    labels: list[int]
-    classes: tuple[str, ...]
-
-    @property
-    def names(self) -> list[str]:
-        return [str(i) for i in range(len(self.labels))]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[index]).convert("RGB"), self.labels[index]
 
 
 def _fashion() -> tuple[InMemory, InMemory]:

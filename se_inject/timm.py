@@ -13,13 +13,14 @@ is run through it::
     python -m se_inject.timm train.py DATA --model se_inject_resnet50 --model-kwargs r=8
 """
 
+import importlib
 import runpy
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -110,9 +111,8 @@ def _build(name: str, base: str, pretrained: bool, kwargs: dict[str, Any]) -> nn
     build = timm.model_entrypoint(base)
     model: Any = build(pretrained=pretrained and not with_blocks, **kwargs)
     size, channels = kwargs.get("img_size"), kwargs.get("in_chans", 3)
-    if (
-        size is not None and plan is None
-    ):  # The configuration keeps the size of the pretrained weights.
+    # The configuration keeps the size of the pretrained weights.
+    if size is not None and plan is None:
         sides = (size, size) if isinstance(size, int) else tuple(size)
         own["example_input"] = torch.empty(2, channels, *sides, device="meta")
     se_layer = Injection(attention=own.pop("attention", None)).se_layer
@@ -130,7 +130,7 @@ def _build(name: str, base: str, pretrained: bool, kwargs: dict[str, Any]) -> nn
         )
     # What timm's save_for_hf writes down, for local-dir: and hf-hub: to build the same again.
     model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "architecture": name}
-    return model  # type: ignore[no-any-return]
+    return cast(nn.Module, model)
 
 
 def _source(weights: Any) -> str | None:
@@ -163,8 +163,8 @@ def _main() -> None:
         sys.exit(f"there is no script {script}; timm's are in its repository, not in the package.")
     sys.argv = sys.argv[1:]
     sys.path[0] = str(script.resolve().parent)  # as `python SCRIPT.py` has it
-    import se_inject.timm  # noqa: F401  # This file is __main__ here, and not se_inject.timm.
-
+    # This file is __main__ here, and not se_inject.timm, whose import registers the names.
+    importlib.import_module("se_inject.timm")
     runpy.run_path(str(script), run_name="__main__")
 
 

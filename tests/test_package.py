@@ -4,7 +4,6 @@ import subprocess
 import sys
 import tarfile
 from email.parser import Parser
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,6 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of the source distribution, by their path in the repository."""
-    if find_spec("hatchling") is None:
-        pytest.skip("needs hatchling")
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -32,7 +29,7 @@ def test_the_source_distribution_has_files_of_the_repository_alone(sdist: dict[s
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        pytest.skip("not a clone of the repository")
+        pytest.skip("not a clone of the repository")  # but an unpacked source distribution
     new = subprocess.run(
         ["git", "ls-files", "--others", "--exclude-standard"],
         cwd=ROOT,

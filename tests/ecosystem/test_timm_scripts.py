@@ -15,7 +15,7 @@ import timm
 import torch
 from PIL import Image
 
-import se_inject.timm  # noqa: F401
+import se_inject.timm  # noqa: F401  # its import registers the names
 
 SCRIPTS = os.environ.get("SE_INJECT_TIMM_SCRIPTS")
 MODEL = ["--model", "se_inject_test_resnet", "--model-kwargs", "r=4", "placement=pre"]

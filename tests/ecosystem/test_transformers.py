@@ -132,7 +132,7 @@ def test_only_models_of_transformers_have_a_configuration() -> None:
 
 
 def test_a_timm_name_of_ours_needs_no_call(tmp_path: Path) -> None:
-    import se_inject.timm  # noqa: F401
+    import se_inject.timm  # noqa: F401  # its import registers the names
 
     config = transformers.TimmWrapperConfig(
         architecture="se_inject_test_resnet", num_labels=3, model_args={"r": 4}

@@ -67,16 +67,11 @@ def open_sources(settings: Settings) -> Mapping[str, Source]:
     return open_folder(root)
 
 
-class Digits:
-    """scikit-learn's 1,797 real handwritten digits, 8x8 pixels, as RGB images."""
+class InMemory:
+    """Grey images [N, H, W] of 8 bits, as RGB images."""
 
-    def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        self.pixels = (digits.images * (255 / 16)).astype(np.uint8)
-        self.labels = [int(label) for label in digits.target]
-        self.classes = tuple(map(str, range(10)))
+    def __init__(self, pixels: Any, labels: list[int], classes: tuple[str, ...]) -> None:
+        self.pixels, self.labels, self.classes = pixels, labels, classes
 
     @property
     def names(self) -> list[str]:
@@ -87,6 +82,17 @@ class Digits:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.pixels[index]).convert("RGB"), self.labels[index]
+
+
+class Digits(InMemory):
+    """scikit-learn's 1,797 real handwritten digits, 8x8 pixels."""
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        pixels = (digits.images * (255 / 16)).astype(np.uint8)
+        super().__init__(pixels, [int(label) for label in digits.target], tuple("0123456789"))
 
 
 class Pairs:
