@@ -15,13 +15,24 @@ def leaves(value: Any) -> list[Any]:
     return found
 
 
+# Planning asks this of thousands of values, so the quick tests come first.
+_PLAIN = frozenset((Tensor, nn.Parameter, int, float, bool, str, type(None)))
+_WHOLE = (Tensor, nn.Module)  # a ModuleDict is no Mapping here
+
+
 def _collect(value: Any, found: list[Any]) -> None:
-    if isinstance(value, Tensor | nn.Module):  # a ModuleDict is no Mapping here
+    kind = type(value)
+    if kind in _PLAIN:
         found.append(value)
-    elif isinstance(value, tuple | list):
+    elif kind is tuple or kind is list:
         for item in value:
             _collect(item, found)
-    elif isinstance(value, dict | Mapping):  # the test for a dict alone is much the faster one
+    elif isinstance(value, _WHOLE):
+        found.append(value)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _collect(item, found)
+    elif isinstance(value, (dict, Mapping)):  # the test for a dict alone is much the faster one
         for item in value.values():
             _collect(item, found)
     else:

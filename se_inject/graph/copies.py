@@ -63,13 +63,14 @@ def copy_with_twins(
         of_hooks = hooks_of(module)
         if not hooks:
             memo |= {id(value): _library_hooks(value) for value in of_hooks}
-        own_hooks = set(map(id, of_hooks))
+        seen = set(map(id, of_hooks))  # and what was looked into above
+        seen |= {id(module._parameters), id(module._buffers), id(module._modules)}
         for value in vars(module).values():
-            if type(value) in _WITHOUT_TENSORS or id(value) in own_hooks:
+            if type(value) in _WITHOUT_TENSORS or id(value) in seen:
                 continue
             if isinstance(value, torch.jit.ScriptFunction):
                 memo[id(value)] = value  # a function, which torch cannot copy
-            elif isinstance(value, Tensor | list | tuple | dict):
+            elif isinstance(value, _HOLDERS):
                 for tensor in tensors_in(value):  # detectors keep anchors in a plain list
                     if id(tensor) not in memo:
                         memo[id(tensor)] = tensors[id(tensor)] = _to_meta(tensor)
@@ -113,8 +114,13 @@ def copy_with_twins(
     return twin, twins, tensors
 
 
+_HOLDERS = (Tensor, list, tuple, dict)
+
 # Types of most attributes of a module. Such a value is its own copy.
 _WITHOUT_TENSORS = frozenset((bool, int, float, str, type(None)))
+
+# The __setstate__ of a convolution only fills in what files of an old torch lack.
+_COPIED_PLAINLY = frozenset((nn.Module, object, nn.modules.conv._ConvNd))
 
 # What a class may define so that copies of its instances are made in another way.
 _COPYING = {"__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__"}
@@ -126,7 +132,7 @@ def _copies_plainly(kind: Any) -> bool:
     """Whether ``copy.deepcopy`` makes a new object of the class and copies all its attributes."""
     if type(kind) is not type:
         return False
-    own = (base for base in kind.__mro__ if base not in (nn.Module, object))
+    own = (base for base in kind.__mro__ if base not in _COPIED_PLAINLY)
     return not any(name in vars(base) for base in own for name in _COPYING)
 
 
@@ -138,6 +144,8 @@ def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
             copied[name] = value
         elif id(value) in memo:
             copied[name] = memo[id(value)]
+        elif type(value) is set and not value:  # the names of buffers that are not saved
+            memo[id(value)] = copied[name] = set()
         elif type(value) is dict:
             memo[id(value)] = copied[name] = items = {}
             for key, item in value.items():

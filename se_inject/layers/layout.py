@@ -103,6 +103,22 @@ def pointwise(
     return convolution(width_in, width_out, 1, bias=bias, device=device, dtype=dtype)
 
 
+def zero_pointwise(
+    layout: Layout,
+    width_in: int,
+    width_out: int,
+    bias: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear:
+    """The layer of :func:`pointwise` with parameters of 0, made without drawing random numbers."""
+    layer = pointwise(layout, width_in, width_out, bias, "meta", dtype)
+    for name, parameter in list(layer.named_parameters()):
+        zeros = torch.zeros(parameter.shape, device=device, dtype=dtype)
+        setattr(layer, name, nn.Parameter(zeros))
+    return layer
+
+
 def first_convolution(model: nn.Module) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | None:
     """The first convolution of a model, which tells the kind and the channels of its input."""
     return next((m for m in model.modules() if isinstance(m, CONVOLUTIONS)), None)

@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 
 from se_inject.layers.gates import Gate, GateLayer, Init
 from se_inject.layers.hooks import is_watched
-from se_inject.layers.layout import IMAGES, Layout, pointwise
+from se_inject.layers.layout import IMAGES, Layout, pointwise, zero_pointwise
 from se_inject.layers.scale_add import add, scale_add, times
 from se_inject.layers.squeezes import SQUEEZES, Squeeze
 
@@ -91,10 +91,10 @@ class SqueezeExcite(nn.Module):
         self.squeeze = squeeze
         self.space = list(layout.space)
         self.fc1 = pointwise(layout, channels, bottleneck, bias, device, dtype)
-        self.fc2 = pointwise(layout, bottleneck, channels, bias, device, dtype)
+        # The identity start needs no random numbers, which cost more than the layer's memory does.
+        layer = zero_pointwise if init == "identity" else pointwise
+        self.fc2 = layer(layout, bottleneck, channels, bias, device, dtype)
         self.gate = GateLayer(gate, init)
-        if init == "identity":
-            self._close_fc2()
         self.set_plain(False)
 
     def set_plain(self, plain: bool) -> None:
@@ -141,11 +141,8 @@ class SqueezeExcite(nn.Module):
         self.fc1.reset_parameters()
         self.fc2.reset_parameters()
         if self.init == "identity":
-            self._close_fc2()
-
-    def _close_fc2(self) -> None:
-        for p in self.fc2.parameters():
-            nn.init.zeros_(p)
+            for p in self.fc2.parameters():
+                nn.init.zeros_(p)
 
     def __call__(
         self,
