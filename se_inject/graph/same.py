@@ -11,6 +11,9 @@ import torch.utils.checkpoint
 from torch import nn
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
+# Most attributes are of these types. A union of types would be built anew for each of them.
+_SIMPLE = frozenset((bool, int, float, str, type(None), torch.dtype))
+_EQUAL = (bool, int, float, str, torch.dtype, enum.Enum)
 
 
 def configuration(module: nn.Module, seen: dict[int, int] | None = None) -> Hashable:
@@ -44,8 +47,11 @@ def configuration(module: nn.Module, seen: dict[int, int] | None = None) -> Hash
 
 def _hashable(value: Any) -> Hashable:
     """The value itself where equality means sameness, else its identity (shares nothing)."""
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype | enum.Enum):
-        return (type(value), value)
+    kind = type(value)
+    if kind in _SIMPLE or isinstance(value, _EQUAL):
+        return (kind, value)
+    if kind is tuple and all(type(v) is int for v in value):  # a kernel's size, a stride
+        return (kind, value)
     if isinstance(value, type) or (inspect.isroutine(value) and not inspect.ismethod(value)):
         return value
     if isinstance(value, functools.partial):

@@ -33,7 +33,7 @@ def trace_block(
         return "it is a GraphModule: inject into the model that it was traced from"
     if sets := [name for call in calls for name in call.sets]:
         return f"its forward sets self.{sets[0]}; keep it in a local variable, or return it"
-    if len({_flags(module, call) for call in calls}) > 1:
+    if len(calls) > 1 and len({_flags(module, call) for call in calls}) > 1:
         return "it is called with different flags in one forward; exclude= leaves the block out"
     try:
         with unchanged(module), ForeignRandomNumbers() as numbers:
