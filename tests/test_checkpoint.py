@@ -358,10 +358,10 @@ def test_a_bad_file_is_one_clear_error_and_the_base_stays(
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
-def other_weights() -> nn.Module:
+def other_weights(block: str, index: int) -> nn.Module:
     model = base()
     with torch.no_grad():
-        model.layer2[0].conv1.weight[0, 0, 0, 0] += 1e-6
+        model.get_submodule(block).conv1.weight.view(-1)[index] += 1e-6
     return model
 
 
@@ -370,7 +370,14 @@ BAD_BASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dtype": (lambda: base().half(), "is float32 there and float16 here"),
     "smaller": (lambda: base("resnet10t"), "has no 'conv1.weight'"),
     "deeper": (lambda: base("resnet34"), "also has 'layer1.2.conv1.weight'"),
-    "weights": (other_weights, "1 of 122 tensors .* other values: 'layer2.0.conv1.weight'"),
+    "first value": (
+        lambda: other_weights("layer2.0", 0),
+        "1 of 122 tensors .* other values: 'layer2.0.conv1.weight'",
+    ),
+    "last value": (
+        lambda: other_weights("layer4.1", -1),
+        "1 of 122 tensors .* other values: 'layer4.1.conv1.weight'",
+    ),
     "meta": (lambda: base().to("meta"), "on the meta device"),
     "injected": (trained, r"has SE blocks already.*remove_se\(model\) first"),
 }
