@@ -146,6 +146,22 @@ def test_folding_a_variant_loses_no_bit(placement: Any, gate: Any, squeeze: Any)
     assert torch.equal(model(X), expected)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_bias_of_a_convolution_takes_the_factor_too(groups: int) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1, groups=groups)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.conv(x)
+
+    model = opened(inject_se(nn.Sequential(nn.Conv2d(3, 4, 1), Block()), example_input=X, r=2))
+    expected = model(X)
+    fold_gates(model)
+    assert torch.equal(model(X), expected)
+
+
 @pytest.mark.parametrize("gate", ["tanh", "relu"])
 def test_a_gate_that_is_no_multiple_of_the_papers_is_not_folded(gate: Any) -> None:
     model = inject_se(timm.create_model("resnet18"), example_input=X, gate=gate)
