@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -129,10 +130,8 @@ def forked(name: str, port: int | None, arguments: list[str], folder: Path) -> N
 
 
 if __name__ == "__main__":
-    # The modules that the commands import late, so that the forks have them.
-    import se_inject.cli.app
-    import se_inject.finetune.runs.trainer
-
+    for module in ("lightning.pytorch", "se_inject.cli.app", "se_inject.finetune.runs.trainer"):
+        import_module(module)  # so that the forks have what the commands import late
     torch.set_num_threads(1)
     for name, (port, arguments) in json.loads(sys.argv[1]).items():
         forked(name, port, arguments, Path(sys.argv[2]))

@@ -12,7 +12,6 @@ import torch
 import torchvision
 from commands import command
 from helpers import randomize
-from test_cli import run
 from torch import Tensor, nn
 
 import se_inject.keep.formats.program
@@ -398,7 +397,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_stock_command_and_timm_alone(folder: Path, tmp_path: Path) -> None:
     """Base weights from a file; a process that never imports se_inject gets the same outputs."""
     output = tmp_path / "stock.safetensors"
-    result = run(
+    result = command(
         *("export", "resnet18", "--weights", str(folder / "se.safetensors")),
         *("--checkpoint", str(folder / "base.pth"), "--output", str(output)),
     )
