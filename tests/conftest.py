@@ -50,7 +50,8 @@ def _process_as_it_was() -> Iterator[None]:
     """The same seed for each test; a Trainer's deterministic algorithms end with its test."""
     torch.manual_seed(0)
     yield
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():  # to turn them off imports torch's compiler
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
