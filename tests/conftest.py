@@ -83,6 +83,16 @@ def here() -> Callable[..., tuple[int, str, str]]:
     return here
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of runs have empty pictures: to draw them takes longer than a small run does.
+
+    For files that ask nothing of a page; test_page.py and test_finetune_figures.py draw.
+    """
+    empty = '<svg role="img"></svg>'
+    monkeypatch.setattr("se_inject.finetune.after.page_figures.inline_svg", lambda *_: empty)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished fine-tuning run of two arms, one epoch each; tests work on copies."""

@@ -23,6 +23,7 @@ def _execute(
 ) -> None:
     for descriptor, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+    multiprocessing.set_start_method(None, force=True)  # that of the platform, not a fork server
     os.environ.clear()  # the server has what the first test that asked for it had
     os.environ.update(env)
     sys.argv = ["-c", *arguments]

@@ -41,6 +41,11 @@ X = torch.randn(2, 3, 64, 64)
 
 def base(name: str = "resnet18", **options: Any) -> nn.Module:
     torch.manual_seed(0)
+    return copy.deepcopy(_base(name, **options))
+
+
+@functools.lru_cache(maxsize=2)
+def _base(name: str, **options: Any) -> nn.Module:
     model = timm.create_model(name, **options) if options else load_model(name)
     return randomize(model).eval()
 
