@@ -40,12 +40,14 @@ X = torch.randn(2, 3, 64, 64)
 
 
 def base(name: str = "resnet18", **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return copy.deepcopy(_base(name, **options))
+    model = copy.deepcopy(_base(name, **options))
+    torch.manual_seed(0)  # what comes next is the same where the model had been built before
+    return model
 
 
 @functools.lru_cache(maxsize=2)
 def _base(name: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
     model = timm.create_model(name, **options) if options else load_model(name)
     return randomize(model).eval()
 
