@@ -50,7 +50,8 @@ def _process_as_it_was() -> Iterator[None]:
     """The same seed for each test; a Trainer's deterministic algorithms end with its test."""
     torch.manual_seed(0)
     yield
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():  # to turn them off imports torch's compiler
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -80,6 +81,16 @@ def here() -> Callable[..., tuple[int, str, str]]:
         return result.returncode, result.stdout, result.stderr
 
     return here
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of runs have empty pictures: to draw them takes longer than a small run does.
+
+    For files that ask nothing of a page; test_page.py and test_finetune_figures.py draw.
+    """
+    empty = '<svg role="img"></svg>'
+    monkeypatch.setattr("se_inject.finetune.after.page_figures.inline_svg", lambda *_: empty)
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,16 @@
-"""What one of two processes does: ``torchrun --nproc-per-node 2 THIS MODE FOLDER``.
+"""What one of two processes does: ``torchrun --nproc-per-node 2 THIS JOBS FOLDER``.
 
-Trains an injected network for a few steps and writes its losses; MODE is "single", "ddp" or
-"fsdp". The BatchNorms stay in eval mode: their statistics are of each process's own batch.
+Each process of torchrun imports torch, timm and Lightning once and forks a process of its own for
+each job: the imports take longer than the jobs. JOBS is a JSON object of names and arguments. The
+job ``train MODE`` trains an injected network for a few steps, every other one is a command of
+se-inject. What a job prints and its exit status go to FOLDER.
 """
 
 import json
 import os
 import sys
+import traceback
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -32,7 +36,11 @@ def injected() -> nn.Module:
     return inject_se(model, example_input=torch.randn(2, 3, 64, 64)).eval()
 
 
-def main(mode: str, folder: Path) -> None:
+def train(mode: str, folder: Path) -> list[float]:
+    """The losses of a few steps; ``mode`` is "single", "ddp" or "fsdp".
+
+    The BatchNorms stay in eval mode: their statistics are of each process's own batch.
+    """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     model = injected()
     if mode == "ddp":
@@ -75,17 +83,55 @@ def main(mode: str, folder: Path) -> None:
         set_model_state_dict(again, target)
         with torch.no_grad():
             assert torch.equal(model(images[0]), again(images[0]))
-    if rank == 0:
-        folder.joinpath(f"{mode}.json").write_text(json.dumps(losses))
+    return losses
+
+
+def job(name: str, arguments: list[str], folder: Path) -> None:
+    if arguments[0] != "train":
+        import se_inject.cli.app as cli
+
+        sys.argv = ["se-inject", *arguments]
+        cli.main()
+        return
+    dist.init_process_group("gloo")
+    try:
+        losses = train(arguments[1], folder)
+    finally:
+        dist.destroy_process_group()
+    if os.environ["RANK"] == "0":
+        folder.joinpath(f"{name}.json").write_text(json.dumps(losses))
+
+
+def forked(name: str, port: int | None, arguments: list[str], folder: Path) -> None:
+    """Run the job in a process of its own, which has what this one imported."""
+    own = folder / f"{name}-{os.environ['RANK']}"
+    child = os.fork()
+    if child:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        own.with_suffix(".status").write_text(str(status))
+        return
+    status = 1
+    try:
+        with own.with_suffix(".txt").open("w") as printed:
+            os.dup2(printed.fileno(), 1)
+            os.dup2(printed.fileno(), 2)
+        if port is not None:  # the place where torchrun lets its processes meet serves one meeting
+            os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
+        job(name, arguments, folder)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # nothing of the parent's is tidied up here
 
 
 if __name__ == "__main__":
-    mode, folder = sys.argv[1], Path(sys.argv[2])
+    for module in ("lightning.pytorch", "se_inject.cli.app", "se_inject.finetune.runs.trainer"):
+        import_module(module)  # so that the forks have what the commands import late
     torch.set_num_threads(1)
-    if mode != "single":
-        dist.init_process_group("gloo")
-    try:
-        main(mode, folder)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    for name, (port, arguments) in json.loads(sys.argv[1]).items():
+        forked(name, port, arguments, Path(sys.argv[2]))

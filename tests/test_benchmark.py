@@ -30,8 +30,13 @@ def test_the_report_ends_with_the_latency(call) -> None:
     assert "MACs and FLOPs hide this cost: SE reads every branch map once more" in out
 
 
+def narrow_vgg() -> torch.nn.Module:
+    """The vgg11_bn of timm has 130 million weights."""
+    return timm.models.vgg.VGG([8, "M", 16], norm_layer=torch.nn.BatchNorm2d, mlp_ratio=1 / 64)
+
+
 def test_a_network_of_units_is_measured_too(call) -> None:
-    status, out, _ = call("vgg11_bn", "--img-size", "32", "--benchmark")
+    status, out, _ = call("test_benchmark:narrow_vgg", "--img-size", "32", "--benchmark")
     assert status == 0
     assert "unit: after features.2" in out
     assert re.search(r"^Latency at batch size 1 \(cpu", out, re.M), out

@@ -6,9 +6,6 @@ import json
 import os
 import pickle
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +15,7 @@ import pytest
 import timm
 import torch
 from helpers import first_tensor, randomize
+from processes import ended, started
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.layers import EvoNorm2dB0, create_attn
@@ -42,6 +40,13 @@ X = torch.randn(2, 3, 64, 64)
 
 
 def base(name: str = "resnet18", **options: Any) -> nn.Module:
+    model = copy.deepcopy(_base(name, **options))
+    torch.manual_seed(0)  # what comes next is the same where the model had been built before
+    return model
+
+
+@functools.lru_cache(maxsize=2)
+def _base(name: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(name, **options) if options else load_model(name)
     return randomize(model).eval()
@@ -105,13 +110,12 @@ def test_load_in_a_new_process(tmp_path: Path) -> None:
     save_se(model, tmp_path / "se.safetensors")
     torch.save(X, tmp_path / "x.pt")
     program = f"""
-import sys, torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
 from test_checkpoint import base, load_se
 model = load_se(base(), {str(tmp_path / "se.safetensors")!r})
 torch.save(model(torch.load({str(tmp_path / "x.pt")!r})), {str(tmp_path / "y.pt")!r})
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    assert ended(program).stderr == ""
     assert torch.equal(torch.load(tmp_path / "y.pt"), model(X))
 
 
@@ -430,31 +434,22 @@ def test_kill_minus_nine_never_leaves_half_a_file(tmp_path: Path) -> None:
     """A process saves over and over, until it is killed at some moment."""
     path = tmp_path / "se.safetensors"
     program = f"""
-import os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_checkpoint import save_se, trained
 model = trained()
-for _ in sys.stdin:
-    child = os.fork()  # it has imported all that it needs
-    while child == 0:
-        save_se(model, {str(path)!r}, extra="*")
-    print(child, flush=True)
-    os.waitpid(child, 0)
+while True:
+    save_se(model, {str(path)!r}, extra="*")
 """
     moments, expected = random.Random(0), output(trained())
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as parent:
-        assert parent.stdin is not None
-        assert parent.stdout is not None
-        for _ in range(4):
-            print("again", file=parent.stdin, flush=True)
-            child = int(parent.stdout.readline())
-            while not path.exists():  # until there is a first file
-                time.sleep(0.05)
-            time.sleep(moments.uniform(0, 0.5))
-            os.kill(child, signal.SIGKILL)
-            assert torch.equal(output(load_se(base(), path)), expected)
+    for _ in range(4):
+        path.unlink(missing_ok=True)
+        child = started(program)
+        while not path.exists():  # until there is a first file
+            assert child.exitcode is None
+            time.sleep(0.05)
+        time.sleep(moments.uniform(0, 0.5))
+        child.kill()
+        child.join()
+        assert torch.equal(output(load_se(base(), path)), expected)
 
 
 def test_half_precision_and_shared_tensors(tmp_path: Path) -> None:

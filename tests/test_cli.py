@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import pytest
 import typer
 from commands import command
+from processes import ended
 from typer.testing import CliRunner, Result
 
 import se_inject
@@ -367,7 +368,7 @@ def test_no_argument_prints_the_help() -> None:
 
 
 def test_the_version() -> None:
-    result = run("--version")
+    result = command("--version")
     assert result.stdout == f"se-inject {se_inject.__version__}\n"
 
 
@@ -403,14 +404,8 @@ def test_a_terminal_without_unicode_still_gets_the_report(monkeypatch: pytest.Mo
 
 
 def test_a_full_disk_is_one_line() -> None:
-    with open("/dev/full", "w") as full:
-        result = subprocess.run(
-            [sys.executable, "-m", "se_inject", "resnet18"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+    program = "import sys; from se_inject.cli.app import main; sys.argv[1:] = ['resnet18']; main()"
+    result = ended(program, stdout="/dev/full")
     assert result.returncode == 1
     assert result.stderr.startswith("error: cannot write: ")
     assert len(result.stderr.splitlines()) == 1

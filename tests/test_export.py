@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_net
 import timm
 import torch
 import torchvision
 from commands import command
 from helpers import randomize
-from test_cli import run
 from torch import Tensor, nn
 
 import se_inject.keep.formats.program
@@ -291,8 +291,8 @@ def test_half_precision_has_a_stock_network_and_no_onnx(dtype: torch.dtype, tmp_
     model = opened(inject_se(base, example_input=X)).to(dtype)
     assert next(to_stock(model).parameters()).dtype == dtype
     if dtype == torch.bfloat16:
-        small = inject_se(timm.create_model("test_resnet"), example_input=X).to(dtype)
-        with pytest.raises(ExportError, match="ONNX cannot hold ResNet"):
+        small = inject_se(small_net.build(), 4, divisor=1, example_input=X).to(dtype)
+        with pytest.raises(ExportError, match="ONNX cannot hold SmallNet"):
             write_onnx(small, tmp_path / "net.onnx")
         assert list(tmp_path.iterdir()) == []
 
@@ -379,7 +379,10 @@ def test_a_format_says_what_loads_its_file(name: str, tmp_path: Path) -> None:
     import onnxruntime
 
     form = FORMATS[name]
-    model = after_real_steps("resnet18" if name == "stock" else "test_resnet")
+    if name == "stock":
+        model = after_real_steps("resnet18")
+    else:
+        model = opened(inject_se(small_net.build(), 4, divisor=1, example_input=X))
     hint = form.write(model, tmp_path / f"net{form.suffix}")
     loaded = eval(hint, {"timm": timm, "torch": torch, "onnxruntime": onnxruntime})
     if name == "onnx":
@@ -414,7 +417,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_stock_command_and_timm_alone(folder: Path, tmp_path: Path) -> None:
     """Base weights from a file; a process that never imports se_inject gets the same outputs."""
     output = tmp_path / "stock.safetensors"
-    result = run(
+    result = command(
         *("export", "resnet18", "--weights", str(folder / "se.safetensors")),
         *("--checkpoint", str(folder / "base.pth"), "--output", str(output)),
     )

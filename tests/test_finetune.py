@@ -7,8 +7,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -24,6 +22,7 @@ import torch
 from commands import command
 from helpers import randomize
 from PIL import Image
+from processes import started
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -279,11 +278,12 @@ THE_SAME = replace(
 
 def killed_in_epoch_2(folder: Path) -> None:
     """A run that waits in its second epoch until it is killed, however slow the machine is."""
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder)])
-    while not (folder / "in_epoch_2").exists() and process.poll() is None:
+    process = started(PROGRAM, str(folder))
+    while not (folder / "in_epoch_2").exists() and process.exitcode is None:
         time.sleep(0.05)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def terminated_in_epoch_2(folder: Path) -> None:

@@ -4,8 +4,7 @@ import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import started
 from rich.console import Console
 from test_finetune_data import SETTINGS, tree
 
@@ -28,10 +28,13 @@ from se_inject.finetune.training.recipe import Recipe
 QUIET = Console(quiet=True)
 Here = Callable[..., tuple[int, str, str]]
 
-pytestmark = pytest.mark.filterwarnings(
-    *("ignore::DeprecationWarning", "ignore::FutureWarning"),
-    *("ignore:.*:UserWarning:lightning", "ignore:Checkpoint directory"),
-)
+pytestmark = [
+    pytest.mark.usefixtures("no_pictures"),
+    pytest.mark.filterwarnings(
+        *("ignore::DeprecationWarning", "ignore::FutureWarning"),
+        *("ignore:.*:UserWarning:lightning", "ignore:Checkpoint directory"),
+    ),
+]
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -41,25 +44,21 @@ def edit(path: Path, **changes: Any) -> None:
 # --- one writer ----------------------------------------------------------------------------------
 
 HOLD = """
+import signal
 import sys
 from pathlib import Path
 from se_inject.finetune.runs.lock import only_writer
 with only_writer(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
+    Path(sys.argv[2]).touch()
+    signal.pause()
 """
 
 
-def test_a_second_writer_is_told_who_the_first_is(run: Path, here: Here) -> None:
-    first = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(run)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert first.stdin is not None
-    assert first.stdout is not None
-    assert first.stdout.readline() == "held\n"
+def test_a_second_writer_is_told_who_the_first_is(run: Path, here: Here, tmp_path: Path) -> None:
+    first = started(HOLD, str(run), str(tmp_path / "held"))
+    while not (tmp_path / "held").exists():
+        assert first.exitcode is None
+        time.sleep(0.05)
     said = f"being written to by process {first.pid} on {platform.node()}"
     with pytest.raises(ArgumentError, match=said):
         running.start(SETTINGS, run, QUIET)
@@ -67,7 +66,7 @@ def test_a_second_writer_is_told_who_the_first_is(run: Path, here: Here) -> None
     assert (status, len(err.splitlines())) == (1, 1)
     assert said in err
     first.kill()
-    first.communicate()
+    first.join()
     assert (run / lock.HOLDER).exists()
     assert here("finetune", "--resume", str(run))[0] == 0  # the system let go of it
     assert not (run / lock.HOLDER).exists()

@@ -33,10 +33,13 @@ from se_inject.finetune.training.recipe import Recipe
 QUIET = Console(quiet=True)
 Here = Callable[..., tuple[int, str, str]]
 
-pytestmark = pytest.mark.filterwarnings(
-    *("ignore::DeprecationWarning", "ignore::FutureWarning"),
-    *("ignore:.*:UserWarning:lightning", "ignore:Checkpoint directory"),
-)
+pytestmark = [
+    pytest.mark.usefixtures("no_pictures"),
+    pytest.mark.filterwarnings(
+        *("ignore::DeprecationWarning", "ignore::FutureWarning"),
+        *("ignore:.*:UserWarning:lightning", "ignore:Checkpoint directory"),
+    ),
+]
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,13 @@ from se_inject.finetune.after import evaluate as use
 from se_inject.finetune.options.trust import check_code, printable
 from se_inject.finetune.runs import trainer as running
 
-pytestmark = pytest.mark.filterwarnings(
-    *("ignore::DeprecationWarning", "ignore::FutureWarning"),
-    *("ignore:.*:UserWarning:lightning", "ignore:Checkpoint directory"),
-)
+pytestmark = [
+    pytest.mark.usefixtures("no_pictures"),
+    pytest.mark.filterwarnings(
+        *("ignore::DeprecationWarning", "ignore::FutureWarning"),
+        *("ignore:.*:UserWarning:lightning", "ignore:Checkpoint directory"),
+    ),
+]
 
 
 # --- code from a run folder ----------------------------------------------------------------------
@@ -125,11 +128,20 @@ def test_augmentations_of_timm_are_taken(change: dict[str, Any], tmp_path: Path)
 # --- damaged files -------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def one_arm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one_arm")
+    root = tree(folder / "data", "a", "b")
+    result = command(*COMMAND, "--data", str(root), "--output", str(folder / "run"))
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
 @pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04 half a file"])
-def test_a_damaged_checkpoint_names_the_way_out(content: bytes, tmp_path: Path) -> None:
-    root = tree(tmp_path / "data", "a", "b")
-    run = tmp_path / "run"
-    assert command(*COMMAND, "--data", str(root), "--output", str(run)).returncode == 0
+def test_a_damaged_checkpoint_names_the_way_out(
+    content: bytes, one_arm: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(one_arm, tmp_path / "run")
     (run / "arm.json").unlink()
     (run / "last.ckpt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"last\.ckpt is damaged .*\. Remove it to train"):

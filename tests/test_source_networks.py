@@ -32,7 +32,7 @@ def outputs(model: nn.Module, weights: dict[str, Tensor]) -> list[Tensor]:
     result = []
     with torch.no_grad():
         for mode in (False, True):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # not those of other devices: 5 ms each time
             result.append(model.train(mode)(X.clone()))
     return result
 
@@ -45,7 +45,7 @@ def with_gradients(model: nn.Module, weights: dict[str, Tensor]) -> list[Tensor]
     result = outputs(model, weights)
     model.load_state_dict(weights, strict=False)
     x = X.clone().requires_grad_()
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     out = model(x)
     names = [n for n, _ in model.named_parameters() if n in weights]
     parameters = [dict(model.named_parameters())[n] for n in names]
@@ -137,8 +137,8 @@ def run(seeds: range, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:r=2 is more than the channels")
 @pytest.mark.parametrize("part", range(2))
 def test_source_networks(part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """200 of them: each takes about 0.16 s of one core, and all tests have 25 minutes."""
-    run(range(part * 100, part * 100 + 100), tmp_path, monkeypatch)
+    """100 of them: each takes about 0.16 s of one core, and all tests have 25 minutes."""
+    run(range(part * 50, part * 50 + 50), tmp_path, monkeypatch)
 
 
 @pytest.mark.long

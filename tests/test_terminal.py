@@ -1,19 +1,18 @@
 """The command line on narrow terminals, without colours, in completions and for programs."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import ended
 
 from se_inject import inject_se, save_se
 from se_inject.models.names import load_model
 
 Call = Callable[..., tuple[int, str, str]]
+PROGRAM = "import sys; sys.argv[0] = 'se-inject'; from se_inject.cli.app import main; main()"
 COMMANDS = ("report", "zoo", "export", "finetune", "evaluate", "predict", "gates", "prune", "page")
 
 
@@ -54,9 +53,10 @@ def test_words_of_the_zoo_are_whole_on_a_narrow_terminal(
 
 @pytest.mark.parametrize("args", [["test_resnet"], ["report", "--help"]])
 def test_no_color_turns_colours_off(args: list[str]) -> None:
-    command = [sys.executable, "-m", "se_inject", *args]
-    env = {**os.environ, "FORCE_COLOR": "1", "NO_COLOR": "1", "TERM": "xterm-256color"}
-    out = subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
+    env = {"FORCE_COLOR": "1", "NO_COLOR": "1", "TERM": "xterm-256color"}
+    done = ended(PROGRAM, *args, env=env)
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
     codes = {code for found in re.findall(r"\x1b\[([\d;]*)m", out) for code in found.split(";")}
     assert codes  # it is told to write for a terminal
     assert codes <= {"", "0", "1", "2", "3", "4"}  # bold, faint, italic and underlined alone
@@ -72,16 +72,11 @@ def test_no_color_turns_colours_off(args: list[str]) -> None:
 )
 def test_a_shell_completes_commands_and_options(words: str, expected: str) -> None:
     env = {
-        **os.environ,
         "_SE_INJECT_COMPLETE": "complete_bash",
         "COMP_WORDS": words,
         "COMP_CWORD": str(len(words.split()) - 1),
     }
-    code = "import sys; sys.argv = ['se-inject']; from se_inject.cli.app import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False
-    )
-    assert done.stdout.split() == [expected]
+    assert ended(PROGRAM, env=env).stdout.split() == [expected]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
