@@ -232,9 +232,12 @@ def test_a_verdict_says_what_the_seeds_say() -> None:
         return results.verdict(arms)
 
     clear = verdict(se=arm(0.90, 0.91, 0.93), control=arm(0.80, 0.82, 0.82))
-    assert clear == "With SE +10.00 points, 95 % interval ±2.48 over 3 seeds: more than the noise."
+    assert clear == (
+        "SE blocks change the accuracy by +10.00 points (95 % interval ±2.48, 3 seeds)."
+        " This is more than the noise."
+    )
     assert "within the noise" in verdict(se=arm(0.9, 0.8, 0.85), control=arm(0.8, 0.9, 0.85))
-    assert "one seed says nothing" in verdict(se=arm(0.9), control=arm(0.8))
+    assert "One seed says nothing" in verdict(se=arm(0.9), control=arm(0.8))
     assert "--control" in verdict(se=arm(0.9))
 
 

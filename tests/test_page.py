@@ -284,7 +284,7 @@ def test_finetune_draws_the_page_and_a_fault_there_loses_nothing(
     # A run whose arms are done is summed up anew, and trains nothing.
     status, out, err = call("finetune", "--resume", str(run))
     assert status == 0
-    assert "Best weights, metrics, curves" in out
+    assert "Best weights, metrics and curves" in out
     assert (run / "page.html").exists() == (not fails)
     assert ("no picture today" in err) == fails
     assert (run / "summary.json").exists()

@@ -170,7 +170,7 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
         for line in _about(arm, row):
             console.print(line, highlight=False, soft_wrap=True)
     console.print(summary["verdict"], highlight=False)
-    console.print(f"Best weights, metrics, curves: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"Best weights, metrics and curves: {folder}", highlight=False, soft_wrap=True)
 
 
 def _share(spread: dict[str, Any]) -> str:
@@ -179,14 +179,20 @@ def _share(spread: dict[str, Any]) -> str:
 
 
 def _about(arm: str, row: dict[str, Any]) -> list[str]:
-    """Which epoch the figures are of, and those that do not gain from a large class."""
-    chosen = ", ".join(map(str, row["best_epoch"]))
+    """Which epoch the figures are of, and the figures that a large class does not flatter."""
+    epochs = row["best_epoch"]
     which = "the last" if row["select"] == "last" else "the best"
-    lines = [f"{arm}: validation accuracy of {which} of {row['epochs']} epochs, epoch {chosen}"]
+    chosen = ", ".join(map(str, epochs))
+    if len(epochs) > 1:
+        chosen = f"{chosen} of its {len(epochs)} seeds"
+    lines = [
+        f"{arm}: the validation accuracy is that of {which} of {row['epochs']} epochs,"
+        f" {'epochs' if len(epochs) > 1 else 'epoch'} {chosen}."
+    ]
     if row["balanced_accuracy"] is not None:
         lines.append(
-            f"  balanced accuracy {100 * row['balanced_accuracy']:.2f} %,"
-            f" macro F1 {100 * row['macro_f1']:.2f} %,"
-            f" largest class {100 * row['majority_share']:.2f} %"
+            f"  Balanced accuracy {100 * row['balanced_accuracy']:.2f} %,"
+            f" macro F1 {100 * row['macro_f1']:.2f} %;"
+            f" the largest class has {100 * row['majority_share']:.2f} %."
         )
     return lines
