@@ -76,9 +76,7 @@ def verdict(arms: dict[str, list[dict[str, Any]]]) -> str:
             " --train se+head."
         )
     if "control" not in arms:
-        return (
-            "No control arm was trained. With --control, the run says whether the SE blocks helped."
-        )
+        return "No control arm was trained. Add --control to see whether SE blocks helped."
     every = [*arms["se"], *arms["control"]]
     where, key = "", "val_acc"
     if all(r.get("test") for r in every):

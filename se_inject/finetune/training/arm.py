@@ -78,7 +78,7 @@ class Arm:
         done = epochs_done(last)
         if not last.exists() and (self.folder / "metrics.csv").exists():
             warnings.warn(
-                f"{last} is missing, so this arm begins anew at its first epoch.", stacklevel=2
+                f"{last} is missing, so this arm begins again at its first epoch.", stacklevel=2
             )
         resumes = last.exists()
         try:
@@ -101,8 +101,8 @@ class Arm:
         if history.unreadable and trainer.is_global_zero:
             first = next(iter(history.unreadable))
             warnings.warn(
-                f"{len(history.unreadable)} images could not be read and were left out, such as"
-                f" {first}.",
+                f"{len(history.unreadable)} images could not be read and were left out. The first"
+                f" is {first}.",
                 stacklevel=2,
             )
         rows = history.rows
@@ -149,13 +149,18 @@ class Arm:
         return found.to_dict()
 
     def _say(self, data: Data, recipe: Recipe, trainer: pl.Trainer) -> None:
-        settings, say = self.settings, self.console.print
+        settings = self.settings
+
+        def say(line: str) -> None:
+            # Rich would colour "3,410,538" as three numbers.
+            self.console.print(line, highlight=False, markup=False)
+
         sizes = {name: p.numel() for name, p in recipe.network.named_parameters()}
         total, new = sum(sizes.values()), sum(sizes[name] for name in recipe.new)
         added = sum(p.numel() for p in se_parameters(recipe.network))
-        say(f"{settings.model}, arm {self.arm}, seed {self.seed}", highlight=False)
+        say(f"\n{settings.model}, arm {self.arm}, seed {self.seed}")
         say(
-            f"  {len(data.train)} images to train, {len(data.val)} to validate,"
+            f"  {len(data.train):,} images to train, {len(data.val):,} to validate,"
             f" {len(data.classes)} classes"
         )
         more = {"norm": ["the scales and shifts of the norms"], "bias": ["the biases"]}
