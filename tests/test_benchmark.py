@@ -158,7 +158,7 @@ def test_a_forward_that_fails_is_an_error_of_two_lines(call, args, failure: str)
     assert re.fullmatch(
         rf"error: a forward at batch size \d+ on cpu failed \({failure}\)\.", first
     ), err
-    assert second == "Where memory ran out, take a smaller batch size or image."
+    assert second == "If memory ran out, take a smaller batch size or image."
 
 
 def test_the_input_has_the_dtype_of_the_weights(call) -> None:

@@ -238,11 +238,11 @@ def test_a_module_in_the_current_directory_is_found(
         (["resnet18", "--r", "0"], r"^error: r=0 is not a positive whole number"),
         (["resnet18", "--r", "-4"], r"^error: r=-4 is not a positive whole number"),
         (["resnet18", "--r", "layer9.*=8,16"], r"^error: r='layer9\.\*' matches no block"),
-        (["resnet18", "--r", "layer4.*=8"], r"^error: r=.* says nothing of block 'layer1\.0'"),
+        (["resnet18", "--r", "layer4.*=8"], r"^error: r=.* gives no number for block 'layer1\.0'"),
         (["resnet18", "--attention", "ecaa"], r"^error: no attention 'ecaa' in timm; use eca"),
         (
             ["resnet18", "--attention", "eca", "--gate", "tanh"],
-            r"^error: gate='tanh' is of the SE block, which se_layer replaces",
+            r"^error: gate='tanh' belongs to the SE block, which se_layer replaces",
         ),
         (
             ["torchvision/mobilenet_v2", "--placement", "3x3"],

@@ -231,9 +231,12 @@ def test_a_verdict_says_what_the_seeds_say() -> None:
         return results.verdict(arms)
 
     clear = verdict(se=arm(0.90, 0.91, 0.93), control=arm(0.80, 0.82, 0.82))
-    assert clear == "With SE +10.00 points, 95 % interval ±2.48 over 3 seeds: more than the noise."
+    assert clear == (
+        "SE blocks change the accuracy by +10.00 points (95 % interval ±2.48, 3 seeds)."
+        " This is more than the noise."
+    )
     assert "within the noise" in verdict(se=arm(0.9, 0.8, 0.85), control=arm(0.8, 0.9, 0.85))
-    assert "one seed says nothing" in verdict(se=arm(0.9), control=arm(0.8))
+    assert "One seed says nothing" in verdict(se=arm(0.9), control=arm(0.8))
     assert "--control" in verdict(se=arm(0.9))
 
 
@@ -478,7 +481,7 @@ def bad_folder(root: Path, kind: str) -> str:
 
 BAD_DATA = {
     "empty": "no images",
-    "one class": r"one class only \(a\)",
+    "one class": r"there is only one class \(a\)",
     "val lacks": "lacks classes of the training set: b",
     "val has more": "classes that are not in the training set: c",
 }
@@ -584,7 +587,7 @@ def test_hugging_face_data_are_read_without_decoding(
 def test_unknown_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         open_data(replace(SETTINGS, data="nowhere"), CONFIG, 0)
-    with pytest.raises(DataError, match="cannot be had"):
+    with pytest.raises(DataError, match="cannot be loaded"):
         open_data(replace(SETTINGS, data="torch/nothing", data_dir=str(tmp_path)), CONFIG, 0)
 
 
@@ -641,8 +644,8 @@ def test_each_image_is_validated_once_by_some_process() -> None:
 
 def test_wrong_settings_and_folders_are_clear_errors(tmp_path: Path) -> None:
     for change, message in (
-        ({"freeze_epochs": 3}, "--freeze-epochs 3 are the first of --epochs 2"),
-        ({"val_split": 1.5}, "--val-split 1.5 is a share"),
+        ({"freeze_epochs": 3}, "--freeze-epochs 3 must be between 0 and --epochs 2"),
+        ({"val_split": 1.5}, "--val-split 1.5 must be a share"),
         ({"lr": 0.0}, "--lr 0.0 must be above 0"),
         ({"control": True, "train": "se"}, "nothing to train"),
     ):
@@ -653,9 +656,9 @@ def test_wrong_settings_and_folders_are_clear_errors(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="cannot be written"):
         running.start(SETTINGS, tmp_path / "file", QUIET)
     (tmp_path / "last.ckpt").write_text("")
-    with pytest.raises(ArgumentError, match="holds a run already: --resume"):
+    with pytest.raises(ArgumentError, match=r"holds a run already\. --resume"):
         running.start(SETTINGS, tmp_path, QUIET)
-    with pytest.raises(ArgumentError, match="is no run folder"):
+    with pytest.raises(ArgumentError, match="is not a run folder"):
         running.resume(tmp_path / "nothing", QUIET)
 
 
@@ -663,7 +666,7 @@ def test_a_full_disk_is_said_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running.shutil, "disk_usage", lambda _: Free())
-    with pytest.raises(ArgumentError, match="1 MB are free, the run needs about 12 MB"):
+    with pytest.raises(ArgumentError, match="1 MB are free, but the run needs about 12 MB"):
         running.start(SETTINGS, tmp_path / "run", QUIET)
 
 
@@ -753,10 +756,10 @@ def test_a_whole_folder_is_evaluated(folder: Path, tmp_path: Path) -> None:
 def test_strategies_and_processes_that_do_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ArgumentError, match="fsdp goes with neither --ema nor --compile"):
+    with pytest.raises(ArgumentError, match="fsdp works with neither --ema nor --compile"):
         running.start(replace(SETTINGS, strategy="fsdp", ema=0.9), tmp_path / "run", QUIET)
-    with pytest.raises(ArgumentError, match="--batch-size 64 is of all 3 processes together"):
+    with pytest.raises(ArgumentError, match="--batch-size 64 is shared by all 3 processes"):
         running.start(replace(SETTINGS, devices="3"), tmp_path / "run", QUIET)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ArgumentError, match="2 processes were started, and --devices auto"):
+    with pytest.raises(ArgumentError, match="2 processes were started, but --devices auto"):
         running.start(SETTINGS, tmp_path / "run", QUIET)

@@ -147,7 +147,7 @@ def test_a_network_without_se_is_kept_also_when_it_is_channels_last(tmp_path: Pa
 
 
 def test_a_control_beside_them_is_refused(base: Path) -> None:
-    with pytest.raises(ArgumentError, match="one arm twice"):
+    with pytest.raises(ArgumentError, match="would train the same again"):
         replace(settings_for(base, "head"), control=True).check()
 
 

@@ -407,8 +407,9 @@ def test_no_line_of_a_run_is_wider_than_a_terminal(tmp_path: Path, here: Here) -
         *("--output", str(tmp_path / "r")),
     )
     assert status == 0, err
-    assert "  epoch 1: SE blocks and head; 9,562 parameters learn (2.50 %)" in err.splitlines()
-    assert "  epoch 2: all; 382,250 parameters learn (100.00 %)" in err.splitlines()
-    assert "  382,250 parameters, 9,368 of them in SE blocks" in err.splitlines()
+    said = err.splitlines()
+    assert "  epoch 1 trains the SE blocks and the head: 9,562 parameters (2.50 %)" in said
+    assert "  epoch 2 trains everything: 382,250 parameters (100.00 %)" in said
+    assert "  the network has 382,250 parameters, 9,368 of them in SE blocks" in said
     lines = [line for line in (out + err).splitlines() if str(tmp_path) not in line]
     assert max(map(len, (line for line in lines if not line.startswith("warning")))) <= 80

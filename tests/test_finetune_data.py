@@ -235,7 +235,7 @@ def test_folders_that_look_like_splits_are_never_pooled(
 
 def test_a_folder_beside_the_splits_is_named(tmp_path: Path) -> None:
     tree(tmp_path, "train/a", "train/b", "val/a", "val/b", "notes")
-    with pytest.warns(UserWarning, match="'notes' beside the splits is left out"):
+    with pytest.warns(UserWarning, match="'notes' lies beside the splits and is left out"):
         assert parts_of(tmp_path) == {"train": 8, "val": 8}
 
 
@@ -287,7 +287,7 @@ def test_what_is_no_image_is_counted_by_extension(tmp_path: Path) -> None:
         split = open_split(settings_of(tmp_path))
     assert split.classes == ("a", "b")
     [text] = [str(w.message) for w in caught]
-    assert "left out, because it is no image: 2 x .txt" in text
+    assert "these files are no images and are left out: 2 x .txt" in text
     assert "1 x .md" in text
     assert "1 x .mpg" in text
     assert "the folder empty, in which there is no image" in text
@@ -395,11 +395,11 @@ def test_a_table_names_images_classes_and_splits(tmp_path: Path) -> None:
     [
         ("file,class\nx/0.png,a\n", "must name the columns path,label"),
         ("", "must name the columns path,label"),
-        ("path,label\nx/9.png,a\nx/0.png,b\n", r"1 file not there: 'x/9\.png'"),
+        ("path,label\nx/9.png,a\nx/0.png,b\n", r"1 file cannot be found: 'x/9\.png'"),
         ("path,label\nx/0.png,\n", "line 2: it has no path or no label"),
-        ("path,label\nx/0.png,a\nx/0.png,b\n", r"line 3: x/0\.png is there twice"),
-        ("path,label,split\nx/0.png,a,exam\n", "line 2: the split 'exam' is none of"),
-        ("path,label,split\nx/0.png,a,test\n", "no image is to train on"),
+        ("path,label\nx/0.png,a\nx/0.png,b\n", r"line 3: x/0\.png is listed twice"),
+        ("path,label,split\nx/0.png,a,exam\n", "line 2: the split 'exam' is not one of"),
+        ("path,label,split\nx/0.png,a,test\n", "no image is in the split train"),
         ("path,label\n", "there are no images"),
     ],
 )
@@ -475,7 +475,7 @@ def test_unclear_columns_have_to_be_said(hub_settings: Callable[..., Settings]) 
         coarse_label=(coarse, lambda i: i % 2),
         word=(datasets.Value("string"), lambda i: "yes" if i % 2 else "no"),
     )
-    with pytest.raises(DataError, match="give --label-column; its columns are img, fine_label"):
+    with pytest.raises(DataError, match=r"give --label-column\. Its columns are img, fine_label"):
         open_split(settings)
     assert open_split(replace(settings, label_column="coarse_label")).classes == ("small", "large")
     assert open_split(replace(settings, label_column="word")).classes == ("no", "yes")

@@ -137,10 +137,12 @@ def test_the_verdict_compares_figures_without_a_choice() -> None:
 
     se, control = arm((0.9, 0.6), (0.9, 0.7)), arm((0.6, 0.6), (0.5, 0.7))
     said = results.verdict({"se": se, "control": control})
-    assert said.startswith("With SE +0.00 points in the last epoch, 95 % interval ±0.00")
+    assert said.startswith(
+        "SE blocks change the accuracy in the last epoch by +0.00 points (95 % interval ±0.00"
+    )
     se, control = arm((0.9, 0.6), (0.9, 0.7), test=0.7), arm((0.6, 0.6), (0.5, 0.7), test=0.8)
     said = results.verdict({"se": se, "control": control})
-    assert said.startswith("With SE -10.00 points on the test images")
+    assert said.startswith("SE blocks change the accuracy on the test images by -10.00 points")
 
 
 def test_the_command_says_which_epoch_and_keeps_the_test_apart(tmp_path: Path) -> None:
@@ -152,7 +154,7 @@ def test_the_command_says_which_epoch_and_keeps_the_test_apart(tmp_path: Path) -
     )
     assert result.returncode == 0, result.stderr
     assert "test accuracy" in result.stdout
-    assert "validation accuracy of the best of 2 epochs, epoch" in result.stdout
+    assert "the validation accuracy is that of the best of 2 epochs, epoch" in result.stdout
     summary = json.loads((run / "summary.json").read_text())
     arm = json.loads((run / "arm.json").read_text())
     assert arm["test"]["images"] == 12

@@ -93,7 +93,9 @@ def test_optimizers_in_the_words_of_timm(name: str, kind: str) -> None:
     assert type(made["optimizer"]).__name__ == kind
     decays = {group["weight_decay"] for group in made["optimizer"].param_groups}
     assert decays == {0.0, 0.05}
-    with pytest.raises(ArgumentError, match=r"--opt adamww is no optimizer of timm; .*'adamw'"):
+    with pytest.raises(
+        ArgumentError, match=r"--opt adamww is not an optimizer of timm\. .*'adamw'"
+    ):
         optimizer_of(recipe.network, recipe.new, replace(recipe.settings, opt="adamww"), 10)
 
 
@@ -315,7 +317,7 @@ def test_drop_path_is_the_network_of_timm(tmp_path: Path) -> None:
     for model, message in (
         ("vgg11", "vgg11 has no stochastic depth: leave out --drop-path"),
         ("torchvision/resnet18", "--drop-path is for models of timm"),
-        ("timm:create_model", "builds what it builds; --drop-path"),
+        ("timm:create_model", "is your own code. --drop-path"),
     ):
         with pytest.raises(ArgumentError, match=message):
             base_of(replace(SETTINGS, model=model, drop_path=0.3))
@@ -339,9 +341,9 @@ def test_a_dry_run_takes_few_images_of_all_classes(data: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr_warmup": 3.0}, "--lr-warmup 3.0 are epochs of --epochs 1"),
+        ({"lr_warmup": 3.0}, "--lr-warmup 3.0 must be at most --epochs 1"),
         ({"color_jitter": 0.4, "aa": "rand-m9"}, "--color-jitter and --aa exclude each other"),
-        ({"logger": "tensorbord"}, "--logger tensorbord is none of tensorboard, csv"),
+        ({"logger": "tensorbord"}, "--logger tensorbord is not one of tensorboard, csv"),
         ({"reprob": 1.5}, "--reprob 1.5 must be between 0 and 1"),
         ({"accumulate": 0}, "--accumulate 0 must be 1 or more"),
         ({"lr": float("inf")}, "--lr inf must be above 0"),
@@ -435,9 +437,9 @@ def test_a_run_writes_what_another_begins_from(data: Path, tmp_path: Path, here:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epoch: 3", "'epoch' is no setting"),
-        ("epochs: many", "epochs is 'many', and must be a whole number"),
-        ("lr: fast", "lr is 'fast', and must be a number"),
+        ("epoch: 3", "'epoch' is not a setting"),
+        ("epochs: many", "epochs is 'many', but must be a whole number"),
+        ("lr: fast", "lr is 'fast', but must be a number"),
         ("- 1", "it has no settings by name"),
         ("a: [", "cannot be read"),
         ("", "it has no settings by name"),
@@ -499,7 +501,7 @@ def test_the_largest_batch_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_several_processes_find_nothing(data: Path, tmp_path: Path) -> None:
     settings = replace(settings_of(data), devices="2")
-    with pytest.raises(ArgumentError, match="are found by one process"):
+    with pytest.raises(ArgumentError, match="need a single process"):
         running.start(settings, tmp_path / "run", QUIET, find=frozenset({"lr"}))
 
 

@@ -47,7 +47,7 @@ def test_a_run_folder_brings_no_code_of_its_own(
 ) -> None:
     run = hostile(tmp_path)
     monkeypatch.chdir(tmp_path)
-    message = "lies in the run folder" if trusted else "add --trust-code"
+    message = "in the run folder itself" if trusted else "add --trust-code"
     with pytest.raises(ArgumentError, match=message):
         use.load_run(run, trust_code=trusted)
     with pytest.raises(ArgumentError, match=message):
@@ -75,7 +75,7 @@ def test_code_from_elsewhere_is_imported_where_it_is_trusted(
     run = hostile(tmp_path)
     for inside in (run, tmp_path):
         monkeypatch.chdir(inside)
-        with pytest.raises(ArgumentError, match="lies in the run folder"):
+        with pytest.raises(ArgumentError, match="in the run folder itself"):
             check_code("payload:build" if inside == run else "x.payload:build", run, trusted=True)
     check_code("torchvision.models:resnet18", run, trusted=True)
     check_code("no_such_module:build", run, trusted=True)  # said where it is imported
@@ -99,13 +99,16 @@ def test_control_characters_are_not_printed_raw() -> None:
         ({"ema": 1.0}, "--ema 1.0 must be at least 0 and below 1"),
         ({"seed": -1}, "--seed -1 must be between 0"),
         ({"seed": 2**32}, "--seed 4294967296 must be between 0"),
-        ({"devices": "0"}, "--devices 0 is no number of devices"),
-        ({"devices": "many"}, "--devices many is no number"),
+        ({"devices": "0"}, "--devices 0 is not a number of devices"),
+        ({"devices": "many"}, "--devices many is not a number"),
         ({"weight_decay": float("nan")}, "--weight-decay nan must be 0 or more"),
         ({"clip": float("inf")}, "--clip inf must be 0 or more"),
-        ({"aa": "nonsense"}, "--aa nonsense is no augmentation of timm"),
-        ({"aa": "rand-q9"}, "--aa rand-q9 is no augmentation of timm"),
-        ({"precision": "nonsense"}, "--precision nonsense, --devices auto: Lightning cannot"),
+        ({"aa": "nonsense"}, "--aa nonsense is not an augmentation of timm"),
+        ({"aa": "rand-q9"}, "--aa rand-q9 is not an augmentation of timm"),
+        (
+            {"precision": "nonsense"},
+            "Lightning cannot train with --precision nonsense and --devices auto",
+        ),
     ],
 )
 def test_a_wrong_option_is_one_clear_error(
@@ -147,5 +150,5 @@ def test_a_damaged_checkpoint_names_the_way_out(
     with pytest.raises(CheckpointError, match=r"last\.ckpt is damaged .*\. Remove it to train"):
         running.resume(run, QUIET)
     (run / "last.ckpt").unlink()
-    with pytest.warns(UserWarning, match=r"last\.ckpt is missing, so this arm begins anew"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt is missing, so this arm begins again"):
         running.resume(run, QUIET)

@@ -399,7 +399,7 @@ def test_curves_of_chosen_classes() -> None:
         assert torch.equal(cat, block.class_means[2][order])
         assert torch.equal(ant, block.class_means[0][order])
         assert torch.equal(every, block.channel_mean[order])
-    with pytest.raises(ArgumentError, match=r"no class 'bea'; near: 'bee'"):
+    with pytest.raises(ArgumentError, match=r"no class 'bea'. Near names: 'bee'"):
         class_curves(found, ["bea"])
     with pytest.raises(ArgumentError, match="by class"):
         class_curves(gate_statistics(model, [x]))

@@ -50,7 +50,7 @@ def test_a_gap_is_one_warning_that_counts_and_says_why() -> None:
     with pytest.warns(UserWarning, match="residual blocks have no SE block") as caught:
         inject_se(model, example_input=X)
     assert [str(w.message) for w in caught] == [
-        "2 of 3 residual blocks have no SE block: cannot be traced; see plan_se(model).skipped."
+        "2 of 3 residual blocks have no SE block: cannot be traced. See plan_se(model).skipped."
     ]
     assert caught[0].filename == __file__
     assert hasattr(model[1], "se")

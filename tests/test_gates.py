@@ -389,7 +389,7 @@ def test_modes_are_as_before() -> None:
         ([(X, torch.tensor([0, 1, 3]))], 3, ArgumentError, "from 0 to 2"),
         ([(X, torch.tensor([0, -1, 1]))], 3, ArgumentError, "from 0 to 2"),
         ([(X, torch.rand(3))], 3, ArgumentError, "whole numbers"),
-        ([X * torch.nan], None, DataError, "no finite"),
+        ([X * torch.nan], None, DataError, "not finite"),
     ],
 )
 def test_loaders_that_cannot_work(

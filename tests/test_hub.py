@@ -247,7 +247,7 @@ def test_a_hostile_file_in_a_folder_is_refused_as_a_file_is(tmp_path: Path) -> N
 
 def test_of_a_file_alone_the_base_is_not_known(tmp_path: Path) -> None:
     save_se(network(), tmp_path / "se.safetensors")
-    with pytest.raises(CheckpointError, match="is no folder of save_se"):
+    with pytest.raises(CheckpointError, match="is not a folder of save_se"):
         from_pretrained(tmp_path / "se.safetensors")
 
 

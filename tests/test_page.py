@@ -97,10 +97,14 @@ def test_gates_of_a_file_are_those_of_the_run(call, finished: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "status", "message"),
     [
-        (["resnet18"], 1, "resnet18 is no run folder. Of a model give the file"),
-        (["resnet18", "--weights", "x"], 2, "wants --data"),
-        (["RUN", "--img-size", "32"], 2, "of MODEL with --weights"),
-        (["RUN", "--output", "DIR", "--classes", "rad"], 1, "there is no class 'rad'; near: 'red'"),
+        (["resnet18"], 1, "resnet18 is not a run folder. For a model, name the file"),
+        (["resnet18", "--weights", "x"], 2, "needs --data"),
+        (["RUN", "--img-size", "32"], 2, "belong to MODEL with --weights"),
+        (
+            ["RUN", "--output", "DIR", "--classes", "rad"],
+            1,
+            "there is no class 'rad'. Near names: 'red'",
+        ),
         (["RUN", "--data", "OTHER"], 1, "are not those of the run"),
     ],
 )
@@ -267,7 +271,7 @@ def test_page_as_a_command_measures_the_latency(
     assert "milliseconds, batch of 1" in (run / "page.html").read_text(encoding="utf-8")
     status, _, err = call("page", str(run.parent))
     assert status == 1
-    assert "is no run folder" in err
+    assert "is not a run folder" in err
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["drawn", "fails"])
@@ -284,7 +288,7 @@ def test_finetune_draws_the_page_and_a_fault_there_loses_nothing(
     # A run whose arms are done is summed up anew, and trains nothing.
     status, out, err = call("finetune", "--resume", str(run))
     assert status == 0
-    assert "Best weights, metrics, curves" in out
+    assert "Best weights, metrics and curves" in out
     assert (run / "page.html").exists() == (not fails)
     assert ("no picture today" in err) == fails
     assert (run / "summary.json").exists()

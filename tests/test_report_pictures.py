@@ -153,8 +153,8 @@ def test_diagram_of_the_report(call, tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("args", "status", "message"),
     [
-        (["--diagram", "layer1.0"], 2, "--diagram BLOCK and --output FILE go together"),
-        (["--output", "x.svg"], 2, "--diagram BLOCK and --output FILE go together"),
+        (["--diagram", "layer1.0"], 2, "--diagram BLOCK needs --output FILE"),
+        (["--output", "x.svg"], 2, "and --output needs --diagram"),
         (["--json", "--diagram", "a", "--output", "x.svg"], 2, "--json and --diagram exclude"),
         (["--plot", "x.svg", "--show", "layer1.0"], 2, "--plot and --show exclude each other"),
         (["--plot", "x.pdf"], 1, "--plot x.pdf must end in .svg or .png"),

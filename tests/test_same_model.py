@@ -410,5 +410,5 @@ def test_a_second_injection_fills_what_the_first_left_out(model: nn.Module) -> N
 def test_a_plan_made_before_another_injection_is_refused(model: nn.Module) -> None:
     plan = plan_se(model)
     inject_se(model)
-    with pytest.raises(SEInjectError, match=r"since the plan was made\. Plan anew"):
+    with pytest.raises(SEInjectError, match=r"since the plan was made\. Make a new plan"):
         plan.apply()

@@ -300,7 +300,7 @@ def test_a_near_miss_is_no_site_and_says_why(name: str) -> None:
         for reason, count in reasons.items():
             assert f"{count} x {reason}" in str(error)
     else:
-        assert "adds no two maps of one shape" in str(error)
+        assert "adds no two maps of the same shape" in str(error)
 
 
 def test_res2nets_inner_additions_are_left_alone_beside_the_outer_site() -> None:
@@ -400,7 +400,7 @@ def test_library_networks_without_a_site_say_why(name: str) -> None:
 @pytest.mark.parametrize("name", ["densenet121", "vgg16", "inception_v3", "squeezenet1_0"])
 def test_library_networks_without_additions_say_so(name: str) -> None:
     name = f"torchvision/{name}" if name.startswith("squeeze") else name
-    with pytest.raises(NoSiteError, match="adds no two maps of one shape"):
+    with pytest.raises(NoSiteError, match="adds no two maps of the same shape"):
         plan_se(load_model(name, meta=True), where="residual")
 
 

@@ -642,7 +642,7 @@ def test_a_class_that_cannot_be_subclassed_is_named() -> None:
     model = Root(Strict())
     keys = list(model.state_dict())
     with pytest.raises(
-        UnsupportedModelError, match=r"Strict cannot be subclassed .*exclude 'block'"
+        UnsupportedModelError, match=r"Strict cannot be subclassed .*exclude='block'"
     ):
         inject_se(model, example_input=X)
     assert list(model.state_dict()) == keys

@@ -173,7 +173,7 @@ def test_a_unet_is_a_chain_and_its_skips_are_no_joins() -> None:
 
 def test_other_placements_are_of_residual_additions() -> None:
     chain, _ = UNITS["a chain"]
-    with pytest.raises(ArgumentError, match="placement='pre' is of residual additions"):
+    with pytest.raises(ArgumentError, match="placement='pre' needs residual additions"):
         plan_of(chain, where="units", placement="pre")
     assert "which placement='post' needs" in str(plan_of(chain, placement="post"))
     with pytest.raises(ArgumentError, match="where='all' is not known"):

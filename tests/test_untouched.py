@@ -465,7 +465,7 @@ class ByDevice(Plain):
 
 
 def test_inject_se_warns_in_one_line_and_strict_is_an_error() -> None:
-    text = r"1 of 2 residual blocks have no SE block: cannot be traced; see plan_se"
+    text = r"1 of 2 residual blocks have no SE block: cannot be traced. See plan_se"
     with pytest.raises(SEInjectError, match=text):
         inject_se(Root(ByDevice()), example_input=X, strict=True)
     with pytest.warns(UserWarning, match=text):

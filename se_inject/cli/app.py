@@ -44,8 +44,8 @@ app = typer.Typer(
     rich_markup_mode=_MARKUP,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    epilog="`se-inject MODEL` is short for `se-inject report MODEL`: `se-inject resnet50 --r 16`,"
-    " `se-inject torchvision/mobilenet_v2 --json`. Its options: `se-inject report --help`.",
+    epilog="`se-inject MODEL` is short for `se-inject report MODEL`, as in"
+    " `se-inject resnet50 --r 16`. Its options are shown by `se-inject report --help`.",
 )
 
 

@@ -21,8 +21,8 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Other data with the same classes, named as for finetune; its confusion matrix"
-            " lies beside that of the run.",
+            help="Measure on other data with the same classes, named as for finetune. Their"
+            " confusion matrix is written beside that of the run.",
             show_default="those of the run",
         ),
     ] = None,
@@ -30,20 +30,22 @@ def evaluate(
         Literal["se", "control"],
         typer.Option(
             metavar="se | control",
-            help="Which network is measured: that with SE blocks, or the control's; of several"
-            " seeds the best.",
+            help="The network that is measured: the one with SE blocks, or the control. Of several"
+            " seeds it is the best one.",
         ),
     ] = "se",
     tta: Annotated[
         bool,
-        typer.Option("--tta", help="Average the probabilities of each image and its mirror image."),
+        typer.Option(
+            "--tta", help="Average the probabilities for each image and for its mirror image."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
     """Measure the chosen network of RUN on the images that the run validated on.
 
-    The confusion matrix goes into the run folder, as a table and as a picture.
+    The confusion matrix is written into the run folder, as a table and as a picture.
 
     Examples:
 

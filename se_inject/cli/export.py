@@ -18,7 +18,7 @@ from se_inject.plan.injection import Injection
 
 def _known_format(name: str) -> str:
     if name not in FORMATS:
-        raise typer.BadParameter(f"{name!r} is none of {', '.join(map(repr, FORMATS))}.")
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, FORMATS))}.")
     return name
 
 
@@ -34,14 +34,15 @@ def export(
         ),
     ],
     output: Annotated[
-        Path, typer.Option(metavar="FILE", help="The file to write; replaced as a whole.")
+        Path,
+        typer.Option(metavar="FILE", help="The file to write. An old one is replaced as a whole."),
     ],
     injection: Annotated[Injection, Only("attention")],
     weights: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="What save_se or a fine-tuning run wrote; a RUN has it.",
+            help="The file that save_se or a fine-tuning run wrote. A RUN has its own.",
             show_default=False,
         ),
     ] = None,
@@ -51,7 +52,7 @@ def export(
             "--format",
             metavar="|".join(FORMATS),
             callback=_known_format,
-            help="What to write. "
+            help="The form of the file. "
             + "; ".join(f"{name}: {f.about} ({f.suffix})" for name, f in FORMATS.items())
             + ".",
         ),
@@ -60,25 +61,30 @@ def export(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The base's own weights, where the first file does not hold them.",
+            help="The weights of the base, where --weights does not hold all of them.",
             show_default="the library's pretrained weights",
         ),
     ] = None,
     num_classes: Annotated[
         int | None,
-        typer.Option(min=0, help="Outputs of the base's classifier.", show_default="as saved"),
+        typer.Option(
+            min=0, help="The number of outputs of the base's classifier.", show_default="as saved"
+        ),
     ] = None,
     in_chans: Annotated[
         int | None,
-        typer.Option(min=1, help="Input channels of the base.", show_default="the model's own"),
+        typer.Option(
+            min=1, help="The number of input channels of the base.", show_default="the model's own"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
-    """Write a trained network in a form that needs no se_inject to load.
+    """Write a trained network in a form that loads without se_inject.
 
-    Each file is compared with the model before it is kept. Which blocks go where is in the file
-    of the weights; --attention is needed only where they are not SE blocks.
+    The file is read back and compared with the model before it is kept. The file of the weights
+    says where its blocks go, so the options of the injection are not repeated here. Only where it
+    has another attention, --attention must name it.
 
     Examples:
 
@@ -93,11 +99,15 @@ def export(
     run = Path(model).expanduser()
     is_run = weights is None and (run / CONFIG).exists()
     if weights is None and not is_run:
-        raise typer.BadParameter("give --weights FILE, or the folder of a run in place of MODEL")
+        raise typer.BadParameter(
+            "MODEL needs --weights FILE; or give the folder of a run in its place"
+        )
     if is_run:
         need_lightning()
         if any(x is not None for x in (checkpoint, num_classes, in_chans, injection.attention)):
-            raise typer.BadParameter("a run knows its base: give --output and --format alone")
+            raise typer.BadParameter(
+                "the run says what its base is: leave out all but --output and --format"
+            )
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         # torch and onnxscript warn of their own deprecations, some of which name another module.
         warnings.filterwarnings("ignore", module="torch|onnxscript")

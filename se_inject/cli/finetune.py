@@ -24,7 +24,7 @@ def finetune(
         Path | None,
         typer.Option(
             metavar="RUN",
-            help="The run folder.",
+            help="The folder that the run writes into.",
             show_default="runs/MODEL-DATA",
             rich_help_panel="Output",
         ),
@@ -33,8 +33,8 @@ def finetune(
         Path | None,
         typer.Option(
             metavar="RUN",
-            help="Go on with a run that was stopped; the machine may be another. With --epochs,"
-            " train a finished run for longer.",
+            help="Go on with a run that was stopped, on this or another machine. With --epochs, a"
+            " finished run is trained for longer.",
             show_default=False,
             rich_help_panel="Output",
         ),
@@ -43,8 +43,8 @@ def finetune(
         Path | None,
         typer.Option(
             metavar="FILE.yaml",
-            help="Options by name, as a run writes them into its config.yaml; those of the command"
-            " line win over them.",
+            help="Read options from this file, such as the config.yaml that a run writes. Options"
+            " on the command line win over the file.",
             show_default=False,
             rich_help_panel="Output",
         ),
@@ -61,8 +61,9 @@ def finetune(
 ) -> None:
     """Fine-tune MODEL with SE blocks, and with --control also without them.
 
-    First only the SE blocks and a new head learn, the base frozen with its statistics; then all,
-    the base at a smaller rate. The run folder has the best weights, metrics, curves and a summary.
+    At first only the SE blocks and a new head learn, while the base and its statistics are frozen.
+    Then everything learns, the base at a smaller rate. The best weights, the figures of each epoch,
+    the curves and a summary are written into the run folder.
 
     Examples:
 
@@ -76,18 +77,22 @@ def finetune(
     """
     if config is not None:
         if resume is not None:
-            raise typer.BadParameter("--config begins a run, and --resume goes on with one")
+            raise typer.BadParameter(
+                "--config begins a run and --resume goes on with one: give only one of them"
+            )
         given = Given({**read_yaml(config.expanduser()), **given})
     if ("model" in given) == (resume is not None):
-        raise typer.BadParameter("give MODEL, or --resume RUN")
+        raise typer.BadParameter("give either MODEL or --resume RUN")
     if resume is not None and (others := sorted(given.keys() - {*ON_RESUME, "epochs"})):
         raise typer.BadParameter(
-            f"--resume goes on as {resume / 'config.json'} says; only --epochs,"
-            f" {', '.join(map(flag, ON_RESUME))} may be others than before, not"
+            f"--resume takes its options from {resume / 'config.json'}. Only --epochs,"
+            f" {', '.join(map(flag, ON_RESUME))} may be changed, not"
             f" {', '.join(map(flag, others))}"
         )
     if resume is None and "data" not in given:
-        raise typer.BadParameter("give --data: a folder of images, ..., or digits to try it out")
+        raise typer.BadParameter(
+            "give --data, which is a folder of images, or digits to try it out"
+        )
     need_lightning()
     from se_inject.finetune.runs import trainer
     from se_inject.finetune.training.machine import rank
@@ -170,7 +175,7 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
         for line in _about(arm, row):
             console.print(line, highlight=False, soft_wrap=True)
     console.print(summary["verdict"], highlight=False)
-    console.print(f"Best weights, metrics, curves: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"Best weights, metrics and curves: {folder}", highlight=False, soft_wrap=True)
 
 
 def _share(spread: dict[str, Any]) -> str:
@@ -179,14 +184,20 @@ def _share(spread: dict[str, Any]) -> str:
 
 
 def _about(arm: str, row: dict[str, Any]) -> list[str]:
-    """Which epoch the figures are of, and those that do not gain from a large class."""
-    chosen = ", ".join(map(str, row["best_epoch"]))
+    """Which epoch the figures are of, and the figures that a large class does not flatter."""
+    epochs = row["best_epoch"]
     which = "the last" if row["select"] == "last" else "the best"
-    lines = [f"{arm}: validation accuracy of {which} of {row['epochs']} epochs, epoch {chosen}"]
+    chosen = ", ".join(map(str, epochs))
+    if len(epochs) > 1:
+        chosen = f"{chosen} of its {len(epochs)} seeds"
+    lines = [
+        f"{arm}: the validation accuracy is that of {which} of {row['epochs']} epochs,"
+        f" {'epochs' if len(epochs) > 1 else 'epoch'} {chosen}."
+    ]
     if row["balanced_accuracy"] is not None:
         lines.append(
-            f"  balanced accuracy {100 * row['balanced_accuracy']:.2f} %,"
-            f" macro F1 {100 * row['macro_f1']:.2f} %,"
-            f" largest class {100 * row['majority_share']:.2f} %"
+            f"  Balanced accuracy {100 * row['balanced_accuracy']:.2f} %,"
+            f" macro F1 {100 * row['macro_f1']:.2f} %;"
+            f" the largest class has {100 * row['majority_share']:.2f} %."
         )
     return lines

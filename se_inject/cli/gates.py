@@ -21,49 +21,53 @@ def gates(
         str,
         typer.Argument(
             metavar="RUN|MODEL",
-            help="A run folder, or with --weights the base: a timm name, torchvision/NAME, or"
-            " module:callable.",
+            help="The folder of a run; or, with --weights, the base: a name of timm,"
+            " torchvision/NAME, or module:callable.",
             show_default=False,
         ),
     ],
     injection: Annotated[Injection, Only("attention")],
     weights: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="What save_se wrote of MODEL.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="The file that save_se wrote of MODEL.", show_default=False
+        ),
     ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The base's own weights, where --weights does not hold them.",
+            help="The weights of the base, where --weights does not hold all of them.",
             show_default="the library's pretrained weights",
         ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="The images to look at, as in finetune.",
+            help="The images to run the network on, named as for finetune.",
             show_default="those that the run validated on",
         ),
     ] = None,
     img_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="The side of the images in pixels, of MODEL.", show_default="its own"
+            min=1, help="The side of the images in pixels, for MODEL.", show_default="its own"
         ),
     ] = None,
     classes: Annotated[
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="The classes whose curves are drawn.",
+            help="The classes whose curves are drawn in the pictures.",
             show_default="four that differ most",
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Also write pictures (PNG and SVG) here.", show_default=False
+            metavar="DIR",
+            help="Also write pictures (PNG and SVG) into this folder.",
+            show_default=False,
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
@@ -83,12 +87,12 @@ def gates(
     - `se-inject gates resnet50 --weights se.safetensors --data ./flowers --json`
     """
     if weights is not None and data is None:
-        raise typer.BadParameter("MODEL with --weights wants --data: the images to look at")
+        raise typer.BadParameter("MODEL with --weights needs --data, the images to run it on")
     if weights is None and (checkpoint, img_size) != (None, None):
-        raise typer.BadParameter("--checkpoint and --img-size are of MODEL with --weights")
+        raise typer.BadParameter("--checkpoint and --img-size belong to MODEL with --weights")
     if weights is None and not Path(target).expanduser().is_dir():
         raise ArgumentError(
-            f"{target} is no run folder. Of a model give the file of its SE blocks too: --weights."
+            f"{target} is not a run folder. For a model, name the file of its SE blocks: --weights."
         )
     need_lightning()
     from se_inject.finetune.after import evaluate as use

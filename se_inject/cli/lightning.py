@@ -12,7 +12,8 @@ from se_inject.errors import ArgumentError
 TrustCode = Annotated[
     bool,
     typer.Option(
-        "--trust-code", help="Import the module:callable that the run folder names as its network."
+        "--trust-code",
+        help="Allow the import of the module:callable that the run folder names as its network.",
     ),
 ]
 
@@ -20,7 +21,10 @@ TrustCode = Annotated[
 def need_lightning() -> None:
     """Raise an :class:`ArgumentError` where the extra is not installed; else make it quiet."""
     if importlib.util.find_spec("lightning") is None:
-        raise ArgumentError("there is no lightning: pip install 'se-inject[finetune]'.")
+        raise ArgumentError(
+            "this command needs Lightning, which is not installed:"
+            " pip install 'se-inject[finetune]'."
+        )
     import lightning.pytorch  # noqa: F401  # sets the levels of its loggers
 
     # Tips, devices and its own deprecations; errors still come through.

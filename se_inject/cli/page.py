@@ -10,17 +10,20 @@ from se_inject.cli.lightning import TrustCode, need_lightning
 
 
 def page(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)
+    ],
     benchmark: Annotated[
-        bool, typer.Option("--benchmark", help="Also measure the latency with and without SE.")
+        bool,
+        typer.Option("--benchmark", help="Also measure the latency with and without SE blocks."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
-    """Write RUN/page.html: one file that shows what a run found, and opens without a network.
+    """Write RUN/page.html, one file that shows what a run found and opens without a network.
 
-    It has the data, the curves, the verdict, the figures of each class, the gates of the SE
-    blocks, the cost, and how to repeat the run. finetune writes it at its end too.
+    The page has the data, the curves, the verdict, the figures of each class, the gates of the SE
+    blocks, the cost, and the command that repeats the run. finetune writes it at its end too.
 
     Examples:
 

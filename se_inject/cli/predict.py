@@ -26,25 +26,24 @@ def predict(
         ),
     ],
     top: Annotated[
-        int, typer.Option(min=1, help="The number of likeliest classes that are told.")
+        int, typer.Option(min=1, help="The number of classes that are named for each image.")
     ] = 3,
     csv: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Also write a table with one row an image; replaced as a whole.",
+            help="Also write a table with one row for each image. An old file is replaced.",
             show_default=False,
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON list.")] = False,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="The number of images that are asked about at once.")
-    ] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="The number of images in a batch.")] = 64,
     trust_code: TrustCode = False,
 ) -> None:
-    """Ask the best network of RUN about images: the likeliest classes with their probabilities.
+    """Print the likeliest classes of images, as the chosen network of RUN sees them.
 
-    An image that cannot be read is named, and the rest go on; the exit status is then 1.
+    Each class has its probability. An image that cannot be read is named, the others are still
+    predicted, and the exit status is then 1.
 
     Examples:
 

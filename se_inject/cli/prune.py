@@ -16,39 +16,45 @@ from se_inject.plan.injection import Injection
 
 @expand
 def prune(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)
+    ],
     max_change: Annotated[
         float,
         typer.Option(
             min=0,
-            help="The largest change that any output may show over the images, as a share of the"
-            " largest output: 0.01 for 1 %.",
+            help="The largest change that is allowed in any output for any image, as a share of"
+            " the largest output: 0.01 means 1 %.",
         ),
     ],
     injection: Annotated[Injection, Only("include", "exclude")],
     data: Annotated[
         str | None,
-        typer.Option(help="Other data with the same classes.", show_default="those of the run"),
+        typer.Option(
+            help="Measure the change on other data with the same classes.",
+            show_default="those of the run",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Where the weights of the smaller network go.",
+            help="The file for the weights of the smaller network.",
             show_default="RUN/pruned.safetensors",
         ),
     ] = None,
     benchmark: Annotated[
-        bool, typer.Option("--benchmark", help="Also measure the latency before and after.")
+        bool,
+        typer.Option("--benchmark", help="Also measure the latency before and after the folding."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
     """Fold the SE blocks of RUN that hardly matter into the layers before them.
 
-    The gate of a folded block becomes its mean over the images that the run validated on. As many
-    blocks are folded as --max-change allows, beginning with those whose gates vary least. The run
-    itself stays as it is; the smaller network goes into a file of its own.
+    The gate of a folded block is replaced by its mean over the images that the run validated on.
+    As many blocks are folded as --max-change allows, beginning with those whose gates vary least.
+    The run stays as it is, and the smaller network is written into a file of its own.
 
     Examples:
 

@@ -19,7 +19,8 @@ def report(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A timm name (with tag; hf-hub: too), torchvision/NAME, or module:callable.",
+            help="The network: a name of timm (with a tag, or hf-hub:...), torchvision/NAME, or"
+            " module:callable.",
             show_default=False,
         ),
     ],
@@ -27,18 +28,18 @@ def report(
     img_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Side of the input image in pixels.", show_default="the model's own"
+            min=1, help="The side of the input image in pixels.", show_default="the model's own"
         ),
     ] = None,
     in_chans: Annotated[
         int | None,
-        typer.Option(min=1, help="Input channels.", show_default="the model's own"),
+        typer.Option(min=1, help="The number of input channels.", show_default="the model's own"),
     ] = None,
     show: Annotated[
         str | None,
         typer.Option(
             metavar="BLOCK",
-            help="Show the forward of this block as Python, before and after.",
+            help="Show the forward of this block as Python code, before and after the injection.",
             show_default=False,
         ),
     ] = None,
@@ -46,46 +47,59 @@ def report(
         str | None,
         typer.Option(
             metavar="BLOCK",
-            help="Draw the forward of this block, before and after, into --output.",
+            help="Draw the forward of this block, before and after the injection, into --output.",
             show_default=False,
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="The .svg or .png file of --diagram.", show_default=False
+            metavar="FILE",
+            help="The .svg or .png file that --diagram draws into.",
+            show_default=False,
         ),
     ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Also draw what each block adds (with --benchmark also its time) into this .svg"
-            " or .png file.",
+            help="Also draw what each SE block adds into this .svg or .png file. With --benchmark"
+            " the picture has its time too.",
             show_default=False,
         ),
     ] = None,
     benchmark: Annotated[
         bool,
-        typer.Option("--benchmark", help="Also run it before and after, and report the latency."),
+        typer.Option(
+            "--benchmark",
+            help="Also measure the latency of the network without and with SE blocks.",
+        ),
     ] = False,
     device: Annotated[
         str | None,
-        typer.Option(help="Where --benchmark runs: cpu, cuda, cuda:1, mps.", show_default="cpu"),
+        typer.Option(
+            help="The device that --benchmark runs on: cpu, cuda, cuda:1 or mps.",
+            show_default="cpu",
+        ),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Images in a batch of --benchmark.", show_default="1"),
+        typer.Option(
+            min=1, help="The number of images in a batch of --benchmark.", show_default="1"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Every site and every skipped addition.")
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Show every site and every addition that is left alone."
+        ),
     ] = False,
 ) -> None:
     """Report what SE blocks would add to MODEL: parameters and MACs, block by block.
 
-    The model is built without weights and is not run (hf-hub: fetches the model's config), except
-    by --benchmark, which runs it with random weights.
+    The network is built without weights, and nothing of it is run. Only --benchmark runs it, with
+    random weights. For a name with hf-hub: the config of the model is downloaded.
 
     Examples:
 
@@ -111,9 +125,13 @@ def report(
     if len(wanted) > 1 and (show, diagram) != (None, None):  # each of which prints one thing alone
         raise typer.BadParameter(f"{wanted[0]} and {wanted[-1]} exclude each other")
     if (diagram is None) != (output is None):
-        raise typer.BadParameter("--diagram BLOCK and --output FILE go together")
+        raise typer.BadParameter(
+            "--diagram BLOCK needs --output FILE, and --output needs --diagram"
+        )
     if not benchmark and (device, batch_size) != (None, None):
-        raise typer.BadParameter("--device and --batch-size are of --benchmark: add it")
+        raise typer.BadParameter(
+            "--device and --batch-size belong to --benchmark, which is missing"
+        )
     import torch
 
     from se_inject.graph.example import floating_dtype

@@ -24,24 +24,32 @@ def zoo(
     injection: Annotated[Injection, Only("where")],
     pattern: Annotated[
         str,
-        typer.Option("--filter", metavar="GLOB", help="Only models whose name matches this glob."),
+        typer.Option(
+            "--filter", metavar="GLOB", help="Survey only models whose names match this glob."
+        ),
     ] = "*",
-    library: Annotated[Library, typer.Option(help="Whose models.")] = Library.all,
+    library: Annotated[
+        Library, typer.Option(help="The library whose models are surveyed.")
+    ] = Library.all,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
     output: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.md", help="Also write the table as Markdown.", show_default=False
+            metavar="FILE.md",
+            help="Also write the table into this file, as Markdown.",
+            show_default=False,
         ),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Parallel processes.", show_default="one a processor"),
+        typer.Option(
+            min=1, help="The number of parallel processes.", show_default="one per processor"
+        ),
     ] = None,
 ) -> None:
     """Plan and inject every model of timm and torchvision, and count what was found by family.
 
-    The models are built on the meta device: no weights, no download, nothing is run.
+    The models are built without weights: nothing is downloaded, and nothing is run.
 
     Examples:
 

@@ -63,7 +63,8 @@ def insert(
     for name in by_block:
         if present.get(name) is not modules[name] or edit_of(modules[name]):
             raise UnsupportedModelError(
-                f"{block_label(name)} was replaced or injected since the plan was made. Plan anew."
+                f"{block_label(name)} was replaced or injected since the plan was made."
+                " Make a new plan."
             )
     # Everything that can fail is made before the model is touched.
     edits: dict[tuple[Any, ...], Edit] = {}
@@ -131,7 +132,7 @@ def restore(model: nn.Module, names: Collection[str] | None = None) -> None:
     for _, module, edit in blocks:
         if type(module) is not edit.block_class:
             raise UnsupportedModelError(
-                f"a block has become {type(module).__name__} since inject_se (sharded?)."
+                f"a block has become {type(module).__name__} since inject_se, as sharding does."
                 " Remove the SE blocks before that step."
             )
     _restore_all([(module, edit) for _, module, edit in blocks])
@@ -180,7 +181,7 @@ def _edit(
         _ = edit.block_class  # The class is made here, where nothing is touched if that fails.
     except Exception as error:  # whatever a foreign __init_subclass__ raises
         raise UnsupportedModelError(
-            f"{base.__name__} cannot be subclassed ({error}): exclude {sites[0].block!r}."
+            f"{base.__name__} cannot be subclassed ({error}). Pass exclude={sites[0].block!r}."
         ) from error
     return edit
 

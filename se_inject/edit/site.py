@@ -81,7 +81,8 @@ def make_layer(site: Site, variant: Variant, se_layer: SELayer | None) -> nn.Mod
         layer = se_layer(site.channels)
         if not isinstance(layer, nn.Module):
             raise ArgumentError(
-                f"se_layer({site.channels}) returned {type(layer).__name__}; return an nn.Module."
+                f"se_layer({site.channels}) returned {type(layer).__name__}."
+                " It must return an nn.Module."
             )
         layer.to(device=site.device, dtype=site.dtype)
         return layer
@@ -103,5 +104,5 @@ def make_layer(site: Site, variant: Variant, se_layer: SELayer | None) -> nn.Mod
             raise
         raise ArgumentError(
             f"an SE block of {block_label(site.block)} with a bottleneck of {site.bottleneck}"
-            f" channels cannot be made: divisor={variant.divisor} is too large, 8 is usual."
+            f" channels cannot be made: divisor={variant.divisor} is too large (8 is usual)."
         ) from error

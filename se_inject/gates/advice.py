@@ -54,7 +54,7 @@ def advice(statistics: GateStatistics) -> str:
     change = f"by more than {100 * deviation:.2g} % of its block's mean gate"
     where = ", ".join(globs([block.block for block in still], names))
     return (
-        f"{len(still)} {of} {verb} idle or constant {over}: fold_se could fold {where} into the"
+        f"{len(still)} {of} {verb} idle or constant {over}. fold_se could fold {where} into the"
         f" layers before, and no gate there would change {change if deviation else 'at all'}."
     )
 

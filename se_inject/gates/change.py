@@ -59,7 +59,7 @@ def measure_change(before: nn.Module, after: nn.Module, loader: Iterable[Any]) -
     if not images:
         raise DataError("the loader gives no image to compare the outputs of.")
     if not math.isfinite(largest):
-        raise DataError("outputs of the network are no finite numbers, which cannot be compared.")
+        raise DataError("outputs of the network are not finite, so they cannot be compared.")
     relative = largest / scale if largest else 0.0
     return Change(images, largest, relative, None if other is None else other / images)
 
@@ -68,7 +68,7 @@ def _outputs(output: Any) -> list[Tensor]:
     leaves = pytree.tree_leaves(output)
     found = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
     if not found:
-        raise ArgumentError("the model puts out no tensor of numbers that could be compared.")
+        raise ArgumentError("the model returns no tensor of numbers that could be compared.")
     return found
 
 

@@ -78,7 +78,7 @@ def fold_se(
         DataError, UnsupportedModelError: as of :func:`gate_statistics` and :func:`remove_se`.
     """
     if not tolerance >= 0:
-        raise ArgumentError(f"tolerance={tolerance!r} is not 0 or more, such as 0.01 for 1 %.")
+        raise ArgumentError(f"tolerance={tolerance!r} must be 0 or more, such as 0.01 for 1 %.")
     groups, kept = foldable_blocks(model, loader, include, exclude)
     chosen = []
     for name, deviation in _by_deviation(groups):
@@ -114,7 +114,7 @@ def prune_se(
         As of :func:`fold_se`; ArgumentError: max_change < 0.
     """
     if not max_change >= 0:
-        raise ArgumentError(f"max_change={max_change!r} is not 0 or more, such as 0.01 for 1 %.")
+        raise ArgumentError(f"max_change={max_change!r} must be 0 or more, such as 0.01 for 1 %.")
     groups, kept = foldable_blocks(model, loader, include, exclude)
     order = [name for name, _ in _by_deviation(groups)]
 

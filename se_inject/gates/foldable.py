@@ -44,7 +44,7 @@ def foldable_blocks(
         )
     blocks = {name: (module, edit) for name, module, edit in injected(model)}
     if not blocks:
-        raise NoSiteError(f"{type(model).__name__} has no SE block; inject_se(model) makes them.")
+        raise NoSiteError(f"{type(model).__name__} has no SE block. inject_se(model) inserts them.")
     wanted = selected(list(blocks), include, exclude, "block with an SE block")
     statistics = gate_statistics(model, loader)
     producers = Producers(model)

@@ -74,10 +74,14 @@ def class_curves(statistics: GateStatistics, chosen: Sequence[str] | None = None
     """
     names = statistics.classes
     if names is None:
-        raise ArgumentError("curves by class need statistics by class: gate_statistics(classes=).")
+        raise ArgumentError(
+            "curves by class need statistics by class. Call gate_statistics with classes=."
+        )
     for name in chosen or ():
         if name not in names:
-            raise ArgumentError(f"there is no class {name!r}; near: {near_names(name, names)}.")
+            raise ArgumentError(
+                f"there is no class {name!r}. Near names: {near_names(name, names)}."
+            )
     if not chosen:
         picked = _most_different(statistics.blocks[-1])
     else:

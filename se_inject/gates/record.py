@@ -65,8 +65,8 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
     layers = gated_layers(model)
     if any(_is_compiled(module) for module in model.modules()):
         warnings.warn(
-            "the model is compiled, and compiled code ignores hooks: while its gates are recorded,"
-            " it runs uncompiled.",
+            "the model is compiled, and compiled code ignores hooks. It runs uncompiled while its"
+            " gates are recorded.",
             stacklevel=5,
         )
     with contextlib.ExitStack() as stack:

@@ -210,7 +210,7 @@ def batches(
             yield images, None
             continue
         if len(parts) < 2 or len(torch.as_tensor(parts[1])) != len(images):
-            raise ArgumentError("classes= wants a loader of tuples (images, labels [N], ...).")
+            raise ArgumentError("classes= needs a loader of tuples (images, labels [N], ...).")
         yield images, torch.as_tensor(parts[1])
 
 
@@ -235,9 +235,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def _block(name: str, layer: SqueezeExcite, moments: GateMoments) -> BlockGates:
     if not bool(torch.isfinite(moments.mean).all()):
-        raise DataError(
-            f"gates of {name!r} are no finite numbers: the network overflows on these images."
-        )
+        raise DataError(f"gates of {name!r} are not finite: the network overflows on these images.")
 
     def cpu(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.cpu()

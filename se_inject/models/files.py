@@ -32,7 +32,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise CheckpointError(f"{path}: there is no such file.") from None
     except Exception as error:  # of two formats, many kinds
         raise CheckpointError(
-            f"{path}: no weights that can be read without running code ({first_line(error)})."
+            f"{path} has no weights that can be read without running code ({first_line(error)})."
         ) from error
     # As training scripts nest them; timm's average of the weights is what it validated.
     for key in ("state_dict_ema", "state_dict", "model"):

@@ -54,9 +54,11 @@ def load_model(
     if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         # A user's builder may load weights or read them, which meta tensors cannot serve.
         if num_classes is not None:
-            raise ArgumentError(f"{name} builds what it builds; --num-classes is for libraries.")
+            raise ArgumentError(
+                f"{name} is your own code. --num-classes is for models of timm and torchvision."
+            )
         if drop_path is not None:
-            raise ArgumentError(f"{name} builds what it builds; --drop-path is for timm.")
+            raise ArgumentError(f"{name} is your own code. --drop-path is for models of timm.")
         model = _from_callable(name)
         return model.to("meta") if meta else model
     if not meta:
@@ -166,7 +168,9 @@ def _from_torchvision(
         hint = f"Near names: {', '.join(near)}." if near else "See timm.list_models()."
         raise UnknownModelError(f"no model {name!r} in timm or torchvision. {hint}")
     if in_chans not in (None, 3):
-        raise ArgumentError(f"torchvision's {name} takes 3 input channels; --in-chans is for timm.")
+        raise ArgumentError(
+            f"torchvision's {name} takes 3 input channels. --in-chans is for models of timm."
+        )
     # Whatever the library would fetch by default (a detector's backbone) is not wanted here.
     options: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
     if _takes(name, "weights_backbone"):

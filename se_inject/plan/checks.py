@@ -22,7 +22,7 @@ def check_injection(injection: Injection) -> None:
     """Raise an :class:`ArgumentError` for a value that cannot work."""
     r, variant, se_layer = injection.r, injection.variant, injection.se_layer
     if isinstance(r, Mapping) and not r:
-        raise ArgumentError("r={} says nothing of any block; write {'*': 16}.")
+        raise ArgumentError("r={} gives no number for any block. Write {'*': 16}.")
     for value in r.values() if isinstance(r, Mapping) else [r]:
         _check_positive_int("r", value, "the reduction ratio C / rd, such as 16")
     divisor_means = "8 as in timm, or 1 for the paper's plain C/r"
@@ -31,19 +31,21 @@ def check_injection(injection: Injection) -> None:
     check_known("placement", variant.placement, tuple(PLACEMENTS))
     if injection.where == "units" and variant.placement != "standard":
         raise ArgumentError(
-            f"placement={variant.placement!r} is of residual additions; units have none. Leave it"
-            " out, or pass where='residual'."
+            f"placement={variant.placement!r} needs residual additions, and units have none."
+            " Leave it out, or pass where='residual'."
         )
     variant.check()
     if se_layer is None:
         return
     if not callable(se_layer):
-        raise ArgumentError(f"se_layer={se_layer!r} is not callable; pass channels -> nn.Module.")
+        raise ArgumentError(
+            f"se_layer={se_layer!r} is not callable. Pass a function: channels -> nn.Module."
+        )
     own = [f"{k}={v!r}" for k, v in variant.differing().items() if k != "placement"]
     if own:
         raise ArgumentError(
-            f"{', '.join(own)} is of the SE block, which se_layer replaces: leave it out, or build"
-            " the layer so."
+            f"{', '.join(own)} belongs to the SE block, which se_layer replaces. Leave it out, or"
+            " build the layer that way."
         )
 
 

@@ -42,58 +42,65 @@ class Injection:
 
     r: Ratio = option(
         16,
-        "The reduction ratio C / rd of the SE bottlenecks; by block name, where the first match"
-        " wins: 'layer4.*=32,16'. May be given several times.",
+        "The reduction ratio: an SE block of C channels has a bottleneck of C / N. 'layer4.*=32,16'"
+        " gives the blocks that match a glob another one; the first match wins. May be given"
+        " several times.",
         metavar="N | GLOB=N,...",
         panel=_PANEL,
     )
     divisor: int = option(
         8,
-        "Every bottleneck width is a multiple of this, and at least this (timm's rd_divisor).",
+        "The width of every bottleneck is rounded to a multiple of this number, and is never"
+        " smaller (timm's rd_divisor).",
         panel=_PANEL,
     )
     include: Patterns = option(
         None,
-        "Only blocks that match this glob get SE blocks, such as 'layer4.*'. May be given several"
-        " times.",
+        "Only blocks whose names match this glob are taken, such as 'layer4.*'. May be given"
+        " several times.",
         show_default="all",
         panel=_PANEL,
     )
     exclude: Patterns = option(
         None,
-        "No block that matches this glob gets one; this wins over --include. May be given several"
-        " times.",
+        "Blocks whose names match this glob are left out, even where --include names them. May be"
+        " given several times.",
         show_default="none",
         panel=_PANEL,
     )
     where: Where = option(
         "auto",
-        "On residual branches; or on units too: the ends of Inception modules, dense layers,"
-        " convolutions with their activation. auto: on units only where the network adds no maps.",
+        "What gets SE blocks. residual: residual branches alone. units: also the ends of Inception"
+        " modules, dense layers, and convolutions with their activation. auto: units only in a"
+        " network that has no residual addition.",
         panel=_PANEL,
     )
     placement: Placement = option(
         "standard",
-        "Where the SE blocks go: "
+        "Where in a residual block the SE block goes. "
         + "; ".join(f"{name}: {rule.text}" for name, rule in PLACEMENTS.items())
         + ".",
         panel=_PANEL,
     )
     squeeze: Squeeze = option(
         "avg",
-        "What the two layers see: the mean or the maximum of the map, or none: every position.",
+        "What the two layers of an SE block see: the mean of each channel (avg), its maximum (max),"
+        " or every position of the map by itself (none).",
         panel=_PANEL,
     )
-    gate: Gate = option("sigmoid", "The function that the excitation ends with.", panel=_PANEL)
-    bias: bool = option(True, "Whether the two SE layers have biases.", panel=_PANEL)
+    gate: Gate = option(
+        "sigmoid", "The function that makes the gate, at the end of the excitation.", panel=_PANEL
+    )
+    bias: bool = option(True, "Whether the two layers of an SE block have biases.", panel=_PANEL)
     init: Init = option(
         "identity",
-        "The SE blocks start as the identity, or as in the paper with random gates.",
+        "How the SE blocks start. identity: every gate is 1, and the network computes what it did"
+        " before. paper: random layers and a plain gate, as in the paper.",
         panel=_PANEL,
     )
     attention: str | SELayer | None = option(
         None,
-        f"Another attention layer of timm goes in in place of SE: {', '.join(ATTENTIONS)}.",
+        f"Insert another attention layer of timm in place of SE blocks: {', '.join(ATTENTIONS)}.",
         metavar="NAME",
         show_default="none",
         panel=_PANEL,
@@ -101,7 +108,7 @@ class Injection:
 
     strict: bool = option(
         False,
-        "A residual block that cannot be served is an error, not a warning.",
+        "Make it an error, and not a warning, when a residual block cannot get an SE block.",
         panel=_PANEL,
     )
 

@@ -36,7 +36,7 @@ def layer_cost(
     except Exception as error:  # a user's code
         raise ArgumentError(_fault(text, error)) from error
     if not isinstance(layer, nn.Module):
-        raise ArgumentError(f"{text} returned {type(layer).__name__}; return an nn.Module.")
+        raise ArgumentError(f"{text} returned {type(layer).__name__}. It must return an nn.Module.")
     # A copy is run: the layer itself may be in use elsewhere. It is in eval mode because a norm in
     # it may want more than one image in train mode.
     layer = meta_copy(layer)  # in eval mode

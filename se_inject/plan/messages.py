@@ -24,10 +24,10 @@ def no_site_message(model: nn.Module, skipped: Sequence[Skipped], injection: Inj
     if injected:
         return (
             f"{kind} has SE blocks already ({len(injected)}, first in {block_label(injected[0])})"
-            " and no other site. remove_se(model) first to inject anew."
+            " and no other site. Call remove_se(model) first to inject again."
         )
     if not skipped:
-        text = f"no residual site: the forward of {kind} adds no two maps of one shape"
+        text = f"no residual site: the forward of {kind} adds no two maps of the same shape"
         if injection.where == "residual":
             return f"{text}. where='auto' takes its other units (--where auto)."
         if injection.placement != "standard":
@@ -64,7 +64,7 @@ def warn_of_gaps(trace: Trace) -> None:
     if trace.guessed:
         warnings.warn(
             f"{block_label(trace.guessed[0])} asks tensors for their values, and meta tensors have"
-            " none: planned as if they were false or 0; what else it may call is not planned.",
+            " none. They count as false or 0, and what else the code may call is not planned.",
             stacklevel=_CALLER,
         )
 
@@ -83,7 +83,7 @@ def gaps_message(blocks: int, skipped: Sequence[Skipped]) -> str | None:
     reasons = ", ".join(dict.fromkeys(reversed(gaps.values())))
     return (
         f"{len(gaps)} of {plural(blocks + len(gaps), 'residual block')} have no SE block:"
-        f" {reasons}; see plan_se(model).skipped."
+        f" {reasons}. See plan_se(model).skipped."
     )
 
 

@@ -22,7 +22,7 @@ def ratios_of(
     for name in wanted:
         pattern = next((p for p in r if name in matches[p]), None)
         if pattern is None:
-            raise ArgumentError(f"r={dict(r)} says nothing of block {name!r}; add '*': 16.")
+            raise ArgumentError(f"r={dict(r)} gives no number for block {name!r}. Add '*': 16.")
         ratios[name] = r[pattern]
     return ratios
 

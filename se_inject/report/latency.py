@@ -59,7 +59,7 @@ def check_device(name: str) -> torch.device:
         torch.empty(1, device=device).item()  # meta has no values, and nothing to measure
     except Exception as error:  # each backend has its own kind
         raise ArgumentError(
-            f"--device {name}: cannot be used here ({str(error).splitlines()[0]})."
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]})."
         ) from error
     return device
 
@@ -132,7 +132,7 @@ def compare_latency(
             raise BenchmarkError(
                 f"a forward at batch size {batch_size} on {device} failed"
                 f" ({type(error).__name__}: {first_line(error)}).\n"
-                "Where memory ran out, take a smaller batch size or image."
+                "If memory ran out, take a smaller batch size or image."
             ) from error
         start = time.perf_counter()
         while len(pairs) < _MAX_ROUNDS:

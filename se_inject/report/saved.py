@@ -95,7 +95,7 @@ def example_of(model: nn.Module) -> Arguments:
     for module in model.modules():
         if edit := edit_of(module):
             return edit.settings.example
-    raise NoSiteError(f"{type(model).__name__} has no SE block; inject_se(model) makes them.")
+    raise NoSiteError(f"{type(model).__name__} has no SE block. inject_se(model) inserts them.")
 
 
 def count_injected(model: nn.Module, example: Arguments) -> Count:

@@ -31,8 +31,8 @@ def divide(sources: Mapping[str, Source], settings: Settings, *, whole: bool) ->
     classes = train.classes
     if len(classes) < 2:
         raise DataError(
-            f"{where}: one class only ({classes[0]}); give a folder that has a folder for each"
-            " class."
+            f"{where}: there is only one class ({classes[0]}). Give a folder that has a folder for"
+            " each class."
         )
     parts = {"train": _all_of(train, classes, "training")}
     if "val" in sources:

@@ -63,7 +63,9 @@ def open_folder(root: Path) -> dict[str, Folder]:
     parts = {part: Folder(root, list(_class_images(root, top, left))) for part, top in tops.items()}
     if left:
         counts = ", ".join(f"{count} x {what}" for what, count in left.most_common(8))
-        warnings.warn(f"{root}: left out, because it is no image: {counts}.", stacklevel=2)
+        warnings.warn(
+            f"{root}: these files are no images and are left out: {counts}.", stacklevel=2
+        )
     return parts
 
 
@@ -97,7 +99,7 @@ def split_folders(root: Path) -> dict[str, Path]:
         )
     if others:
         beside = few([path.name for path in others])
-        warnings.warn(f"{root}: {beside} beside the splits is left out.", stacklevel=3)
+        warnings.warn(f"{root}: {beside} lies beside the splits and is left out.", stacklevel=3)
     return {part: paths[0] for part, paths in known.items() if paths}
 
 

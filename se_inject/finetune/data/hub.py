@@ -64,7 +64,7 @@ def open_hub(settings: Settings, name: str) -> Mapping[str, Rows]:
     }
     if "train" not in parts:
         raise DataError(
-            f"--data {settings.data} has the splits {', '.join(found)}, and none is train."
+            f"--data {settings.data} has the splits {', '.join(found)}, but none is train."
         )
     if others := [split for split in found if not any(split.lower() in w for w in PARTS.values())]:
         warnings.warn(f"--data {settings.data}: the split {few(others)} is left out.", stacklevel=2)
@@ -92,5 +92,5 @@ def _column(
     if not fitting and what in features:
         return what
     raise DataError(
-        f"--data {settings.data}: give --{what}-column; its columns are {', '.join(features)}."
+        f"--data {settings.data}: give --{what}-column. Its columns are {', '.join(features)}."
     )

@@ -204,7 +204,7 @@ def transforms(settings: Settings, config: dict[str, Any]) -> tuple[Any, Any]:
         if settings.aa is None:
             raise
         raise ArgumentError(
-            f"--aa {settings.aa} is no augmentation of timm; give one such as rand-m9-mstd0.5,"
+            f"--aa {settings.aa} is not an augmentation of timm. Give one such as rand-m9-mstd0.5,"
             " augmix-m3-w3 or original."
         ) from error
     return training, create_transform(**{**config, "crop_pct": 1.0}, is_training=False)

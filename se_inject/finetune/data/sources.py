@@ -43,7 +43,7 @@ def open_sources(settings: Settings) -> Mapping[str, Source]:
     """
     data = settings.data
     if not data.strip():
-        raise DataError("--data is empty; give a folder, torch/NAME, hfds/NAME, ... or digits.")
+        raise DataError("--data is empty. Give a folder, torch/NAME, hfds/NAME, ... or digits.")
     if data == "digits":
         return {"train": Digits()}
     kind, _, name = data.partition("/")
@@ -54,15 +54,15 @@ def open_sources(settings: Settings) -> Mapping[str, Source]:
             raise
         except Exception as error:  # of a library that downloads and unpacks
             raise DataError(
-                f"--data {data}: cannot be had ({type(error).__name__}: {first_line(error)})."
+                f"--data {data} cannot be loaded ({type(error).__name__}: {first_line(error)})."
             ) from error
     root = Path(data).expanduser()
     if root.is_file() and root.suffix.lower() == ".csv":
         return open_table(root)
     if not root.is_dir():
         raise DataError(
-            f"--data {data}: no such folder (nor FILE.csv, digits, torch/NAME, hfds/NAME,"
-            " wds/FOLDER)."
+            f"--data {data}: there is no such folder, and it is neither FILE.csv, digits,"
+            " torch/NAME, hfds/NAME nor wds/FOLDER."
         )
     return open_folder(root)
 

@@ -93,8 +93,8 @@ def _recorded(sources: Mapping[str, Source], run: Path, settings: Settings) -> S
         parts[part] = Part(source, [i for i, _ in own], [label for _, label in own])
     if missing := [part for part in ("train", "val") if part not in parts]:
         raise DataError(
-            f"--data {settings.data}: none of the images that {run / SPLIT} has for"
-            f" {missing[0]} is there."
+            f"--data {settings.data}: none of the images that {run / SPLIT} lists for"
+            f" {missing[0]} exists."
         )
     return Split(classes, parts)
 
@@ -116,7 +116,7 @@ def _read(run: Path) -> tuple[tuple[str, ...], list[tuple[str, str, str]]]:
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise DataError(
             f"{run / SPLIT} or {CLASSES} is damaged ({error}): which images were trained on is not"
-            " known. Begin anew with --output another folder."
+            " known. Begin a new run with another --output folder."
         ) from error
     return classes, rows
 

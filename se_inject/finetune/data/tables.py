@@ -34,16 +34,18 @@ def open_table(path: Path) -> Mapping[str, Folder]:
         if not name or not label:
             raise DataError(f"{path}, line {number}: it has no path or no label.")
         if name in seen:
-            raise DataError(f"{path}, line {number}: {name} is there twice.")
+            raise DataError(f"{path}, line {number}: {name} is listed twice.")
         seen.add(name)
         part = _part((row.get("split") or "").strip(), path, number)
         if not (path.parent / name).is_file():
             missing.append(name)
         found.setdefault(part, []).append((label, name))
     if missing:
-        raise DataError(f"{path}: {plural(len(missing), 'file')} not there: {few(missing)}.")
+        raise DataError(f"{path}: {plural(len(missing), 'file')} cannot be found: {few(missing)}.")
     if "train" not in found and found:
-        raise DataError(f"{path}: no image is to train on; its splits are {', '.join(found)}.")
+        raise DataError(
+            f"{path}: no image is in the split train. Its splits are {', '.join(found)}."
+        )
     return {part: Folder(path.parent, found[part]) for part in PARTS if part in found} or {
         "train": Folder(path.parent, [])
     }
@@ -53,4 +55,4 @@ def _part(word: str, path: Path, line: int) -> str:
     for part, words in PARTS.items():
         if word.lower() in words or (part == "train" and not word):
             return part
-    raise DataError(f"{path}, line {line}: the split {word!r} is none of train, val and test.")
+    raise DataError(f"{path}, line {line}: the split {word!r} is not one of train, val and test.")

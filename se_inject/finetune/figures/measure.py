@@ -94,7 +94,9 @@ def measure(
                 metric.update(scores, y)
             count += len(y)
     if not count:
-        raise DataError(f"--data {settings.data}: no image can be read, such as {unreadable[0]}.")
+        raise DataError(
+            f"--data {settings.data}: no image can be read. The first is {unreadable[0]}."
+        )
     matrix: Tensor = confusion.compute()
     of_class = matrix.sum(1)
     defined = ((of_class > 0) & (of_class < count)).tolist()

@@ -74,7 +74,7 @@ def curves(
             if 0 < frozen_epochs < last:
                 axis.axvline(frozen_epochs + 0.5, color="grey", linewidth=0.8, linestyle="--")
                 axis.annotate(
-                    "all learns",
+                    "everything learns",
                     (frozen_epochs + 0.5, 1),
                     xycoords=("data", "axes fraction"),
                     xytext=(3, -3),

@@ -1,4 +1,4 @@
-"""What a run says of itself at the end: the summary, its verdict and the rows."""
+"""What a run says about itself at its end: the summary, the verdict and the rows of figures."""
 
 import csv
 import statistics
@@ -71,9 +71,12 @@ def verdict(arms: dict[str, list[dict[str, Any]]]) -> str:
     of the last epoch. The best of several epochs is better than its network is.
     """
     if "se" not in arms:
-        return "No arm with SE blocks: compare these figures with those of --train se+head."
+        return (
+            "No arm with SE blocks was trained. Compare these figures with those of a run with"
+            " --train se+head."
+        )
     if "control" not in arms:
-        return "No control arm: --control says whether the SE blocks helped."
+        return "No control arm was trained. Add --control to see whether SE blocks helped."
     every = [*arms["se"], *arms["control"]]
     where, key = "", "val_acc"
     if all(r.get("test") for r in every):
@@ -83,8 +86,9 @@ def verdict(arms: dict[str, list[dict[str, Any]]]) -> str:
         where, key = " in the last epoch", "last_val_acc"
     se, control = ([100 * r[key] for r in arms[arm]] for arm in ("se", "control"))
     mean = statistics.fmean(se) - statistics.fmean(control)
+    change = f"SE blocks change the accuracy{where} by {mean:+.2f} points"
     if len(se) < 2:
-        return f"With SE {mean:+.2f} points{where}; one seed says nothing of the noise (--seeds 3)."
+        return f"{change}. One seed says nothing about the noise: --seeds 3 trains three."
     from scipy.stats import ttest_rel
 
     with warnings.catch_warnings():  # of differences that are all the same
@@ -92,7 +96,4 @@ def verdict(arms: dict[str, list[dict[str, Any]]]) -> str:
         interval = ttest_rel(se, control).confidence_interval(0.95)
     margin = (interval.high - interval.low) / 2
     beyond = "more than the noise" if abs(mean) > margin else "within the noise"
-    return (
-        f"With SE {mean:+.2f} points{where}, 95 % interval ±{margin:.2f} over {len(se)} seeds:"
-        f" {beyond}."
-    )
+    return f"{change} (95 % interval ±{margin:.2f}, {len(se)} seeds). This is {beyond}."

@@ -29,18 +29,18 @@ _NETWORK, _RECIPE, _MACHINE, _OUTPUT = (
 class NetworkChoices:
     """What the network begins with."""
 
-    pretrained: bool = option(True, "Begin from the library's weights.", **_NETWORK)
+    pretrained: bool = option(True, "Begin with the pretrained weights of the library.", **_NETWORK)
     checkpoint: str | None = option(
         None,
-        "Begin from the weights in this file: a state dict, or a file of save_se.",
+        "Begin with the weights in this file, which is a state dict or was written by save_se.",
         metavar="FILE",
         show_default=False,
         **_NETWORK,
     )
     drop_path: float | None = option(
         None,
-        "The share of the residual branches that stochastic depth drops in training, at the last"
-        " block; fewer before.",
+        "The share of training steps in which stochastic depth drops the last residual branch;"
+        " earlier branches are dropped less often.",
         min=0,
         max=0.99,
         show_default="the model's own",
@@ -55,8 +55,8 @@ class RecipeChoices:
     epochs: int = option(10, "The number of epochs of the whole run.", min=1, **_RECIPE)
     freeze_epochs: int | None = option(
         None,
-        "The number of first epochs in which the base is frozen: only the SE blocks and the head"
-        " learn.",
+        "The number of epochs at the start in which the base is frozen and only the SE blocks and"
+        " the head learn.",
         min=0,
         show_default="2, fewer in a short run, 0 with a random base",
         alias="--warmup-epochs",
@@ -64,82 +64,88 @@ class RecipeChoices:
     )
     batch_size: int = option(
         64,
-        "The number of images in a step, of all processes together; auto: as many as the memory of"
-        " the GPU holds.",
+        "The number of images in a batch, of all processes together; auto takes as many as fit into"
+        " the memory of the GPU.",
         min=1,
         auto=True,
         **_RECIPE,
     )
     accumulate: int = option(
-        1, "The number of batches whose gradients make one step together.", min=1, **_RECIPE
+        1, "The number of batches whose gradients are summed up for one step.", min=1, **_RECIPE
     )
     opt: str = option(
-        "adamw", "The optimizer in timm's words, such as adamw, sgd, lamb or lion.", **_RECIPE
+        "adamw", "timm's name of the optimizer, such as adamw, sgd, lamb or lion.", **_RECIPE
     )
     lr: float = option(
         1e-3,
-        "The peak learning rate of the SE blocks and the head; auto: as Lightning's finder says.",
+        "The highest learning rate of the SE blocks and the head; auto lets Lightning's finder"
+        " choose it.",
         auto=True,
         **_RECIPE,
     )
     lr_warmup: float | None = option(
         None,
-        "The number of epochs, or a fraction of one, in which the rate rises to its peak.",
+        "The number of epochs, or a fraction of one, in which the rate rises to --lr.",
         min=0,
         show_default="a twentieth of all",
         **_RECIPE,
     )
     sched: Sched = option(
         "cosine",
-        "How the rate falls after that, in timm's words; poly is a straight line, step a tenth"
-        " after each third.",
+        "How the rate falls afterwards, by timm's names; poly is a straight line, and step divides"
+        " the rate by 10 after each third of the run.",
         **_RECIPE,
     )
     base_lr_scale: float = option(
-        0.1, "The base learns at this share of the rate.", min=0, **_RECIPE
+        0.1, "The base learns with this factor times --lr.", min=0, **_RECIPE
     )
     layer_decay: float | None = option(
         None,
-        "The factor from the rate of each layer of the base to that of the layer before it.",
+        "Each layer of the base learns with this factor times the rate of the layer behind it.",
         min=0,
         max=1,
         show_default="1",
         **_RECIPE,
     )
     weight_decay: float = option(
-        0.05, "The weight decay; biases and norms have none.", min=0, **_RECIPE
+        0.05, "The weight decay. Biases and norms are not decayed.", min=0, **_RECIPE
     )
     label_smoothing: float = option(
-        0.1, "The share of each label that is spread over all classes.", min=0, max=0.9, **_RECIPE
+        0.1,
+        "Label smoothing: this share of each label is spread over all classes.",
+        min=0,
+        max=0.9,
+        **_RECIPE,
     )
     class_weights: ClassWeights = option(
         "none",
-        "The weights of the classes in the loss: balanced gives each class the same sum.",
+        "The weights of the classes in the loss; balanced lets each class count as much as every"
+        " other one, however many images it has.",
         **_RECIPE,
     )
     clip: float = option(
         1.0,
-        "The largest norm that the gradient of a step may have; 0 lets it have any.",
+        "The largest norm that the gradient of a step may have; 0 sets no limit.",
         min=0,
         **_RECIPE,
     )
     train: Train = option(
         "all",
-        "What learns after the epochs of the frozen base. head, norm and bias put in no SE blocks,"
-        " so that SE as an adapter has something to be compared with: the head alone, or the head"
-        " with the scales and shifts of the norms, or with all biases.",
+        "What learns after the epochs of the frozen base. With head, norm or bias the network gets"
+        " no SE blocks, for comparison: then the head learns alone, with the scales and shifts of"
+        " the norms, or with all biases.",
         **_RECIPE,
     )
     bn_stats: BNStats = option(
         "auto",
-        "BatchNorm statistics after the epochs of the frozen base: auto keeps those of a pretrained"
-        " base frozen and lets those of a random one move.",
+        "What happens to BatchNorm statistics after the epochs of the frozen base. auto keeps those"
+        " of a pretrained base as they are, and lets those of a random base move.",
         **_RECIPE,
     )
     ema: float | None = option(
         None,
-        "The decay of a moving average of the weights, such as 0.999; the average is validated and"
-        " kept.",
+        "The decay of a moving average of the weights, such as 0.999. The averaged weights are"
+        " validated and kept.",
         min=0,
         max=1,
         show_default="off",
@@ -147,16 +153,17 @@ class RecipeChoices:
     )
     early_stop: int | None = option(
         None,
-        "The number of epochs without a better validation accuracy after which an arm stops.",
+        "Training stops after so many epochs without a better validation accuracy.",
         min=1,
         show_default="off",
         **_RECIPE,
     )
-    seed: int = option(0, "The seed of the first run.", **_RECIPE)
-    seeds: int = option(1, "The number of runs, each with the next seed.", min=1, **_RECIPE)
+    seed: int = option(0, "The seed of the first training.", **_RECIPE)
+    seeds: int = option(1, "The number of trainings, each with the next seed.", min=1, **_RECIPE)
     control: bool = option(
         False,
-        "Also train the same network without SE blocks, with the same batches and head.",
+        "Also train the same network without SE blocks, on the same batches and with the same"
+        " head at the start.",
         **_RECIPE,
     )
 
@@ -167,25 +174,25 @@ class MachineChoices:
 
     precision: str | None = option(
         None,
-        "The precision of the arithmetic in Lightning's words: 32-true, 16-mixed, ...",
+        "Lightning's name of the precision of the arithmetic: 32-true, 16-mixed, bf16-mixed, ...",
         show_default="bf16-mixed on a GPU, else 32-true",
         **_MACHINE,
     )
     devices: str = option("auto", "The number of GPUs or processes of each machine.", **_MACHINE)
     nodes: int = option(
         1,
-        "The number of machines. The run folder has to be on a disk that all of them share.",
+        "The number of machines. All of them must be able to write to the run folder.",
         min=1,
         **_MACHINE,
     )
     strategy: Strategy = option(
         "auto",
-        "How several processes share the work: ddp copies the network to each (as auto does), fsdp"
-        " shards it.",
+        "How several processes share the work. ddp gives each a copy of the network, and auto does"
+        " the same; fsdp gives each a part of it.",
         **_MACHINE,
     )
     workers: int = option(
-        2, "The number of processes that load images, for each GPU.", min=0, **_MACHINE
+        2, "The number of processes that load images for each GPU.", min=0, **_MACHINE
     )
     compile: bool = option(False, "Compile the network with torch.compile.", **_MACHINE)
 
@@ -196,14 +203,14 @@ class OutputChoices:
 
     select: Select = option(
         "best",
-        "Which epoch's weights are kept: the best on the validation images (of equal accuracies"
-        " that of the smaller loss), or the last.",
+        "Which epoch's weights are kept: those of the last epoch, or of the one with the best"
+        " validation accuracy (of equals, the one with the smaller loss).",
         **_OUTPUT,
     )
     logger: Patterns = option(
         None,
-        f"A logger of Lightning that is told each step too: {', '.join(LOGGERS)}. May be given"
-        " several times.",
+        f"A logger of Lightning that gets the figures of each step: {', '.join(LOGGERS)}. May be"
+        " given several times.",
         metavar="NAME",
         show_default="none",
         **_OUTPUT,

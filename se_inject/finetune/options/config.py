@@ -23,7 +23,7 @@ _LISTS = ("include", "exclude", "logger")
 # Names that older versions wrote.
 _RENAMED = {"warmup_epochs": "freeze_epochs"}
 
-_WAY_OUT = "Put it right, or begin anew with --output another folder."
+_WAY_OUT = "Correct it, or begin a new run with another --output folder."
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def read_config(folder: Path) -> Settings:
     try:
         data = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise ArgumentError(f"{folder} is no run folder: it has no {CONFIG}.") from None
+        raise ArgumentError(f"{folder} is not a run folder, because it has no {CONFIG}.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ArgumentError(f"{path} is damaged ({first_line(error)}). {_WAY_OUT}") from error
     values = _checked(data, path, _WAY_OUT)
@@ -78,7 +78,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     hints = typing.get_type_hints(Settings)
     if isinstance(data, dict):  # YAML takes 1e-3 for a text: its numbers want a point
         data = {name: _as_number(value, hints.get(name)) for name, value in data.items()}
-    return _checked(data, path, "Put it right.")
+    return _checked(data, path, "Correct it.")
 
 
 def _as_number(value: Any, hint: Any) -> Any:
@@ -100,12 +100,12 @@ def _checked(data: Any, path: Path, way_out: str) -> dict[str, Any]:
         name = _RENAMED.get(old_name, old_name)
         if name not in hints:
             raise ArgumentError(
-                f"{path}: {name!r} is no setting of this version; there are"
+                f"{path}: {name!r} is not a setting of this version. Near names:"
                 f" {near_names(str(name), list(hints))}. {way_out}"
             )
         if not fits(value, hints[name]):
             raise ArgumentError(
-                f"{path}: {name} is {value!r:.60}, and must be {_words(hints[name])}. {way_out}"
+                f"{path}: {name} is {value!r:.60}, but must be {_words(hints[name])}. {way_out}"
             )
         values[name] = _listed(value) if name in _LISTS else value
     return values

@@ -81,11 +81,11 @@ class Settings(
         """Raise an :class:`ArgumentError` for values that cannot work together."""
         if not 0 <= self.frozen_epochs <= self.epochs:
             raise ArgumentError(
-                f"--freeze-epochs {self.freeze_epochs} are the first of --epochs {self.epochs},"
-                " so between 0 and that."
+                f"--freeze-epochs {self.freeze_epochs} must be between 0 and --epochs"
+                f" {self.epochs}, because they are the first of these."
             )
         if not 0 < self.val_split < 1:
-            raise ArgumentError(f"--val-split {self.val_split} is a share between 0 and 1.")
+            raise ArgumentError(f"--val-split {self.val_split} must be a share between 0 and 1.")
         if not 0 < self.lr < math.inf:  # nor nan
             raise ArgumentError(f"--lr {self.lr} must be above 0.")
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -94,25 +94,27 @@ class Settings(
             raise ArgumentError(f"--seed {self.seed} must be between 0 and {2**32 - self.seeds}.")
         if not re.fullmatch(r"auto|-1|[1-9]\d*|\d+(,\d+)+,?|\d+,", self.devices):
             raise ArgumentError(
-                f"--devices {self.devices} is no number of devices: give auto, 1, 2, ... or the"
+                f"--devices {self.devices} is not a number of devices. Give auto, a number, or the"
                 " indices of GPUs, such as 0,2."
             )
         self._check_limits()
         if self.lr_warmup is not None and self.lr_warmup > self.epochs:
             raise ArgumentError(
-                f"--lr-warmup {self.lr_warmup} are epochs of --epochs {self.epochs}, so at most"
-                " that."
+                f"--lr-warmup {self.lr_warmup} must be at most --epochs {self.epochs}, because it"
+                " is a part of them."
             )
         if self.color_jitter is not None and self.aa is not None:
-            raise ArgumentError("--color-jitter and --aa exclude each other, as in timm.")
+            raise ArgumentError(
+                "--color-jitter and --aa exclude each other, as in timm. Leave one out."
+            )
         if unknown := [name for name in self.loggers if name not in LOGGERS]:
-            raise ArgumentError(f"--logger {unknown[0]} is none of {', '.join(LOGGERS)}.")
+            raise ArgumentError(f"--logger {unknown[0]} is not one of {', '.join(LOGGERS)}.")
         if self.strategy == "fsdp" and (self.ema or self.compile):
-            raise ArgumentError("--strategy fsdp goes with neither --ema nor --compile.")
+            raise ArgumentError("--strategy fsdp works with neither --ema nor --compile.")
         if self.control and self.train in WITHOUT_SE:
             raise ArgumentError(
-                f"--control with --train {self.train} is one arm twice: it has no SE blocks either."
-                " Leave out --control, and compare with a run of --train se+head."
+                f"--control would train the same again: --train {self.train} has no SE blocks"
+                " either. Leave out --control, and compare with a run of --train se+head."
             )
         if self.control and self.train == "se":
             raise ArgumentError(

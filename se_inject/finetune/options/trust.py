@@ -22,12 +22,11 @@ def check_code(model: str, folder: Path, *, trusted: bool) -> None:
         return
     if not trusted:
         raise ArgumentError(
-            f"{folder / CONFIG} names code to import, {model!r}. Where you trust it, add"
-            " --trust-code."
+            f"{folder / CONFIG} names code to import, {model!r}. If you trust it, add --trust-code."
         )
     if any(_is_inside(path, folder) for path in _places(model.partition(":")[0])):
         raise ArgumentError(
-            f"{folder / CONFIG} names code that lies in the run folder, {model!r}; such code is"
+            f"{folder / CONFIG} names code in the run folder itself, {model!r}. Such code is"
             " never imported. Put the module elsewhere on the import path."
         )
 

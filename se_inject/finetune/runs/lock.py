@@ -32,8 +32,8 @@ def only_writer(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=_SECONDS_OF_ORPHANS if _holder_is_gone(folder) else 0)
     except Timeout:
         raise ArgumentError(
-            f"{folder} is being written to by {_holder(folder)}. Wait for its end, or stop it; or"
-            " give another --output."
+            f"{folder} is being written to by {_holder(folder)}. Wait until that ends, stop it,"
+            " or give another --output."
         ) from None
     except OSError as error:
         raise ArgumentError(f"{folder} cannot be written ({error}).") from error

@@ -65,8 +65,8 @@ def read_classes(folder: Path) -> tuple[str, ...]:
     path = folder / SUMMARY
     again = f"se-inject finetune --resume {folder}"
     if not path.exists():
-        raise ArgumentError(f"{folder} is not finished: {again}")
-    way_out = f"It is written anew by {again}"
+        raise ArgumentError(f"{folder} is not finished. Go on with: {again}")
+    way_out = f"This writes it again: {again}"
     classes = _read(path, {"classes": list}, way_out)["classes"]
     if len(classes) < 2 or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(f"{path} is damaged (its classes are no list of names). {way_out}")
@@ -115,8 +115,8 @@ def check_edits(settings: Settings, folder: Path) -> None:
         if changed:
             edits = ", ".join(f"{name} {begun[name]!r} is now {now[name]!r}" for name in changed)
             raise ArgumentError(
-                f"{folder / CONFIG} was edited since {path} was written: {edits}. Put it back, or"
-                " begin anew with --output another folder."
+                f"{folder / CONFIG} was edited after {path} was written: {edits}. Undo that,"
+                " or begin a new run with another --output folder."
             )
 
 

@@ -52,8 +52,8 @@ def start(
     with only_writer(folder):
         if any(folder.glob(f"**/{LAST}")) or any(folder.glob(f"**/{ARM}")):
             raise ArgumentError(
-                f"{folder} holds a run already: --resume {folder} goes on with it, --output another"
-                " folder begins anew."
+                f"{folder} holds a run already. --resume {folder} goes on with it, and another"
+                " --output folder begins a new run."
             )
         if find:
             settings = find_settings(settings, find, folder, console)
@@ -147,8 +147,8 @@ def _split(settings: Settings, folder: Path, console: Console, *, begun: bool) -
     recorded = begun and (folder / SPLIT).exists()
     if begun and not recorded:
         warnings.warn(
-            f"{folder} has no {SPLIT}, as runs of older versions: if images came or went since it"
-            " began, others are validated than before.",
+            f"{folder} has no {SPLIT}, because an older version began it. If images came or went"
+            " since then, other images are validated than before.",
             stacklevel=2,
         )
     split = open_split(settings, folder if recorded else None)

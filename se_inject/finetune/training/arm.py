@@ -78,7 +78,7 @@ class Arm:
         done = epochs_done(last)
         if not last.exists() and (self.folder / "metrics.csv").exists():
             warnings.warn(
-                f"{last} is missing, so this arm begins anew at its first epoch.", stacklevel=2
+                f"{last} is missing, so this arm begins again at its first epoch.", stacklevel=2
             )
         resumes = last.exists()
         try:
@@ -101,8 +101,8 @@ class Arm:
         if history.unreadable and trainer.is_global_zero:
             first = next(iter(history.unreadable))
             warnings.warn(
-                f"{len(history.unreadable)} images could not be read and were left out, such as"
-                f" {first}.",
+                f"{len(history.unreadable)} images could not be read and were left out. The first"
+                f" is {first}.",
                 stacklevel=2,
             )
         rows = history.rows
@@ -149,38 +149,44 @@ class Arm:
         return found.to_dict()
 
     def _say(self, data: Data, recipe: Recipe, trainer: pl.Trainer) -> None:
-        settings, say = self.settings, self.console.print
+        settings = self.settings
+
+        def say(line: str) -> None:
+            # Rich would colour "3,410,538" as three numbers.
+            self.console.print(line, highlight=False, markup=False)
+
         sizes = {name: p.numel() for name, p in recipe.network.named_parameters()}
         total, new = sum(sizes.values()), sum(sizes[name] for name in recipe.new)
         added = sum(p.numel() for p in se_parameters(recipe.network))
-        say(f"{settings.model}, {self.arm} arm, seed {self.seed}", highlight=False)
+        say(f"\n{settings.model}, arm {self.arm}, seed {self.seed}")
         say(
-            f"  {len(data.train)} images to train, {len(data.val)} to validate,"
+            f"  {len(data.train):,} images to train, {len(data.val):,} to validate,"
             f" {len(data.classes)} classes"
         )
-        more = {"norm": ["scales and shifts of norms"], "bias": ["biases"]}
+        more = {"norm": ["the scales and shifts of the norms"], "bias": ["the biases"]}
         parts = [
-            *(["SE blocks"] if added else []),
+            *(["the SE blocks"] if added else []),
             *more.get(settings.train, []),
-            *(["head"] if settings.train != "se" else []),
+            *(["the head"] if settings.train != "se" else []),
         ]
         phases = [(settings.epochs, " and ".join(parts), new)]
         if settings.train == "all":
             first = settings.frozen_epochs
-            phases = [(first, " and ".join(parts), new), (settings.epochs - first, "all", total)]
+            phases = [
+                (first, " and ".join(parts), new),
+                (settings.epochs - first, "everything", total),
+            ]
         begin = 1
         for epochs, what, count in phases:
             if epochs:
-                when = f"{begin} to {begin + epochs - 1}" if epochs > 1 else f"{begin}"
-                say(
-                    f"  {'epochs' if epochs > 1 else 'epoch'} {when}: {what};"
-                    f" {count:,} parameters learn ({100 * count / total:.2f} %)"
-                )
+                last = begin + epochs - 1
+                when = f"epoch {begin} trains" if epochs == 1 else f"epochs {begin} to {last} train"
+                say(f"  {when} {what}: {count:,} parameters ({100 * count / total:.2f} %)")
             begin += epochs
-        say(f"  {total:,} parameters, {added:,} of them in SE blocks")
-        kind = trainer.accelerator.__class__.__name__
-        say(f"  {kind} x {trainer.world_size}, precision {trainer.precision}")
+        say(f"  the network has {total:,} parameters, {added:,} of them in SE blocks")
+        kind = trainer.accelerator.__class__.__name__.removesuffix("Accelerator")
+        say(f"  machine: {trainer.world_size} × {kind}, precision {trainer.precision}")
         say(
-            f"  {settings.opt}, effective batch {settings.batch_size * settings.accumulate}, rate"
-            f" {settings.lr:g} (base {settings.lr * settings.base_lr_scale:g})"
+            f"  {settings.opt}, {settings.batch_size * settings.accumulate} images a step, learning"
+            f" rate {settings.lr:g} (base {settings.lr * settings.base_lr_scale:g})"
         )

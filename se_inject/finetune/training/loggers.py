@@ -23,8 +23,8 @@ def loggers_of(settings: Settings, folder: Path) -> list[Logger]:
             logger = _LOGGERS[name](folder)
         except (ImportError, ModuleNotFoundError) as error:
             raise ArgumentError(
-                f"--logger {name}: there is no {name}: pip install {name}, or"
-                " 'se-inject[loggers]' for all of them."
+                f"--logger {name} needs a package that is not installed: pip install {name}, or"
+                " 'se-inject[loggers]' for all loggers."
             ) from error
         logger.log_hyperparams(to_dict(settings))
         made.append(logger)

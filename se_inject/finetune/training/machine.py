@@ -50,13 +50,13 @@ def processes(settings: Settings) -> int:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched not in (1, world):
         raise ArgumentError(
-            f"{launched} processes were started, and --devices {devices} --nodes {settings.nodes}"
-            f" say {world}. Say how many there are of each node."
+            f"{launched} processes were started, but --devices {devices} --nodes {settings.nodes}"
+            f" ask for {world}. Give --devices the number of processes on each machine."
         )
     if settings.batch_size % world:
         raise ArgumentError(
-            f"--batch-size {settings.batch_size} is of all {world} processes together: give a"
-            f" multiple of {world}."
+            f"--batch-size {settings.batch_size} is shared by all {world} processes, so it must be"
+            f" a multiple of {world}."
         )
     return world
 
@@ -121,8 +121,8 @@ def trainer_of(
         )
     except (MisconfigurationException, ValueError) as error:
         raise ArgumentError(
-            f"--precision {settings.precision}, --devices {settings.devices}: Lightning cannot"
-            f" train so ({first_line(error)})."
+            f"Lightning cannot train with --precision {settings.precision} and --devices"
+            f" {settings.devices} ({first_line(error)})."
         ) from error
 
 
@@ -200,7 +200,8 @@ def check_space(folder: Path, params: int, settings: Settings) -> None:
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise ArgumentError(
-            f"{folder}: {free / 1e6:.0f} MB are free, the run needs about {wanted / 1e6:.0f} MB."
+            f"{folder}: {free / 1e6:.0f} MB are free, but the run needs about"
+            f" {wanted / 1e6:.0f} MB."
         )
 
 
@@ -215,14 +216,16 @@ def stoppable(run: Path, settings: Settings) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        raise TrainingError(f"stopped. Go on with: se-inject finetune --resume {run}") from None
+        raise TrainingError(
+            f"the run was stopped. Go on with: se-inject finetune --resume {run}"
+        ) from None
     except RuntimeError as error:
         on_cpu = "DefaultCPUAllocator" in str(error)
         if not (isinstance(error, torch.OutOfMemoryError) or on_cpu):
             raise
         raise TrainingError(
-            f"out of memory at --batch-size {settings.batch_size}. Begin anew with"
-            f" {max(1, settings.batch_size // 2)}, or a smaller --img-size."
+            f"out of memory at --batch-size {settings.batch_size}. Begin again with"
+            f" --batch-size {max(1, settings.batch_size // 2)}, or with a smaller --img-size."
         ) from error
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -23,7 +23,9 @@ def base_of(settings: Settings) -> tuple[nn.Module, dict[str, Any]]:
     checkpoint = None if settings.checkpoint is None else Path(settings.checkpoint)
     if checkpoint is not None and _is_se_file(checkpoint):
         if settings.drop_path is not None:
-            raise ArgumentError("--drop-path does not go with a --checkpoint of save_se.")
+            raise ArgumentError(
+                "--drop-path cannot be combined with a --checkpoint that save_se wrote."
+            )
         network = restore_model(settings.model, checkpoint, se_layer=settings.se_layer)
     else:
         pretrained = settings.pretrained and checkpoint is None

@@ -28,7 +28,7 @@ def optimizer_of(
     known = timm.optim.list_optimizers()
     if settings.opt not in known:
         raise ArgumentError(
-            f"--opt {settings.opt} is no optimizer of timm; there are"
+            f"--opt {settings.opt} is not an optimizer of timm. Near names:"
             f" {near_names(settings.opt, known)}, ..."
         )
     groups = list(groups_of(network, new, settings))
@@ -36,7 +36,7 @@ def optimizer_of(
         optimizer = timm.optim.create_optimizer_v2(groups, opt=settings.opt, lr=settings.lr)
     except Exception as error:  # of a package that an optimizer needs, or of its arguments
         raise ArgumentError(
-            f"--opt {settings.opt} cannot be had ({first_line(error)}); the default is adamw."
+            f"--opt {settings.opt} cannot be used here ({first_line(error)}). The default is adamw."
         ) from error
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor_of(settings, steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -36,7 +36,7 @@ def prepare(settings: Settings, split: Split, arm: str, seed: int) -> Prepared:
     network = with_head(network, len(data.classes))
     if settings.train == "se" and head_of(network) is not old:
         raise ArgumentError(
-            f"--train se keeps the head of {settings.model}, which is for other classes than"
+            f"--train se keeps the head of {settings.model}, but that is for other classes than"
             f" the {len(data.classes)} of the data. Use --train se+head."
         )
     size = settings.img_size or config["input_size"][-1]

@@ -51,8 +51,8 @@ def check_alone(settings: Settings) -> None:
     """Raise an :class:`ArgumentError` where several processes are to train."""
     if processes(settings) > 1:
         raise ArgumentError(
-            "--lr auto and --batch-size auto are found by one process. Find them so, with"
-            " --devices 1 --epochs 1, and give several processes the numbers."
+            "--lr auto and --batch-size auto need a single process. Find the numbers with"
+            " --devices 1 --epochs 1, and give these to several processes."
         )
 
 
@@ -82,7 +82,7 @@ def _rate(settings: Settings, prepared: Prepared, folder: Path) -> float:
         if rate is not None:
             return float(f"{rate:.3g}")
         break
-    raise ArgumentError("--lr auto finds no rate at which the loss falls: give a number.")
+    raise ArgumentError("--lr auto finds no rate at which the loss falls. Give a number.")
 
 
 def _batch_size(settings: Settings, prepared: Prepared, folder: Path) -> int:

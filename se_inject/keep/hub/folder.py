@@ -140,8 +140,8 @@ def read_config(source: str | os.PathLike[str]) -> FolderSaid:
     shown = printable(path)
     if path.name != CONFIG:
         raise CheckpointError(
-            f"{shown} is no folder of save_se. Of a file alone nobody knows the base: build it and"
-            " call load_se(base, path)."
+            f"{shown} is not a folder of save_se. A file alone does not say what its base is: build"
+            " the base and call load_se(base, path)."
         )
     try:
         with path.open("rb") as file:
