@@ -16,7 +16,7 @@ the same outputs to the last bit, until training moves the new weights.
     plan/        which sites get what: r, include/exclude; what is skipped and why
     api          inject_se, remove_se, se_parameters, set_plain_ops
     models/      "resnet50", "torchvision/resnet50", "my_pkg.nets:build" -> nn.Module
-    keep/        save_se, load_se; export to stock timm networks, torch.export, ONNX
+    keep/        save_se, load_se; optimize_for_inference; export to timm, torch.export, ONNX
     gates/       what the gates do: record, statistics, pictures, folding the constant ones
     report/      parameters, MACs and latency; tables, JSON; the zoo's coverage
     finetune/    settings, data, recipe, trainer, results; imported by its commands only
@@ -52,6 +52,7 @@ from se_inject.plan.planner import plan_se
 from se_inject.reasons import Skipped
 
 if TYPE_CHECKING:
+    from se_inject.keep.deploy.optimize import optimize_for_inference
     from se_inject.keep.formats.stock import to_stock
     from se_inject.keep.hub.pretrained import from_pretrained
     from se_inject.keep.load import load_se
@@ -65,6 +66,7 @@ __version__ = metadata.version("se-inject")
 _LATER = {
     "from_pretrained": "se_inject.keep.hub.pretrained",
     "load_se": "se_inject.keep.load",
+    "optimize_for_inference": "se_inject.keep.deploy.optimize",
     "save_se": "se_inject.keep.save",
     "to_stock": "se_inject.keep.formats.stock",
 }
@@ -96,6 +98,7 @@ __all__ = [
     "from_pretrained",
     "inject_se",
     "load_se",
+    "optimize_for_inference",
     "plan_se",
     "remove_se",
     "save_se",

@@ -9,6 +9,7 @@ from torch import nn
 from se_inject.edit.insert import injected, is_injected, restore
 from se_inject.errors import NoSiteError
 from se_inject.layers.attention import SELayer
+from se_inject.layers.deployed import DeployedSE
 from se_inject.layers.gates import Gate, Init
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.layers.squeezes import Squeeze
@@ -118,7 +119,9 @@ def set_plain_ops(model: nn.Module, plain: bool = True) -> nn.Module:
     Raises:
         NoSiteError: the model has no SE block.
     """
-    blocks = [module for module in model.modules() if isinstance(module, SqueezeExcite)]
+    blocks = [
+        module for module in model.modules() if isinstance(module, SqueezeExcite | DeployedSE)
+    ]
     if not blocks and not is_injected(model):
         raise NoSiteError(
             f"{type(model).__name__} has no SE block whose operations could be changed."

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 # torch.utils.pytree is newer than the oldest torch that this package supports.
 from torch.utils import _pytree as pytree
 
-__all__ = ["pytree"]
+# A mode that sees the operations themselves, not the functions that people call. Its base class has
+# no public name.
+from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+
+__all__ = ["DispatchMode", "pytree"]
 
 
 def transforms_active() -> bool:

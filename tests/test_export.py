@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import se_inject.keep.formats.program
 from se_inject import ExportError, NoSiteError, inject_se, save_se, se_parameters, to_stock
+from se_inject.keep.fold import fold_gates
 from se_inject.keep.formats import FORMATS
 from se_inject.keep.formats.compare import check_equal
-from se_inject.keep.formats.fold import fold_gates
 from se_inject.keep.formats.onnx import write_onnx
 from se_inject.keep.formats.program import write_torch_export
 from se_inject.layers.attention import Attention

@@ -77,6 +77,14 @@ def export(
             min=1, help="The number of input channels of the base.", show_default="the model's own"
         ),
     ] = None,
+    optimize: Annotated[
+        bool,
+        typer.Option(
+            "--optimize",
+            help="Write fewer operations that compute the same: norms and constant gates are folded"
+            " into the layers before them, and the squeeze comes before the last 1x1 convolution.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
@@ -92,10 +100,14 @@ def export(
 
     - `se-inject export resnet50 --weights best.safetensors --format onnx --output net.onnx`
 
-    - `se-inject export runs/resnet50-flowers --format onnx --output flowers.onnx`
+    - `se-inject export runs/resnet50-flowers --format onnx --optimize --output flowers.onnx`
     """
     from se_inject.keep.restore import restore_model
 
+    form = FORMATS[target]
+    if optimize and form.write_optimized is None:
+        able = " or ".join(name for name, f in FORMATS.items() if f.write_optimized)
+        raise typer.BadParameter(f"--optimize is for --format {able}; {target} fixes its layers")
     run = Path(model).expanduser()
     is_run = weights is None and (run / CONFIG).exists()
     if weights is None and not is_run:
@@ -125,8 +137,17 @@ def export(
                 num_classes=num_classes,
                 se_layer=injection.se_layer,
             )
-        hint = FORMATS[target].write(network, output)
+        done = None
+        if optimize:
+            assert form.write_optimized is not None
+            hint, done = form.write_optimized(network, output)
+        else:
+            hint = form.write(network, output)
     if as_json:
-        print(json.dumps({"file": str(output), "format": target, "load": hint}, indent=2))
+        said = {"file": str(output), "format": target, "load": hint}
+        optimized = {} if done is None else {"optimized": done.to_dict()}
+        print(json.dumps(said | optimized, indent=2))
     else:
+        if done is not None:
+            print(done)
         print(f"{output}: same outputs as the model. Load it with {hint}")

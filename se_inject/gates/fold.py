@@ -20,7 +20,7 @@ from se_inject.gates.advice import globs
 from se_inject.gates.change import Change, measure_change
 from se_inject.gates.foldable import FoldableBlock, foldable_blocks
 from se_inject.gates.statistics import NEAR, BlockGates
-from se_inject.keep.formats.fold import Producers, affine
+from se_inject.keep.fold import Producers, affine
 from se_inject.names import Patterns, plural
 
 

@@ -4,14 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from timm.layers import LayerNorm2d
 from torch import nn
 
 from se_inject.edit.block_class import Edit
 from se_inject.edit.insert import injected
 from se_inject.errors import ArgumentError, NoSiteError
 from se_inject.gates.statistics import BlockGates, GateStatistics, gate_statistics
-from se_inject.keep.formats.fold import Producers, affine
+from se_inject.keep.fold import Producers, scales_channels
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.names import Patterns
 from se_inject.plan.checks import check_model
@@ -78,18 +77,10 @@ def _foldable(
             return "it did not run on these images"
         gates[child] = seen[own]
         source = producers.of(module, producer)
-        takes[child] = source is not None and _scales_channels(source, layer)
+        takes[child] = source is not None and scales_channels(source, layer)
         if not takes[child] and gates[child].idle < 1:
             return (
                 f"it scales the output of {producer or 'an operation'}, which is no norm or"
                 " convolution that feeds it alone"
             )
     return FoldableBlock(gates, takes)
-
-
-def _scales_channels(source: nn.Module, layer: SqueezeExcite) -> bool:
-    """Whether dim 0 of the source's weight is the channel dim of the map that the block scales."""
-    if affine(source)[0].shape[0] != layer.channels:
-        return False
-    last = isinstance(source, nn.Linear | nn.LayerNorm) and not isinstance(source, LayerNorm2d)
-    return last == (-1 not in layer.space)

@@ -10,7 +10,7 @@ from helpers import open_gates, randomize
 from torch import Tensor, nn
 
 from se_inject import SqueezeExcite, inject_se, set_plain_ops
-from se_inject.keep.formats.fold import fold_gates
+from se_inject.keep.fold import fold_gates
 from se_inject.keep.formats.onnx import write_onnx
 
 pytestmark = [

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from se_inject.errors import ExportError
+from se_inject.keep.deploy.optimize import Optimization
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Format:
     suffix: str  # what the name of such a file ends in
     write: Callable[[nn.Module, Path], str]
     extra: str | None = None  # the optional dependency of se-inject that it needs
+    # The same for an optimised copy of the model; also what was done. None: the format has none.
+    write_optimized: Callable[[nn.Module, Path], tuple[str, Optimization]] | None = None
 
 
 def need_packages(*packages: str, extra: str) -> None:

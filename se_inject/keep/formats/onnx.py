@@ -1,6 +1,5 @@
 """ONNX files."""
 
-import copy
 import itertools
 import json
 from collections.abc import Sequence
@@ -11,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject.api import set_plain_ops
 from se_inject.edit.insert import injected
 from se_inject.errors import ExportError, first_line
 from se_inject.keep.atomic import atomic_write
-from se_inject.keep.formats.compare import check_equal, example_tensors
+from se_inject.keep.deploy.optimize import Optimization, optimized_copy
+from se_inject.keep.formats.compare import check_equal
 from se_inject.keep.formats.format import Format, need_packages
-from se_inject.keep.formats.program import export_program
+from se_inject.keep.formats.program import export_program, plain_copy
 from se_inject.names import base_architecture
 from se_inject.torch_private import pytree
 
@@ -38,24 +37,44 @@ def write_onnx(model: nn.Module, path: Path, *, opset: int | None = None) -> str
         opset: the version of ONNX's operations; by default the one that torch prefers.
     """
     need_packages("onnxruntime", "onnxscript", extra="onnx")  # torch writes ONNX with the second
-    said = _metadata(model)
-    model = set_plain_ops(copy.deepcopy(model).cpu())
-    model.eval()
-    args = example_tensors(model)
+    plain, args = plain_copy(model)
+    return _write_for_sizes(plain, plain, args, path, _metadata(model), opset)
+
+
+def write_optimized_onnx(
+    model: nn.Module, path: Path, *, opset: int | None = None
+) -> tuple[str, Optimization]:
+    """As :func:`write_onnx`, of an optimised copy; also say what was done to it."""
+    need_packages("onnxruntime", "onnxscript", extra="onnx")
+    plain, args = plain_copy(model)
+    fast, done = optimized_copy(plain, example_input=args)
+    return _write_for_sizes(plain, fast, args, path, _metadata(model), opset), done
+
+
+def _write_for_sizes(
+    model: nn.Module,
+    exported: nn.Module,
+    args: tuple[Any, ...],
+    path: Path,
+    said: dict[str, str],
+    opset: int | None,
+) -> str:
+    """Write ``exported``, for maps of any size if that can be, and compare it with ``model``."""
     other = _other_size(model, args)
     with atomic_write(path, ONNX.suffix) as part:
         if other is not None:
             try:
-                _write(model, part, [args, other], said, opset)
+                _write(model, exported, part, [args, other], said, opset)
             except ExportError:  # The network is exported for one size after all.
                 other = None
         if other is None:
-            _write(model, part, [args], said, opset)
+            _write(model, exported, part, [args], said, opset)
     return f"onnxruntime.InferenceSession({str(path)!r})"
 
 
 def _write(
     model: nn.Module,
+    exported: nn.Module,
     path: Path,
     inputs: Sequence[tuple[Any, ...]],
     said: dict[str, str],
@@ -66,7 +85,7 @@ def _write(
 
     args = inputs[0]
     sizes = len(inputs) > 1
-    program = export_program(model, args, sizes=sizes)
+    program = export_program(exported, args, sizes=sizes)
     tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
     outputs = program.graph_signature.user_outputs
     try:
@@ -163,4 +182,6 @@ def _metadata(model: nn.Module) -> dict[str, str]:
     }
 
 
-ONNX = Format("an ONNX file", ".onnx", write_onnx, extra="onnx")
+ONNX = Format(
+    "an ONNX file", ".onnx", write_onnx, extra="onnx", write_optimized=write_optimized_onnx
+)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from se_inject.api import set_plain_ops
 from se_inject.errors import ExportError, first_line
 from se_inject.keep.atomic import atomic_write
+from se_inject.keep.deploy.optimize import Optimization, optimized_copy
 from se_inject.keep.formats.compare import check_equal, example_tensors
 from se_inject.keep.formats.format import Format
 from se_inject.torch_private import pytree
@@ -17,11 +18,28 @@ from se_inject.torch_private import pytree
 
 def write_torch_export(model: nn.Module, path: Path) -> str:
     """Write a ``torch.export`` program, compare what is read back, and say what loads it."""
-    model = set_plain_ops(copy.deepcopy(model).cpu())
-    model.eval()
-    args = example_tensors(model)
+    plain, args = plain_copy(model)
+    return _write(plain, plain, args, path)
+
+
+def write_optimized_torch_export(model: nn.Module, path: Path) -> tuple[str, Optimization]:
+    """As :func:`write_torch_export`, of an optimised copy; also say what was done to it."""
+    plain, args = plain_copy(model)
+    fast, done = optimized_copy(plain, example_input=args)
+    return _write(plain, fast, args, path), done
+
+
+def plain_copy(model: nn.Module) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A copy in eval mode, on the CPU and in plain operations, and arguments that it takes."""
+    plain = set_plain_ops(copy.deepcopy(model).cpu())
+    plain.eval()
+    return plain, example_tensors(plain)
+
+
+def _write(model: nn.Module, exported: nn.Module, args: tuple[Any, ...], path: Path) -> str:
+    """Write ``exported``, and compare the file with ``model``."""
     with atomic_write(path, TORCH_EXPORT.suffix) as part:
-        torch.export.save(export_program(model, args), part)
+        torch.export.save(export_program(exported, args), part)
         check_equal(model, torch.export.load(part).module(), args, "the exported program")
     return f"torch.export.load({str(path)!r}).module()"
 
@@ -48,4 +66,9 @@ def export_program(
         ) from error
 
 
-TORCH_EXPORT = Format("a torch.export program", ".pt2", write_torch_export)
+TORCH_EXPORT = Format(
+    "a torch.export program",
+    ".pt2",
+    write_torch_export,
+    write_optimized=write_optimized_torch_export,
+)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from se_inject.edit.block_class import edit_of
 from se_inject.errors import ExportError
 from se_inject.keep.atomic import atomic_write
+from se_inject.keep.fold import fold_gates
 from se_inject.keep.formats.compare import check_equal, example_tensors
-from se_inject.keep.formats.fold import fold_gates
 from se_inject.keep.formats.format import Format
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.models.head import num_classes_of

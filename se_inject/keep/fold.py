@@ -59,12 +59,17 @@ def fold_gates(model: nn.Module) -> None:
             folds.append((source, layer, layer.gate_scale))
     if not found:
         raise NoSiteError(f"{type(model).__name__} has no SE block; inject_se(model) makes them.")
+    for source, layer, factor in folds:
+        fold_factor(source, layer, factor)
+
+
+def fold_factor(source: nn.Module, layer: SqueezeExcite, factor: float) -> None:
+    """Move the factor of a gate into the layer that feeds the SE block, in place."""
     with torch.no_grad():
-        for source, layer, factor in folds:
-            for tensor in affine(source):
-                tensor.mul_(factor)
-            layer.fc1.weight.div_(factor)
-            layer.to_literal_gate()
+        for tensor in affine(source):
+            tensor.mul_(factor)
+        layer.fc1.weight.div_(factor)
+        layer.to_literal_gate()
 
 
 class Producers:
@@ -87,11 +92,26 @@ class Producers:
             return None
         return None if any(self._shared[id(t)] > 1 for t in affine(source)) else source
 
+    def has_alone(self, module: nn.Module) -> bool:
+        """Whether the model has a module at one place, and its tensors in no other module."""
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        return self._uses[id(module)] == 1 and all(self._shared[id(t)] == 1 for t in tensors)
+
 
 def affine(layer: nn.Module) -> list[Tensor]:
     """Weight and bias: the output is linear in both together."""
     tensors = (getattr(layer, "weight", None), getattr(layer, "bias", None))
     return [t for t in tensors if isinstance(t, Tensor)]
+
+
+def scales_channels(source: nn.Module, layer: SqueezeExcite) -> bool:
+    """Whether dim 0 of the source's weight is the channel dim of the map that the block scales."""
+    from timm.layers import LayerNorm2d
+
+    if affine(source)[0].shape[0] != layer.channels:
+        return False
+    last = isinstance(source, nn.Linear | nn.LayerNorm) and not isinstance(source, LayerNorm2d)
+    return last == (-1 not in layer.space)
 
 
 def last_affine(module: nn.Module) -> nn.Module | None:
