@@ -168,6 +168,8 @@ def test_json_is_one_object_with_the_promised_keys(call) -> None:
             r"^The paper's variant with gate=tanh, bias=False\.$",
         ),
         (["resnet18", "--attention", "eca"], r"^eca in place of SE blocks"),
+        (["test_resnet", "--attention", "cbam"], r"^cbam .*: each starts as the identity\.$"),
+        (["test_resnet", "--attention", "eca", "--init", "paper"], r"^eca .* it may change what "),
         (["resnet18", "--attention", "halo", "--img-size", "256"], r"^8 sites"),
         (["resnet18", "--include", "layer4.*"], r"^2 sites"),
         (["resnet18", "--include", "layer3.*", "--include", "layer4.*"], r"^4 sites"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from se_inject.layers.attention import ATTENTIONS, Attention, SELayer
 from se_inject.layers.gates import Gate, Init
+from se_inject.layers.identity_start import FromIdentity
 from se_inject.layers.squeezes import Squeeze
 from se_inject.layers.variant import Variant
 from se_inject.names import Patterns
@@ -88,7 +89,8 @@ class Injection:
     bias: bool = option(True, "Whether the two SE layers have biases.", panel=_PANEL)
     init: Init = option(
         "identity",
-        "The SE blocks start as the identity, or as in the paper with random gates.",
+        "The SE blocks start as the identity, or as in the paper with random gates. With"
+        " --attention: the layers start as the identity, or as timm builds them.",
         panel=_PANEL,
     )
     attention: str | SELayer | None = option(
@@ -112,5 +114,12 @@ class Injection:
 
     @property
     def se_layer(self) -> SELayer | None:
-        """What goes in in place of SE blocks: ``channels -> nn.Module``."""
-        return Attention(self.attention) if isinstance(self.attention, str) else self.attention
+        """What goes in in place of SE blocks: ``channels -> nn.Module``.
+
+        Layers of timm begin as the identity where ``init`` says so. A user's own callable says
+        itself how its layers begin.
+        """
+        layer = Attention(self.attention) if isinstance(self.attention, str) else self.attention
+        if isinstance(layer, Attention) and self.init == "identity":
+            return FromIdentity(layer)
+        return layer

@@ -14,6 +14,7 @@ from se_inject.graph.thread_state import modes_kept
 from se_inject.graph.trace import TracedBlock
 from se_inject.layers.attention import SELayer
 from se_inject.layers.cost import SECost, sum_costs
+from se_inject.layers.identity_start import without_start
 from se_inject.layers.variant import Variant
 from se_inject.plan.injection import Ratio
 from se_inject.plan.verify import verify
@@ -96,5 +97,6 @@ class Plan:
 
 def layer_name(se_layer: SELayer) -> str:
     """The name of timm's attention, or of a user's function or class."""
+    se_layer = without_start(se_layer) or se_layer
     name = getattr(se_layer, "name", None) or getattr(se_layer, "__name__", None)
     return name if isinstance(name, str) else type(se_layer).__name__

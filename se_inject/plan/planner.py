@@ -101,8 +101,9 @@ def plan_se(
         divisor: the bottleneck width is a multiple of this, and at least this (timm's
             ``rd_divisor``; 8 there too).
         se_layer: ``channels -> nn.Module`` in place of SE: a layer from [N, C, H, W] to the same
-            shape. Whether the function is preserved is then up to that layer; r, squeeze, gate,
-            bias and init are not for it.
+            shape. Whether the function is preserved is then up to that layer (an
+            :class:`IdentityStart` around it preserves it); r, squeeze, gate, bias and init are not
+            for it.
         strict: a block that looks residual and cannot be served is an error; otherwise
             ``Plan.skipped`` has the reason, and :func:`inject_se` warns.
 
