@@ -168,6 +168,7 @@ def test_json_is_one_object_with_the_promised_keys(call) -> None:
             r"^The paper's variant with gate=tanh, bias=False\.$",
         ),
         (["resnet18", "--attention", "eca"], r"^eca in place of SE blocks"),
+        (["test_resnet", "--shift"], r"^A variant with shift=True\.$"),
         (["test_resnet", "--attention", "cbam"], r"^cbam .*: each starts as the identity\.$"),
         (["test_resnet", "--attention", "eca", "--init", "paper"], r"^eca .* it may change what "),
         (["resnet18", "--attention", "halo", "--img-size", "256"], r"^8 sites"),

@@ -75,6 +75,8 @@ def _foldable(
         own = name if len(edit.children) == 1 else f"{name}.{child}".lstrip(".")
         if not isinstance(layer, SqueezeExcite):
             return f"{kind_of_layer(layer)} is no SE block, and its scale is not known"
+        if layer.shift:
+            return "it adds a shift behind its gate, which no layer before it can take"
         if own not in seen:
             return "it did not run on these images"
         gates[child] = seen[own]

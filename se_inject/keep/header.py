@@ -18,8 +18,8 @@ from se_inject.sites.scaled import Where
 # The format that this version writes. Files of format 1 name no squeeze, gate and bias: their
 # blocks are the standard ones, which are the defaults. Files of formats 1 and 2 know residual
 # branches only. In files of formats 1 to 3, the layers of a user's se_layer stand alone, whatever
-# their init says; format 4 says with it whether each is in an IdentityStart. A file that needs
-# nothing of format 4 is of format 3, so that older versions read it.
+# their init says; format 4 says with it whether each is in an IdentityStart, and knows the shift of
+# SE blocks. A file that needs nothing of format 4 is of format 3, so that older versions read it.
 FORMAT = 4
 _PLAIN_FORMAT = 3
 
@@ -51,7 +51,8 @@ class SavedSite:
     def to_dict(self) -> dict[str, Any]:
         """The site as JSON-ready data; the variant's options stand among the settings."""
         data = asdict(self)
-        data["settings"] |= data["settings"].pop("variant")
+        del data["settings"]["variant"]
+        data["settings"] |= self.settings.variant.to_dict()
         return data
 
 
@@ -142,8 +143,9 @@ def _init_of(layer: nn.Module) -> Init:
 
 def format_of(sites: Iterable[SavedSite]) -> int:
     """The oldest format that can say what these sites have."""
-    wrapped = any(s.settings.custom and s.settings.variant.init == "identity" for s in sites)
-    return FORMAT if wrapped else _PLAIN_FORMAT
+    of_all = {(site.settings.custom, site.settings.variant) for site in sites}
+    newer = any(of.shift or (custom and of.init == "identity") for custom, of in of_all)
+    return FORMAT if newer else _PLAIN_FORMAT
 
 
 def _encode_example(example: Arguments) -> Any:

@@ -87,6 +87,12 @@ class Injection:
     )
     gate: Gate = option("sigmoid", "The function that the excitation ends with.", panel=_PANEL)
     bias: bool = option(True, "Whether the two SE layers have biases.", panel=_PANEL)
+    shift: bool = option(
+        False,
+        "The SE blocks also add a number to each channel behind its gate (SE with an additive bias,"
+        " as in chess networks).",
+        panel=_PANEL,
+    )
     init: Init = option(
         "identity",
         "The SE blocks start as the identity, or as in the paper with random gates. With"
@@ -110,7 +116,9 @@ class Injection:
     @property
     def variant(self) -> Variant:
         """The SE block, and where at an addition it goes."""
-        return Variant(self.placement, self.squeeze, self.gate, self.bias, self.init, self.divisor)
+        return Variant(
+            self.placement, self.squeeze, self.gate, self.bias, self.init, self.divisor, self.shift
+        )
 
     @property
     def se_layer(self) -> SELayer | None:

@@ -1,7 +1,7 @@
 """What would be injected into one model: sites, skipped additions, and how to carry it out."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -81,7 +81,7 @@ class Plan:
         return {
             "r": dict(self.r) if isinstance(self.r, Mapping) else self.r,
             "where": self.where,
-            "variant": asdict(self.variant)
+            "variant": self.variant.to_dict()
             if self.se_layer is None
             else {"placement": self.variant.placement, "attention": layer_name(self.se_layer)},
             "added": {"params": self.added.params, "macs": self.added.macs},

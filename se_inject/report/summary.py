@@ -99,7 +99,8 @@ def _notes(plan: Plan, costs: Costs) -> Iterable[str]:
         )
     if options := plan.variant.differing():
         said = ", ".join(f"{name}={value}" for name, value in options.items())
-        yield f"The paper's variant with {said}."
+        whose = "A variant" if plan.variant.shift else "The paper's variant"  # which has no shift
+        yield f"{whose} with {said}."
     if plan.se_layer is not None:
         name = layer_name(plan.se_layer)
         starts = isinstance(plan.se_layer, FromIdentity)
