@@ -44,6 +44,7 @@ from se_inject.errors import (
     UnknownModelError,
     UnsupportedModelError,
 )
+from se_inject.layers.identity_start import IdentityStart
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.layers.variant import Variant
 from se_inject.old_paths import register
@@ -85,6 +86,7 @@ __all__ = [
     "DataError",
     "ExportError",
     "ForwardError",
+    "IdentityStart",
     "NoSiteError",
     "Plan",
     "SEInjectError",

@@ -27,6 +27,7 @@ from torch import nn
 from se_inject.api import inject_se
 from se_inject.errors import ArgumentError
 from se_inject.keep.beside import described, repeat
+from se_inject.layers.attention import Attention
 from se_inject.names import REGISTERED, base_architecture
 from se_inject.plan.injection import Injection
 
@@ -115,7 +116,8 @@ def _build(name: str, base: str, pretrained: bool, kwargs: dict[str, Any]) -> nn
     if size is not None and plan is None:
         sides = (size, size) if isinstance(size, int) else tuple(size)
         own["example_input"] = torch.empty(2, channels, *sides, device="meta")
-    se_layer = Injection(attention=own.pop("attention", None)).se_layer
+    attention = own.pop("attention", None)
+    se_layer = Attention(attention) if isinstance(attention, str) else attention
     if plan is None:
         inject_se(model, se_layer=se_layer, **own)
     else:

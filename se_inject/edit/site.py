@@ -96,6 +96,7 @@ def make_layer(site: Site, variant: Variant, se_layer: SELayer | None) -> nn.Mod
             gate=variant.gate,
             bias=variant.bias,
             init=variant.init,
+            shift=variant.shift,
             device=site.device,
             dtype=site.dtype,
         )

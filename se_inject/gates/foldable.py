@@ -11,6 +11,7 @@ from se_inject.edit.insert import injected
 from se_inject.errors import ArgumentError, NoSiteError
 from se_inject.gates.statistics import BlockGates, GateStatistics, gate_statistics
 from se_inject.keep.fold import Producers, scales_channels
+from se_inject.layers.identity_start import kind_of_layer
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.names import Patterns
 from se_inject.plan.checks import check_model
@@ -72,7 +73,9 @@ def _foldable(
         layer = getattr(module, child)
         own = name if len(edit.children) == 1 else f"{name}.{child}".lstrip(".")
         if not isinstance(layer, SqueezeExcite):
-            return f"{type(layer).__name__} is no SE block"
+            return f"{kind_of_layer(layer)} is no SE block, and its scale is not known"
+        if layer.shift:
+            return "it adds a shift behind its gate, which no layer before it can take"
         if own not in seen:
             return "it did not run on these images"
         gates[child] = seen[own]

@@ -128,7 +128,8 @@ def _hook(name: str, layer: SqueezeExcite, observer: Observer) -> Callable[..., 
         if torch.compiler.is_compiling():
             return
         with torch.no_grad():
-            observer(name, layer, times(function(output), factor).detach())
+            z, _ = layer.gate_and_shift(output)
+            observer(name, layer, times(function(z), factor).detach())
 
     return hook
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from se_inject.errors import CheckpointError, NoSiteError
-from se_inject.keep.header import FORMAT, SavedSite, by_call, saved_sites
+from se_inject.keep.header import SavedSite, by_call, format_of, saved_sites
 from se_inject.keep.read import parse_plan, printable
 from se_inject.keep.replan import like, plan_again
 from se_inject.layers.attention import SELayer
@@ -32,7 +32,7 @@ def described(model: nn.Module) -> dict[str, Any]:
     if not sites:
         raise NoSiteError(f"{type(model).__name__} has no SE block; inject_se(model) makes them.")
     return {
-        "format": FORMAT,
+        "format": format_of(sites),
         "version": metadata.version("se-inject"),
         "sites": [site.to_dict() for site in sites],
         "examples": examples,

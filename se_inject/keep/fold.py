@@ -43,6 +43,11 @@ def fold_gates(model: nn.Module) -> None:
             layer = getattr(module, child)
             if not isinstance(layer, SqueezeExcite) or layer.gate_scale == 1.0:
                 continue
+            if layer.shift:
+                raise ExportError(
+                    f"{block_label(name)}'s SE block adds a shift behind its gate, which no stock"
+                    " SE block does: its gate is not folded."
+                )
             if layer.gate_scale is None:
                 raise ExportError(
                     f"the gate of {block_label(name)}'s SE block is"

@@ -9,14 +9,19 @@ from torch import Tensor, nn
 from se_inject.edit.block_class import Edit, edit_of
 from se_inject.graph.recording.call import Arguments
 from se_inject.keep.fingerprint import dtype_name, hash_of, tensors_of
+from se_inject.layers.gates import Init
+from se_inject.layers.identity_start import IdentityStart
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.layers.variant import Variant
 from se_inject.sites.scaled import Where
 
 # The format that this version writes. Files of format 1 name no squeeze, gate and bias: their
 # blocks are the standard ones, which are the defaults. Files of formats 1 and 2 know residual
-# branches only.
-FORMAT = 3
+# branches only. In files of formats 1 to 3, the layers of a user's se_layer stand alone, whatever
+# their init says; format 4 says with it whether each is in an IdentityStart, and knows the shift of
+# SE blocks. A file that needs nothing of format 4 is of format 3, so that older versions read it.
+FORMAT = 4
+_PLAIN_FORMAT = 3
 
 # The entry of the safetensors header that holds ours, as JSON.
 HEADER_KEY = "se_inject"
@@ -46,7 +51,8 @@ class SavedSite:
     def to_dict(self) -> dict[str, Any]:
         """The site as JSON-ready data; the variant's options stand among the settings."""
         data = asdict(self)
-        data["settings"] |= data["settings"].pop("variant")
+        del data["settings"]["variant"]
+        data["settings"] |= self.settings.variant.to_dict()
         return data
 
 
@@ -122,12 +128,24 @@ def _site(
             # own, only the placement comes from our options.
             variant=replace(settings.variant, init=layer.init)
             if ours
-            else Variant(settings.variant.placement),
+            else Variant(settings.variant.placement, init=_init_of(layer)),
             custom=not ours,
             example=examples.index(example),
             where=settings.where,
         ),
     )
+
+
+def _init_of(layer: nn.Module) -> Init:
+    """How a layer that is no SE block began."""
+    return "identity" if isinstance(layer, IdentityStart) else "paper"
+
+
+def format_of(sites: Iterable[SavedSite]) -> int:
+    """The oldest format that can say what these sites have."""
+    of_all = {(site.settings.custom, site.settings.variant) for site in sites}
+    newer = any(of.shift or (custom and of.init == "identity") for custom, of in of_all)
+    return FORMAT if newer else _PLAIN_FORMAT
 
 
 def _encode_example(example: Arguments) -> Any:

@@ -159,7 +159,7 @@ def _parse_sites(data: Any) -> tuple[tuple[SavedSite, ...], tuple[Any, ...]]:
             raise TypeError(f"{name} is no list")
     if len(data["sites"]) > _MOST_SITES:
         raise ValueError(f"{len(data['sites'])} sites")
-    sites = tuple(map(_parse_site, data["sites"]))
+    sites = tuple(_parse_site(site, data["format"]) for site in data["sites"])
     examples = tuple(None if e is None else _decode(e, 0) for e in data["examples"])
     _check_sites(sites, examples)
     return sites, examples
@@ -174,9 +174,11 @@ def _parse_tensor(entry: Any) -> tuple[str, list[int], str | None]:
     return dtype, shape, digest
 
 
-def _parse_site(data: Any) -> SavedSite:
+def _parse_site(data: Any, number: int) -> SavedSite:
     own = dict(data["settings"])
     custom, example = own.pop("custom"), own.pop("example")
+    if custom is True and number < 4:  # none of them was in an IdentityStart yet
+        own["init"] = "paper"
     where = own.pop("where", "residual")
     settings = SharedSettings(Variant(**own), custom, example, where)
     site = SavedSite(**{**data, "settings": settings})

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from se_inject.errors import CheckpointError, SEInjectError
 from se_inject.keep.header import SavedSite, SharedSettings
 from se_inject.layers.attention import SELayer
+from se_inject.layers.identity_start import FromIdentity, without_start
 from se_inject.names import block_label
 from se_inject.plan.injection import Injection
 from se_inject.plan.plan import Plan
@@ -38,6 +39,10 @@ def plan_again(
             f"{path} was saved from a model with another se_layer. Pass that to load_se too:"
             " load_se(base, path, se_layer=...), or --attention NAME."
         )
+    # The file knows whether its layers began as the identity, whatever the caller says.
+    se_layer = without_start(se_layer)
+    if se_layer is not None and settings.variant.init == "identity":
+        se_layer = FromIdentity(se_layer)
     blocks = {site.block: site for site in sites}
     try:
         with warnings.catch_warnings():

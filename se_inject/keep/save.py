@@ -16,7 +16,7 @@ from se_inject.edit.insert import is_injected
 from se_inject.errors import ArgumentError, NoSiteError
 from se_inject.keep.atomic import atomic_write
 from se_inject.keep.fingerprint import COUNTERS, fingerprint, module_hashes, se_keys, tensors_of
-from se_inject.keep.header import FORMAT, HEADER_KEY, saved_sites
+from se_inject.keep.header import HEADER_KEY, format_of, saved_sites
 from se_inject.keep.hub.about import about
 from se_inject.keep.hub.folder import names_a_folder, write_folder
 from se_inject.names import Patterns, few, matching
@@ -99,7 +99,7 @@ def _write_file(model: nn.Module, path: Path, extra: Patterns) -> None:
     base = [key for key in state if key not in ours]
     kept = _extra(model, base, extra)
     header = {
-        "format": FORMAT,
+        "format": format_of(sites),
         "version": metadata.version("se-inject"),
         "model": type(model).__name__,
         "sites": [site.to_dict() for site in sites],

@@ -30,7 +30,8 @@ ATTENTIONS += ("lambda", "bottleneck", "halo", "nl", "bat")
 class Attention:
     """``channels -> nn.Module``: one of the layers of ``timm.layers.create_attn``.
 
-    They are built with timm's defaults. Unlike the SE block they do not begin as the identity.
+    They are built with timm's defaults. They do not begin as the identity by themselves;
+    ``init="identity"`` puts each of them into an ``IdentityStart``.
     """
 
     name: str

@@ -12,8 +12,9 @@ class SECost:
     """What one SE block adds. MACs are for one image; 1 MAC = 2 FLOPs.
 
     ``layers`` are those of the two 1x1 convolutions, C*rd + rd*C (without a squeeze: at each
-    position); ``squeeze``, mean or maximum, and ``scale`` are one operation each an element of the
-    map, C*H*W (video: C*T*H*W). Biases, ReLU and the gate are not counted.
+    position; with a shift, C*rd + rd*2C); ``squeeze``, mean or maximum, and ``scale`` (a shift is
+    the sum of the same MAC) are one operation each an element of the map, C*H*W (video: C*T*H*W).
+    Biases, ReLU and the gate are not counted.
     """
 
     params: int
@@ -33,19 +34,21 @@ def se_cost(
     *,
     squeeze: Squeeze = "avg",
     bias: bool = True,
+    shift: bool = False,
 ) -> SECost:
     """Parameters and MACs of a :class:`SqueezeExcite` block.
 
     Args:
         channels, bottleneck: C and rd.
         spaces: the (H, W) or (T, H, W) of the map, one for each call of the block in a forward.
-        squeeze, bias: as of the block.
+        squeeze, bias, shift: as of the block.
     """
-    weights = 2 * channels * bottleneck
+    out = 2 * channels if shift else channels
+    weights = (channels + out) * bottleneck
     positions = sum(math.prod(space) for space in spaces)
     pools = SQUEEZES[squeeze].pools
     return SECost(
-        params=weights + (bottleneck + channels if bias else 0),
+        params=weights + (bottleneck + out if bias else 0),
         layers=weights * (len(spaces) if pools else positions),
         squeeze=channels * positions if pools else 0,
         scale=channels * positions,

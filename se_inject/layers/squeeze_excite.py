@@ -51,6 +51,10 @@ class SqueezeExcite(nn.Module):
     hard_sigmoid  relu6(z + 3) / 6    relu6(z + 3) / 3
     ============  ==================  ==================
 
+    ``shift=True`` is SE with an additive bias, as chess networks such as Leela's have it: ``fc2``
+    [2C, rd, 1, 1] gives two numbers a channel, of which the first goes into the gate and the second
+    is added behind it, ``x * s + shift``. With ``init="identity"`` the shift is 0.
+
     At an addition the block gives the sum of branch and shortcut in one pass. Where hooks (of
     Grad-CAM, Captum, ...) are on the block, it is called with the branch alone, and the shortcut is
     added to what it returned: the hooks see branch x gate, as on ``timm.layers.SEModule``. Such a
@@ -67,6 +71,7 @@ class SqueezeExcite(nn.Module):
         gate: a row of the table above (the paper's Table 12).
         bias: of both layers; the paper's ablations have none.
         init: a column of the table above.
+        shift: whether the block also adds a number to each channel, as said above.
         device, dtype: of the new parameters.
     """
 
@@ -82,6 +87,7 @@ class SqueezeExcite(nn.Module):
         gate: Gate = "sigmoid",
         bias: bool = True,
         init: Init = "identity",
+        shift: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -89,11 +95,13 @@ class SqueezeExcite(nn.Module):
         self.channels = channels
         self.bottleneck = bottleneck
         self.squeeze = squeeze
+        self.shift = shift
         self.space = list(layout.space)
         self.fc1 = pointwise(layout, channels, bottleneck, bias, device, dtype)
         # The identity start needs no random numbers, which cost more than the layer's memory does.
         layer = zero_pointwise if init == "identity" else pointwise
-        self.fc2 = layer(layout, bottleneck, channels, bias, device, dtype)
+        out = 2 * channels if shift else channels
+        self.fc2 = layer(layout, bottleneck, out, bias, device, dtype)
         self.gate = GateLayer(gate, init)
         self.set_plain(False)
 
@@ -115,7 +123,7 @@ class SqueezeExcite(nn.Module):
         # A block that was pickled before there were variants does not say which one it is, and one
         # that was pickled before its gate was a module holds the name of the gate.
         old: dict[str, Any] = {"squeeze": "avg", "gate": "sigmoid", "init": "identity"}
-        state = old | {"plain": False} | state
+        state = old | {"plain": False, "shift": False} | state
         name, init = state.pop("gate"), state.pop("init")
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
         if "gate" not in self._modules:
@@ -174,26 +182,39 @@ class SqueezeExcite(nn.Module):
         """Scale the branch map ``x``, such as [N, C, H, W]; with ``residual``, also add it.
 
         Returns ``x * s``, or ``residual + x * s`` in one pass (``torch.addcmul``), which never
-        writes ``x * s`` to memory. The flags tell which sum is replaced: ``residual + x``, or
-        ``x += residual``, which without autograd is written to the memory of ``x`` as before.
+        writes ``x * s`` to memory. A shift goes onto the residual first. The flags
+        tell which sum is replaced: ``residual + x``, or ``x += residual``, which without autograd
+        is written to the memory of ``x`` as before.
         Where the two maps differ in memory format, a sum has that of its first operand; where
         they differ in dtype, one in place keeps it.
         """
-        z = self.fc2(torch.relu(self.fc1(self._squeeze(x, self.space))))
+        excited = self.fc2(torch.relu(self.fc1(self._squeeze(x, self.space))))
+        z, shift = self.gate_and_shift(excited)
         # TorchScript knows no hooks. The question is public, though not in torch's __all__.
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             gate, factor = self.gate(z), 1.0
         else:
             gate, factor = _gate_and_factor(self.gate, z)
-        if residual is None:
-            return x * times(gate, factor)
-        if self.plain:
-            return add(x * times(gate, factor), residual, residual_first, in_place)
-        return scale_add(residual, x, gate, factor, residual_first, in_place)
+        if residual is not None and not self.plain:
+            base = residual if shift is None else residual + shift
+            return scale_add(base, x, gate, factor, residual_first, in_place)
+        scaled = x * times(gate, factor)
+        if shift is not None:
+            scaled = scaled + shift
+        return scaled if residual is None else add(scaled, residual, residual_first, in_place)
+
+    def gate_and_shift(self, excited: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What ``fc2`` gives, taken apart: what the gate is of, and the shift if there is one."""
+        if not self.shift:
+            return excited, None
+        dim = -1 - len(self.space) if -1 in self.space else -1  # counted as the dims of the space
+        c = self.channels
+        return excited.narrow(dim, 0, c), excited.narrow(dim, c, c)
 
     def extra_repr(self) -> str:
         formula = self.gate.extra_repr()
-        return f"gate={formula}, squeeze={self.squeeze}, space={tuple(self.space)}"
+        shift = ", shift=True" if self.shift else ""
+        return f"gate={formula}, squeeze={self.squeeze}, space={tuple(self.space)}{shift}"
 
 
 def _gate_and_factor(layer: GateLayer, z: Tensor) -> tuple[Tensor, float]:

@@ -2,7 +2,7 @@
 
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from se_inject.errors import ArgumentError
@@ -23,18 +23,30 @@ class Variant:
     bias: bool = True  # whether the two layers have biases; in the paper's ablations they do not
     init: Init = "identity"
     divisor: int = 8
+    shift: bool = False  # whether a number is added to each channel behind its gate
 
     def check(self) -> None:
         """Raise an :class:`ArgumentError` for a value that is not known."""
         for name, kind in _NAMED.items():
             check_known(name, getattr(self, name), get_args(kind))
-        if not isinstance(self.bias, bool):
-            raise ArgumentError(f"bias={self.bias!r} is neither True nor False.")
+        for name in ("bias", "shift"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ArgumentError(f"{name}={value!r} is neither True nor False.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON-ready data; ``shift`` only where there is one.
+
+        Files of older versions and readers of the report know no shift.
+        """
+        data = asdict(self)
+        if not self.shift:
+            del data["shift"]
+        return data
 
     def differing(self) -> dict[str, Any]:
         """The options that make other blocks than the standard one, or put them elsewhere."""
         standard = Variant()
-        names = ("placement", "squeeze", "gate", "bias")
+        names = ("placement", "squeeze", "gate", "bias", "shift")
         return {
             name: value
             for name in names

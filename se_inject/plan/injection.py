@@ -7,6 +7,7 @@ from typing import Any
 
 from se_inject.layers.attention import ATTENTIONS, Attention, SELayer
 from se_inject.layers.gates import Gate, Init
+from se_inject.layers.identity_start import FromIdentity
 from se_inject.layers.squeezes import Squeeze
 from se_inject.layers.variant import Variant
 from se_inject.names import Patterns
@@ -92,10 +93,17 @@ class Injection:
         "sigmoid", "The function that makes the gate, at the end of the excitation.", panel=_PANEL
     )
     bias: bool = option(True, "Whether the two layers of an SE block have biases.", panel=_PANEL)
+    shift: bool = option(
+        False,
+        "The SE blocks also add a number to each channel behind its gate (SE with an additive bias,"
+        " as in chess networks).",
+        panel=_PANEL,
+    )
     init: Init = option(
         "identity",
         "How the SE blocks start. identity: every gate is 1, and the network computes what it did"
-        " before. paper: random layers and a plain gate, as in the paper.",
+        " before. paper: random layers and a plain gate, as in the paper. With --attention:"
+        " identity, or as timm builds them.",
         panel=_PANEL,
     )
     attention: str | SELayer | None = option(
@@ -115,9 +123,18 @@ class Injection:
     @property
     def variant(self) -> Variant:
         """The SE block, and where at an addition it goes."""
-        return Variant(self.placement, self.squeeze, self.gate, self.bias, self.init, self.divisor)
+        return Variant(
+            self.placement, self.squeeze, self.gate, self.bias, self.init, self.divisor, self.shift
+        )
 
     @property
     def se_layer(self) -> SELayer | None:
-        """What goes in in place of SE blocks: ``channels -> nn.Module``."""
-        return Attention(self.attention) if isinstance(self.attention, str) else self.attention
+        """What goes in in place of SE blocks: ``channels -> nn.Module``.
+
+        Layers of timm begin as the identity where ``init`` says so. A user's own callable says
+        itself how its layers begin.
+        """
+        layer = Attention(self.attention) if isinstance(self.attention, str) else self.attention
+        if isinstance(layer, Attention) and self.init == "identity":
+            return FromIdentity(layer)
+        return layer

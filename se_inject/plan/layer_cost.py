@@ -10,6 +10,7 @@ from se_inject.graph.copies import meta_copy
 from se_inject.graph.macs import run_and_count
 from se_inject.layers.attention import Attention, SELayer
 from se_inject.layers.cost import SECost
+from se_inject.layers.identity_start import without_start
 
 
 def layer_cost(
@@ -26,8 +27,8 @@ def layer_cost(
         ArgumentError: the layer cannot be built or run, or does not keep the shape of the map.
     """
     text = f"se_layer({channels})"
-    if isinstance(se_layer, Attention):
-        text = se_layer.text(channels)
+    if isinstance(named := without_start(se_layer), Attention):
+        text = named.text(channels)
     try:
         with torch.device("meta"):
             layer = se_layer(channels)

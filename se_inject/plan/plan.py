@@ -1,7 +1,7 @@
 """What would be injected into one model: sites, skipped additions, and how to carry it out."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from se_inject.graph.thread_state import modes_kept
 from se_inject.graph.trace import TracedBlock
 from se_inject.layers.attention import SELayer
 from se_inject.layers.cost import SECost, sum_costs
+from se_inject.layers.identity_start import without_start
 from se_inject.layers.variant import Variant
 from se_inject.plan.injection import Ratio
 from se_inject.plan.verify import verify
@@ -80,7 +81,7 @@ class Plan:
         return {
             "r": dict(self.r) if isinstance(self.r, Mapping) else self.r,
             "where": self.where,
-            "variant": asdict(self.variant)
+            "variant": self.variant.to_dict()
             if self.se_layer is None
             else {"placement": self.variant.placement, "attention": layer_name(self.se_layer)},
             "added": {"params": self.added.params, "macs": self.added.macs},
@@ -96,5 +97,6 @@ class Plan:
 
 def layer_name(se_layer: SELayer) -> str:
     """The name of timm's attention, or of a user's function or class."""
+    se_layer = without_start(se_layer) or se_layer
     name = getattr(se_layer, "name", None) or getattr(se_layer, "__name__", None)
     return name if isinstance(name, str) else type(se_layer).__name__

@@ -55,6 +55,7 @@ def plan_se(
     squeeze: Squeeze = "avg",
     gate: Gate = "sigmoid",
     bias: bool = True,
+    shift: bool = False,
     init: Init = "identity",
     divisor: int = 8,
     se_layer: SELayer | None = None,
@@ -95,14 +96,17 @@ def plan_se(
         gate: ``"sigmoid"``, ``"tanh"``, ``"relu"`` or ``"hard_sigmoid"`` (Table 12); formulas in
             :class:`SqueezeExcite`.
         bias: whether the two layers have biases; those of the paper's ablations have none.
+        shift: whether the block also adds a number to each channel behind its gate, ``x * s +
+            shift``: SE with an additive bias, as chess networks have it.
         init: ``"identity"`` keeps the function of the model to the last bit at the start, with
             every squeeze and gate; ``"paper"`` is the literal gate over random layers, to train
             from scratch.
         divisor: the bottleneck width is a multiple of this, and at least this (timm's
             ``rd_divisor``; 8 there too).
         se_layer: ``channels -> nn.Module`` in place of SE: a layer from [N, C, H, W] to the same
-            shape. Whether the function is preserved is then up to that layer; r, squeeze, gate,
-            bias and init are not for it.
+            shape. Whether the function is preserved is then up to that layer (an
+            :class:`IdentityStart` around it preserves it); r, squeeze, gate, bias, shift and init
+            are not for it.
         strict: a block that looks residual and cannot be served is an error; otherwise
             ``Plan.skipped`` has the reason, and :func:`inject_se` warns.
 
@@ -124,6 +128,7 @@ def plan_se(
         squeeze=squeeze,
         gate=gate,
         bias=bias,
+        shift=shift,
         init=init,
         attention=se_layer,
         strict=strict,
@@ -204,7 +209,14 @@ def _make_site(
     spaces = [tuple(shape[d] for d in layout.space) for shape in in_eval.shapes]
     if se_layer is None:
         bottleneck = bottleneck_width(channels, r, variant.divisor)
-        cost = se_cost(channels, bottleneck, spaces, squeeze=variant.squeeze, bias=variant.bias)
+        cost = se_cost(
+            channels,
+            bottleneck,
+            spaces,
+            squeeze=variant.squeeze,
+            bias=variant.bias,
+            shift=variant.shift,
+        )
     else:
         bottleneck = None
         cost = layer_cost(se_layer, channels, in_eval.dtype, spaces)

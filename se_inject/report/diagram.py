@@ -92,6 +92,7 @@ def _inserted(plan: Plan, site: Site) -> tuple[str, ...]:
         f"squeeze: {squeeze[variant.squeeze]}",
         f"excite: {site.channels}→{site.bottleneck}→{site.channels}",
         f"gate: {GATES[variant.gate].formulas[variant.init]}",
+        *(("shift: added behind the gate",) if variant.shift else ()),
         "branch × gate + shortcut" if variant.placement == "standard" else "map × gate + other map",
     )
 

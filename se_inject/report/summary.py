@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from se_inject.layers.identity_start import FromIdentity
 from se_inject.names import plural
 from se_inject.plan.plan import Plan, layer_name
 from se_inject.plan.table import site_table, skipped_table
@@ -98,10 +99,15 @@ def _notes(plan: Plan, costs: Costs) -> Iterable[str]:
         )
     if options := plan.variant.differing():
         said = ", ".join(f"{name}={value}" for name, value in options.items())
-        yield f"The paper's variant with {said}."
+        whose = "A variant" if plan.variant.shift else "The paper's variant"  # which has no shift
+        yield f"{whose} with {said}."
     if plan.se_layer is not None:
         name = layer_name(plan.se_layer)
-        yield f"{name} in place of SE blocks: it may change what the network computes."
+        starts = isinstance(plan.se_layer, FromIdentity)
+        said = (
+            "each starts as the identity" if starts else "it may change what the network computes"
+        )
+        yield f"{name} in place of SE blocks: {said}."
     divisor = plan.variant.divisor
     floored = [s for s in plan.sites if s.bottleneck == divisor > s.channels / s.r]
     if floored:
