@@ -17,7 +17,7 @@ from typing import Any
 OLD_PATHS: dict[str, tuple[str, ...]] = {
     "attention": ("layers.attention",),
     "checkpoint": ("keep.save", "keep.load", "keep.header"),
-    "export": ("keep.formats.stock", "keep.formats.fold"),
+    "export": ("keep.formats.stock", "keep.fold"),
     "generated": ("edit.block_class", "graph.source"),
     "inject": ("api", "edit.insert", "edit.rewrite"),
     "meta": ("graph.meta", "graph.copies"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import open_gates, randomize
 from safetensors import safe_open
 from torch import Tensor, fx, nn
 
@@ -21,9 +22,8 @@ from se_inject import (
     to_stock,
 )
 from se_inject.gates import fold_se, prune_se, record_gates
-from se_inject.keep.formats.fold import fold_gates
+from se_inject.keep.fold import fold_gates
 from se_inject.layers.layout import Layout
-from tests.helpers import open_gates, randomize
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 GATES = {
@@ -193,7 +193,7 @@ def test_it_is_not_folded_pruned_or_stock() -> None:
 def test_a_bad_value_is_named() -> None:
     with pytest.raises(ArgumentError, match="shift=1 is neither True nor False"):
         plan_se(base(), shift=1)
-    with pytest.raises(ArgumentError, match="shift=True is of the SE block, which se_layer"):
+    with pytest.raises(ArgumentError, match="shift=True belongs to the SE block, which se_layer"):
         plan_se(base(), shift=True, se_layer=nn.Identity)
 
 
