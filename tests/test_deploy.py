@@ -362,7 +362,7 @@ LATE = {
     "3x3": lambda: opened(Bottleneck(nn.Conv2d(4, 8, 3, padding=1))),
     "grouped": lambda: opened(Bottleneck(nn.Conv2d(4, 8, 1, groups=2))),
     "padded": lambda: opened(
-        Bottleneck(nn.Sequential(nn.Conv2d(4, 8, 1, padding=1), nn.MaxPool2d(3, 1)))
+        Bottleneck(nn.Sequential(nn.AvgPool2d(3, 1), nn.Conv2d(4, 8, 1, padding=1)))
     ),
     "strided": lambda: opened(Downsampled()),
     "not wider": lambda: opened(
