@@ -262,7 +262,6 @@ LEFT = {
     "transposed": changed("conv", nn.ConvTranspose2d(3, 6, 3)),
     "statistics of the batch": changed("bn", nn.BatchNorm2d(6, track_running_stats=False)),
     "group norm": changed("bn", nn.GroupNorm(2, 6)),
-    "another dtype": changed("bn", nn.BatchNorm2d(6).double()),
 }
 
 
@@ -270,11 +269,6 @@ LEFT = {
 @pytest.mark.filterwarnings("ignore")  # of weight_norm, about itself
 def test_what_is_not_proven_is_left_as_it_is(case: str) -> None:
     model = randomize(LEFT[case]()).eval()
-    try:
-        with torch.no_grad():
-            model(X)
-    except RuntimeError:
-        pytest.skip("this torch has no such forward")
     fast, done = optimized(model)
     assert done.norms == ()
     assert torch.equal(first(fast(X)), first(model(X)))
@@ -368,7 +362,7 @@ LATE = {
     "3x3": lambda: opened(Bottleneck(nn.Conv2d(4, 8, 3, padding=1))),
     "grouped": lambda: opened(Bottleneck(nn.Conv2d(4, 8, 1, groups=2))),
     "padded": lambda: opened(
-        Bottleneck(nn.Sequential(nn.Conv2d(4, 8, 1, padding=1), nn.MaxPool2d(3, 1)))
+        Bottleneck(nn.Sequential(nn.AvgPool2d(3, 1), nn.Conv2d(4, 8, 1, padding=1)))
     ),
     "strided": lambda: opened(Downsampled()),
     "not wider": lambda: opened(
@@ -576,3 +570,20 @@ def test_the_command_says_what_was_done(tmp_path: Path, monkeypatch: pytest.Monk
     assert "--optimize is for --format torch-export or onnx" in " ".join(
         refused.stderr.replace("│", " ").split()
     )
+
+
+# --- the benchmark -------------------------------------------------------------------------------
+
+
+def test_the_benchmark_compares_within_each_round() -> None:
+    """Our overhead is half of timm's in every round, though the machine gets slower."""
+    from inference import ARMS, summarise
+
+    times = {"base": 10.0, "timm": 12.0, "se_inject": 11.0}
+    times |= {f"{name}, optimized": 0.5 * t for name, t in times.items()}
+    seconds = {name: [t * slow for slow in (1.0, 2.0, 4.0)] for name, t in times.items()}
+    rows = summarise(seconds, ARMS)
+    for name in ("se_inject", "se_inject, optimized"):
+        assert rows[name]["overhead_quartiles"] == pytest.approx([0.1] * 3)
+        assert rows[name]["overhead_to_timm"] == pytest.approx(0.5)
+    assert rows["se_inject, optimized"]["gain_quartiles"] == pytest.approx([0.5] * 3)
