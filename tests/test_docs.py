@@ -114,7 +114,7 @@ class Server(http.server.ThreadingHTTPServer):
             start_new_session=True,
         )
         try:
-            return json.loads(self.answers.get(timeout=60))
+            return json.loads(self.answers.get(timeout=600))
         finally:
             os.killpg(browser.pid, signal.SIGTERM)
             browser.wait(20)

@@ -322,7 +322,7 @@ def test_a_repository_of_the_hub(hub: Hub, tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert ran.returncode == 0, ran.stderr
     stored = hub.repos["me/net"]["main"]

@@ -213,7 +213,7 @@ def in_browser(page: Path, folder: Path, *args: str) -> str:
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=4000", *args]
     done = subprocess.run(
-        [*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [*command, page.as_uri()], capture_output=True, text=True, timeout=1200, check=True
     )
     return done.stdout
 

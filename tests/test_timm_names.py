@@ -236,7 +236,7 @@ def test_a_script_of_timm_runs_through_the_module(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            timeout=120,
+            timeout=1200,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
 

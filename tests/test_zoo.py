@@ -77,4 +77,4 @@ def test_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
         assert parent.stdout is not None
         assert parent.stdout.readline().startswith("resnet")
         parent.kill()
-        parent.communicate(timeout=60)  # the end of a pipe that the workers too can write to
+        parent.communicate(timeout=1200)  # the end of a pipe that the workers too can write to
