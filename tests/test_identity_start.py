@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import randomize
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -26,7 +27,6 @@ from se_inject.keep.beside import described, repeat
 from se_inject.layers.attention import ATTENTIONS, Attention
 from se_inject.layers.identity_start import FromIdentity
 from se_inject.layers.squeeze_excite import SqueezeExcite
-from tests.helpers import randomize
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 # What a layer needs more than channels: a size of maps, or one that its windows divide.

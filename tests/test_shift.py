@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import open_gates, randomize
 from safetensors import safe_open
 from torch import Tensor, fx, nn
 
@@ -23,7 +24,6 @@ from se_inject import (
 from se_inject.gates import fold_se, prune_se, record_gates
 from se_inject.keep.formats.fold import fold_gates
 from se_inject.layers.layout import Layout
-from tests.helpers import open_gates, randomize
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 GATES = {
