@@ -17,7 +17,17 @@ from se_inject.graph.thread import THREAD
 from se_inject.graph.tracing.machine import Machine
 from se_inject.graph.tracing.patches import Replacement, in_this_thread
 
-_MAKERS = ("as_tensor", "empty", "eye", "logspace", "ones", "rand", "randint", "randn", "randperm")
+_MAKERS: tuple[str, ...] = (
+    "as_tensor",
+    "empty",
+    "eye",
+    "logspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+)
 _MAKERS += ("tensor", "zeros", "empty_like", "full_like", "ones_like", "rand_like", "randint_like")
 _MAKERS += ("randn_like", "zeros_like")
 _SUMS = ("cumprod", "cumsum", "log_softmax", "mean", "nansum", "prod", "softmax", "sum")
