@@ -270,7 +270,7 @@ def hostile_zip(path: Path) -> None:
 
 
 def newer(path: Path) -> None:
-    rewritten(path, lambda header, _: header.update(format=4, version="9.9"))
+    rewritten(path, lambda header, _: header.update(format=5, version="9.9"))
 
 
 def older(path: Path) -> None:
@@ -324,7 +324,7 @@ BAD_FILES = {
     foreign: "not one of save_se",
     hostile: "not a whole .safetensors file",
     hostile_zip: "not a whole .safetensors file",
-    newer: "made by se-inject 9.9 in format 4; .* Upgrade",
+    newer: "made by se-inject 9.9 in format 5; .* Upgrade",
     older: "made by se-inject 0.0.1 in format 0; .* Load it with that version",
     without_sites: "its header is damaged",
     damaged_site: "its header is damaged",

@@ -138,6 +138,7 @@ def test_every_path_is_the_formula(
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of torch's own vmap
+@pytest.mark.filterwarnings("ignore:Please use .torch.vmap:FutureWarning")  # torch 2.6 to itself
 @pytest.mark.parametrize("memory", ["nchw", "channels-last", "strided"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_first_and_second_derivatives(shape: tuple[int, ...], memory: str) -> None:

@@ -28,6 +28,17 @@ def model() -> nn.Module:
     return set_plain_ops(model).eval()
 
 
+@pytest.fixture
+def base() -> nn.Module:
+    return randomize(timm.create_model("resnet18", num_classes=5)).eval()
+
+
+def more(injected: Counter[str], base: Counter[str]) -> set[str]:
+    """The kinds of operations that only the injected network has; it has all of the base's."""
+    assert not base - injected
+    return set(injected) - set(base)
+
+
 def error(got: Tensor, model: nn.Module, x: Tensor = X) -> float:
     """The largest difference to the model, as a share of its largest output."""
     with torch.no_grad():
@@ -35,7 +46,25 @@ def error(got: Tensor, model: nn.Module, x: Tensor = X) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-def test_onnxruntime(model: nn.Module, tmp_path: Path) -> None:
+def test_the_operations_that_are_added_are_known_to_each_converter(
+    model: nn.Module, base: nn.Module
+) -> None:
+    """Beside those of the base, a converted network has sigmoids, products and more means."""
+    openvino = pytest.importorskip("openvino")
+    coremltools = pytest.importorskip("coremltools")
+    seen = []
+    for network in (model, base):
+        converted = openvino.convert_model(network, example_input=X)
+        seen.append([Counter(op.get_type_name() for op in converted.get_ops())])
+        source = torch.export.export(network, (X,)).run_decompositions({})
+        program = coremltools.convert(source, convert_to="mlprogram")._mil_program
+        seen[-1].append(Counter(op.op_type for op in program.functions["main"].operations))
+    injected, plain = seen
+    assert more(injected[0], plain[0]) == {"Multiply", "Sigmoid"}
+    assert more(injected[1], plain[1]) == {"mul", "sigmoid"}
+
+
+def test_onnxruntime(model: nn.Module, base: nn.Module, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     write_onnx(model, tmp_path / "net.onnx")
@@ -43,6 +72,14 @@ def test_onnxruntime(model: nn.Module, tmp_path: Path) -> None:
     x = torch.randn(3, 3, 96, 80)
     (got,) = session.run(None, {"input": x.numpy()})
     assert error(torch.from_numpy(got), model, x) < 1e-5
+    onnx = pytest.importorskip("onnx")
+    torch.onnx.export(base, (X,), tmp_path / "base.onnx", dynamo=True, verbose=False)
+    counts = []
+    for name in ("net.onnx", "base.onnx"):
+        nodes = onnx.load(tmp_path / name).graph.node
+        counts.append(Counter(f"{node.domain}{node.op_type}" for node in nodes))
+    assert {"Mul", "Sigmoid"} <= set(counts[0]) - set(counts[1])
+    assert not any("." in name for name in counts[0])  # a domain of somebody's own
 
 
 @pytest.mark.parametrize("way", ["torch", "onnx"])
@@ -105,6 +142,27 @@ def test_the_x86_quantizer_of_pt2e_sees_what_it_sees_in_timms_network(model: nn.
     assert sum("quantize" in name for name in counts[0].elements()) > 40
     assert "aten.addcmul.default" not in counts[0]
     assert counts[0] == counts[1]
+
+
+def test_the_x86_quantizer_leaves_no_layer_that_it_quantizes_in_the_base(
+    model: nn.Module, base: nn.Module
+) -> None:
+    pytest.importorskip("torchao.quantization.pt2e")
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
+    for network in (base, model):
+        quantizer = X86InductorQuantizer()
+        quantizer.set_global(get_default_x86_inductor_quantization_config())
+        prepared = prepare_pt2e(torch.export.export(network, (X,)).module(), quantizer)
+        prepared(X)
+        nodes = convert_pt2e(prepared).graph.nodes
+        layers = [n for n in nodes if str(n.target).startswith(("aten.conv2d", "aten.linear"))]
+        assert len(layers) >= 21
+        assert all("dequantize" in str(of.target) for n in layers for of in n.all_input_nodes[:2])
 
 
 def test_torchao(model: nn.Module) -> None:

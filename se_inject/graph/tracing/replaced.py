@@ -17,6 +17,7 @@ from torch.autograd.variable import Variable, VariableMeta
 
 from se_inject.graph.scripted import named
 from se_inject.graph.thread import THREAD, OtherNetworkError
+from se_inject.graph.tracing import old_parser
 from se_inject.graph.tracing.patches import Replacement, in_this_thread
 from se_inject.torch_private import training_property, wrapped_functions
 
@@ -40,7 +41,7 @@ def replacements() -> list[Replacement]:
     here += [_replaced(torch, name, _with_sizes) for name in _TAKE_NUMBERS]
     here += [_replaced(math, name, _with_sizes) for name in _OF_NUMBERS]
     here += [_replaced(space, name, _leaf_function) for name, space in wrapped_functions()]
-    return here
+    return here + old_parser.replacements()
 
 
 # Functions that take a number and know none but Python's own.
@@ -123,7 +124,10 @@ def _mode_read(module: nn.Module) -> Any:
 def _with_sizes(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         tracer = THREAD.running()
-        if tracer is not None and tracer.holds_number((args, kwargs)):
+        given = (args, kwargs)
+        if tracer is not None and (
+            tracer.holds_number(given) or old_parser.refused_by_torch(given)
+        ):
             return tracer.apply(original, args, kwargs)
         return original(*args, **kwargs)
 
