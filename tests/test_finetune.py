@@ -216,7 +216,7 @@ def test_the_arms_differ_in_nothing_but_se(tmp_path: Path, monkeypatch: pytest.M
     assert seen[True, 0] != seen[True, 1]
     assert set(summary["arms"]) == {"se", "control"}
     assert summary["arms"]["se"]["params"] - summary["arms"]["control"]["params"] == 9368
-    assert "over 2 seeds" in summary["verdict"]
+    assert "2 seeds)" in summary["verdict"]
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"config.json", "metrics.csv", "curves.png", "best.safetensors", "summary.json"} <= names
     assert len(rows_of(tmp_path / "run")) == 8

@@ -414,7 +414,9 @@ def test_a_logger_that_is_not_installed_says_what_to_install(
         raise ModuleNotFoundError("no wandb")
 
     monkeypatch.setitem(loggers._LOGGERS, "wandb", missing)  # type: ignore[misc]
-    with pytest.raises(ArgumentError, match=r"--logger wandb: .* pip install wandb, or 'se-inject"):
+    with pytest.raises(
+        ArgumentError, match=r"--logger wandb needs .* pip install wandb, or 'se-inject"
+    ):
         running.start(replace(settings_of(data), logger="wandb"), tmp_path / "run", QUIET)
     assert set(loggers._LOGGERS) == set(LOGGERS)
 

@@ -94,7 +94,7 @@ def test_known_gates_are_told_apart() -> None:
     assert (idle.class_share, fixed.class_share) == (None, None)
     assert [verdict(b) for b in found.blocks] == ["idle", "constant", "constant", "by class"]
     said = advice(found)
-    assert said.startswith("3 of 4 SE blocks are idle or constant over 24 images: fold_se could")
+    assert said.startswith("3 of 4 SE blocks are idle or constant over 24 images. fold_se could")
     assert "fold 0, 1, 2 into" in said
     assert "no gate there would change at all" in said
     data = statistics_dict(found)

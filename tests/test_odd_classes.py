@@ -346,7 +346,7 @@ REFUSED: dict[type[nn.Module], str] = {
     AnswersAll: "has an attribute of every name",
     Loops: r"does not take its SE block \(RecursionError",
     Cached: "cannot be subclassed .*makes no new subclass",
-    Final: r"Final cannot be subclassed \(Final is final\): exclude '0'",
+    Final: r"Final cannot be subclassed \(Final is final\)\. Pass exclude='0'",
     OwnClass: ".",
 }
 

@@ -69,7 +69,9 @@ def test_the_options_of_inject_se_are_arguments_of_the_model() -> None:
 
 def test_another_attention_by_its_name() -> None:
     model = timm.create_model("se_inject_test_resnet", attention="eca")
-    assert {type(block).__name__ for block in blocks_of(model)} == {"EcaModule"}
+    assert {type(block.layer).__name__ for block in blocks_of(model)} == {"EcaModule"}
+    as_timm_has_it = timm.create_model("se_inject_test_resnet", attention="eca", init="paper")
+    assert {type(block).__name__ for block in blocks_of(as_timm_has_it)} == {"EcaModule"}
 
 
 def test_a_feature_extractor_has_se_blocks_too() -> None:

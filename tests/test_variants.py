@@ -611,7 +611,10 @@ BAD: list[tuple[Options, str]] = [
     ({"squeeze": "sum"}, "squeeze='sum' is not known; use 'avg', 'max' or 'none'"),
     ({"gate": None}, "gate=None is not known; use 'sigmoid', 'tanh', 'relu' or 'hard_s"),
     ({"bias": 1}, "bias=1 is neither True nor False"),
-    ({"bias": False, "se_layer": nn.Identity}, "bias=False is of the SE block, which se_layer"),
+    (
+        {"bias": False, "se_layer": nn.Identity},
+        "bias=False belongs to the SE block, which se_layer",
+    ),
 ]
 
 

@@ -88,7 +88,7 @@ class DataChoices:
     )
     aa: str | None = option(
         None,
-        "timm's name of an automatic augmentation, such as rand-m9-mstd0.5.",
+        "An automatic augmentation by its name in timm, such as rand-m9-mstd0.5.",
         show_default="none",
         **_DATA,
     )
