@@ -74,7 +74,7 @@ class RecipeChoices:
         1, "The number of batches whose gradients are summed up for one step.", min=1, **_RECIPE
     )
     opt: str = option(
-        "adamw", "timm's name of the optimizer, such as adamw, sgd, lamb or lion.", **_RECIPE
+        "adamw", "An optimizer by its name in timm: adamw, sgd, lamb, lion, ...", **_RECIPE
     )
     lr: float = option(
         1e-3,
