@@ -53,12 +53,12 @@ FOUND = {
 (the table of the gates, below); on ELPV, where the lowest rate of the grid was the best for both
 arms, most of them are the same for every image. SE blocks begin as the identity, and forty steps
 leave them little time while all other weights learn too: after four epochs the loss still falls in
-all arms. So the first two arms were trained four times as long on Fashion-MNIST. In the last of the
-sixteen epochs their loss stays where it is, on the images of validation too, and the difference is
-still within the noise. On ELPV nothing was trained that long. Two remedies were tried as arms of their
-own: SE blocks where EfficientNets have theirs, behind the depthwise convolutions, on maps that are
-six times as wide; and r = 4. Neither is better than no SE blocks by more than the noise, so the
-defaults of `finetune` stay as they are.
+all arms. So the first two arms were trained four times as long on Fashion-MNIST. In the last of
+the sixteen epochs their loss stays where it is, on the images of validation too, and the
+difference is still within the noise. On ELPV nothing was trained that long. Two remedies were
+tried as arms of their own: SE blocks where EfficientNets have theirs, behind the depthwise
+convolutions, on maps that are six times as wide; and r = 4. Neither is better than no SE blocks by
+more than the noise, so the defaults of `finetune` stay as they are.
 """,
     (
         "small",
