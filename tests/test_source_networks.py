@@ -135,10 +135,10 @@ def run(seeds: range, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:r=2 is more than the channels")
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("part", range(5))
 def test_source_networks(part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 of them: each takes about 0.16 s of one core, and all tests have 25 minutes."""
-    run(range(part * 50, part * 50 + 50), tmp_path, monkeypatch)
+    """500 of them: each takes about 0.16 s of one core."""
+    run(range(part * 100, part * 100 + 100), tmp_path, monkeypatch)
 
 
 @pytest.mark.long
