@@ -119,8 +119,10 @@ def check(name: str, inputs: tuple[Any, ...], example: Any, targets: Any = None)
         for key, p in model.named_parameters()
         if re.search(r"\bse\d?\.|\bse_inject", key) and p.grad is not None and not p.grad.any()
     ]
-    # A bottleneck whose ReLU is dead for both images has none; most have one.
-    assert len(silent) <= len(list(se_parameters(model))) // 10, silent
+    # A bottleneck whose ReLU is dead for both images has none, which is three parameters of four;
+    # most have one. Of five blocks or more, one may be dead.
+    number = len(list(se_parameters(model)))
+    assert len(silent) <= max(number // 10, 3 if number >= 20 else 0), silent
     remove_se(model)
     assert list(model.state_dict()) == list(state)
     assert equal(outputs(), before)
