@@ -95,28 +95,23 @@ def pointwise(
     bias: bool,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
+    *,
+    zero: bool = False,
 ) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear:
-    """A layer over the channels alone: a convolution of size 1, or a Linear for channels last."""
+    """A layer over the channels alone: a convolution of size 1, or a Linear for channels last.
+
+    With ``zero``, its parameters are 0 and no random number is drawn for them.
+    """
+    if zero:
+        layer = pointwise(layout, width_in, width_out, bias, "meta", dtype)
+        for name, parameter in list(layer.named_parameters()):
+            zeros = torch.zeros(parameter.shape, device=device, dtype=dtype)
+            setattr(layer, name, nn.Parameter(zeros))
+        return layer
     if layout.channels_last:
         return nn.Linear(width_in, width_out, bias, device=device, dtype=dtype)
     convolution = KINDS[layout.ndim].convolution
     return convolution(width_in, width_out, 1, bias=bias, device=device, dtype=dtype)
-
-
-def zero_pointwise(
-    layout: Layout,
-    width_in: int,
-    width_out: int,
-    bias: bool,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear:
-    """The layer of :func:`pointwise` with parameters of 0, made without drawing random numbers."""
-    layer = pointwise(layout, width_in, width_out, bias, "meta", dtype)
-    for name, parameter in list(layer.named_parameters()):
-        zeros = torch.zeros(parameter.shape, device=device, dtype=dtype)
-        setattr(layer, name, nn.Parameter(zeros))
-    return layer
 
 
 def first_convolution(model: nn.Module) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | None:

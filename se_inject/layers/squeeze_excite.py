@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 
 from se_inject.layers.gates import Gate, GateLayer, Init
 from se_inject.layers.hooks import is_watched
-from se_inject.layers.layout import IMAGES, Layout, pointwise, zero_pointwise
+from se_inject.layers.layout import IMAGES, Layout, pointwise
 from se_inject.layers.scale_add import add, scale_add, times
 from se_inject.layers.squeezes import SQUEEZES, Squeeze
 
@@ -99,9 +99,9 @@ class SqueezeExcite(nn.Module):
         self.space = list(layout.space)
         self.fc1 = pointwise(layout, channels, bottleneck, bias, device, dtype)
         # The identity start needs no random numbers, which cost more than the layer's memory does.
-        layer = zero_pointwise if init == "identity" else pointwise
+        zero = init == "identity"
         out = 2 * channels if shift else channels
-        self.fc2 = layer(layout, bottleneck, out, bias, device, dtype)
+        self.fc2 = pointwise(layout, bottleneck, out, bias, device, dtype, zero=zero)
         self.gate = GateLayer(gate, init)
         self.set_plain(False)
 

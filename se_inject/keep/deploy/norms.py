@@ -131,11 +131,11 @@ class _Seen:
     reads: int = field(default=0)
 
 
-class _Reads(DispatchMode):  # type: ignore[no-untyped-call]  # torch's
+class _Reads(DispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Counts the operations that read certain tensors, and keeps none of them alive."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.seen: dict[int, _Seen] = {}
         self.saw_values = False
 
