@@ -9,9 +9,15 @@ norms that the other has still. onnxruntime and OpenVINO, where they are install
 themselves; they run the ONNX files of base, timm's and ours, and of ours after
 ``optimize_for_inference``. The gates are open: those that are constant would be folded away.
 
-All networks are in one process and take turns on one CPU thread; seconds are processor time. An
-overhead is the median over the rounds of t(arm) / t(its base) - 1 within one round, with quartiles.
-At batch 1 a turn is a group of steps. ``gain`` is t(ours, optimised) / t(ours).
+All networks are in one process and take turns on one CPU thread; seconds are processor time. In
+eager mode they take turns block by block: every network runs its stem, then every network runs its
+first block, and so on. A machine that others use gets slower and faster within a second, and a
+whole step would see more of that than of what SE blocks cost. Where the memory of a network lies
+makes one faster than another, so the networks are built anew for each of ``--restarts``. The
+sessions of the other runtimes take turns by whole steps, at batch 1 by groups of them.
+
+An overhead is the median over the rounds of t(arm) / t(its base) - 1 within one round, with
+quartiles. ``gain`` is t(ours, optimised) / t(ours).
 """
 
 import argparse
@@ -41,7 +47,7 @@ from torch import Tensor, nn
 
 from se_inject import optimize_for_inference, se_parameters, set_plain_ops
 
-Step = Callable[[], object]
+Step = Callable[..., Any]
 RUNTIMES = {"eager": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 
 
@@ -93,16 +99,29 @@ def make(arm: Arm, network: str, side: int, *, plain: bool = False) -> nn.Module
 # --- steps of the runtimes -----------------------------------------------------------------------
 
 
-def eager_steps(network: str, batch: int, side: int, layout: str) -> dict[str, Step]:
-    memory_format = LAYOUTS[layout]
-    images = torch.randn(batch, 3, side, side).contiguous(memory_format=memory_format)
-    models = {n: make(a, network, side).to(memory_format=memory_format) for n, a in ARMS.items()}
+def pieces(model: nn.Module) -> list[Step]:
+    """The forward of a ResNet of timm as functions that run one after the other."""
 
-    def infer(model: nn.Module) -> None:
+    def stem(x: Tensor) -> Tensor:
+        return model.maxpool(model.act1(model.bn1(model.conv1(x))))
+
+    blocks = (block for i in range(1, 5) for block in model.get_submodule(f"layer{i}"))
+    return [stem, *blocks, model.forward_head]
+
+
+def eager_networks(network: str, side: int, layout: str, images: Tensor) -> dict[str, list[Step]]:
+    """Raises ValueError if the pieces of a network are not its forward."""
+    networks = {}
+    for name, arm in ARMS.items():
+        model = make(arm, network, side).to(memory_format=LAYOUTS[layout])
         with torch.inference_mode():
-            model(images)
-
-    return {name: partial(infer, model) for name, model in models.items()}
+            x = images
+            for piece in pieces(model):
+                x = piece(x)
+            if not torch.equal(x, model(images)):
+                raise ValueError(f"{network} is no ResNet of timm: measure resnet50, say")
+        networks[name] = pieces(model)
+    return networks
 
 
 def write_files(network: str, side: int, folder: Path) -> dict[str, Path]:
@@ -152,16 +171,40 @@ def openvino_step(path: Path, images: Tensor) -> Step:
 def seconds_in_turns(steps: dict[str, Step], rounds: int, group: int) -> dict[str, list[float]]:
     """Processor time of one step of each, in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
     for turn in range(rounds + 1):
-        k = turn % len(names)
-        for name in names[k:] + names[:k]:  # none always comes after the same one
+        for name in rotated(list(steps), turn):
             start = time.process_time()
             for _ in range(group):
                 steps[name]()
             if turn:  # the first is a warm-up
                 seconds[name].append((time.process_time() - start) / group)
     return seconds
+
+
+def seconds_by_pieces(
+    networks: dict[str, list[Step]], images: Tensor, rounds: int
+) -> dict[str, list[float]]:
+    """Processor time of one forward of each in every round, where they take turns by pieces."""
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    for turn in range(rounds + 1):
+        maps, total = dict.fromkeys(networks, images), dict.fromkeys(networks, 0.0)
+        for i in range(len(networks["base"])):
+            for name in rotated(list(networks), turn + i):
+                start = time.process_time()
+                with torch.inference_mode():
+                    output = networks[name][i](maps[name])
+                total[name] += time.process_time() - start
+                maps[name] = output
+        if turn:  # the first is a warm-up
+            for name in networks:
+                seconds[name].append(total[name])
+    return seconds
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    """None comes always after the same one."""
+    k = turn % len(names)
+    return names[k:] + names[:k]
 
 
 def summarise(seconds: dict[str, list[float]], arms: dict[str, Arm]) -> dict[str, dict[str, Any]]:
@@ -199,17 +242,23 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     results, files = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for network, batch, layout, runtime in settings(options):
+            images = torch.randn(batch, 3, options.side, options.side)
             if runtime == "eager":
-                arms, steps = ARMS, eager_steps(network, batch, options.side, layout)
+                images = images.contiguous(memory_format=LAYOUTS[layout])
+                arms, runs = ARMS, []
+                for _ in range(options.restarts):
+                    networks = eager_networks(network, options.side, layout, images)
+                    runs.append(seconds_by_pieces(networks, images, options.rounds))
+                seconds = {name: [s for run in runs for s in run[name]] for name in arms}
             else:
                 if network not in files:
                     files[network] = write_files(network, options.side, Path(folder))
-                images = torch.randn(batch, 3, options.side, options.side)
                 step = onnxruntime_step if runtime == "onnxruntime" else openvino_step
                 arms = FILES
                 steps = {name: step(path, images) for name, path in files[network].items()}
-            group = max(1, 4 // batch)
-            rows = summarise(seconds_in_turns(steps, options.rounds, group), arms)
+                rounds = options.restarts * options.rounds
+                seconds = seconds_in_turns(steps, rounds, max(1, 4 // batch))
+            rows = summarise(seconds, arms)
             label = f"{network}, {runtime}, batch {batch}, {layout}"
             results.append({"setting": label, "arms": rows})
             print_table(label, rows)
@@ -238,9 +287,10 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[8, 1], metavar="N")
     parser.add_argument("--side", type=int, default=224, help="of the images (default 224)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each arm (default 7)")
+    parser.add_argument("--restarts", type=int, default=3, help="of the networks (default 3)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
-    if options.rounds < 2:
+    if options.rounds * options.restarts < 2:
         parser.error("quartiles take two rounds or more: --rounds 2")
     for runtime in list(options.runtimes):
         if importlib.util.find_spec(RUNTIMES[runtime]) is None:
@@ -255,6 +305,7 @@ def main() -> None:
             "command": " ".join(["python benchmarks/inference.py", *sys.argv[1:]]),
             "device": f"{platform.machine()} CPU, one thread",
             "rounds": options.rounds,
+            "restarts": options.restarts,
             "python": platform.python_version(),
             "timm": timm.__version__,
             **{
