@@ -17,6 +17,7 @@ from timm.layers import LayerNorm2d
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.nfnet import GammaAct
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -232,9 +233,66 @@ def test_a_block_is_scripted_copied_and_pickled(squeeze: Squeeze, gate: Gate, in
     se = SqueezeExcite(16, 8, squeeze=squeeze, gate=gate, init=init)
     torch.nn.init.normal_(se.fc2.weight)
     x = torch.randn(2, 16, 5, 5)
-    for other in (torch.jit.script(se), copy.deepcopy(se), pickle.loads(pickle.dumps(se))):
+    for other in (copy.deepcopy(se), pickle.loads(pickle.dumps(se))):
         assert torch.equal(other(x), se(x))
         assert torch.equal(other(x, x.flip(0)), se(x, x.flip(0)))
+    scripted = torch.jit.script(se)  # Its layers are convolutions, which round otherwise.
+    torch.testing.assert_close(scripted(x), se(x))
+    torch.testing.assert_close(scripted(x, x.flip(0)), se(x, x.flip(0)))
+
+
+@pytest.mark.parametrize("squeeze", ["avg", "max"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_layers_are_products_unless_somebody_could_tell(
+    dims: int, bias: bool, squeeze: Squeeze
+) -> None:
+    se = SqueezeExcite(
+        16, 8, layout=Layout(dims + 2, 1), squeeze=squeeze, bias=bias, init="paper"
+    ).double()
+    x = torch.randn(3, 16, *(5,) * dims, dtype=torch.float64, requires_grad=True)
+
+    def run() -> tuple[list[Tensor], set[str]]:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            y = se(x, x.flip(0))
+        grads = torch.autograd.grad(y.square().sum(), [x, *se.parameters()])
+        return [y, *grads], {event.name for event in profiler.events() or ()}
+
+    products, names = run()
+    assert "aten::linear" in names
+    assert not any("conv" in name for name in names)
+    called: list[Tensor] = []
+    for layer in (se.fc1, se.fc2):
+        handle = layer.register_forward_hook(lambda _, args, output: called.append(output))
+        convolved, names = run()
+        handle.remove()
+        assert called.pop().shape[2:] == (1,) * dims
+        assert not called
+        assert "aten::linear" not in names
+        torch.testing.assert_close(convolved, products)
+
+
+def test_layers_that_are_replaced_are_called() -> None:
+    se, x = SqueezeExcite(16, 8, init="paper"), torch.randn(2, 16, 5, 5)
+    expected = se(x)
+    doubled = nn.Sequential(copy.deepcopy(se.fc2))
+    with torch.no_grad():
+        doubled[0].weight.mul_(2)
+        doubled[0].bias.mul_(2)
+    other = copy.deepcopy(se)
+    other.fc2 = doubled
+    assert not torch.allclose(other(x), expected)
+    offloaded = copy.deepcopy(se)
+    offloaded.fc1.forward = lambda z: torch.zeros(2, 8, 1, 1)  # as accelerate's hooks do it
+    torch.testing.assert_close(offloaded(x), x * torch.sigmoid(se.fc2.bias)[:, None, None])
+    parametrized = copy.deepcopy(se)
+    torch.nn.utils.parametrize.register_parametrization(parametrized.fc1, "weight", Twice())
+    assert not torch.allclose(parametrized(x), expected)
+
+
+class Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
 
 
 OLD_STATES = {

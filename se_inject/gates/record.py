@@ -1,7 +1,8 @@
 """The gates of a model's SE blocks while it runs.
 
-A forward hook on ``fc2``, the last layer of an SE block, sees what the gate is computed from, and
-computes the gate once more. The block itself does what it always does, so no output changes.
+A forward hook on the ``gate`` of an SE block sees what the branch is multiplied by. The factor of a
+gate is a power of two, so it makes no difference to any bit that a watched gate is multiplied by it
+before the sum.
 """
 
 import contextlib
@@ -15,8 +16,6 @@ from torch import Tensor, nn
 
 from se_inject.edit.block_class import edit_of
 from se_inject.errors import NoSiteError, UnsupportedModelError
-from se_inject.layers.gates import GATES
-from se_inject.layers.scale_add import times
 from se_inject.layers.squeeze_excite import SqueezeExcite
 
 # The name of an SE block, the block, and its whole gate, such as [N, C, 1, 1], without gradient.
@@ -75,7 +74,7 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, layer in layers.items():
-            handle = layer.fc2.register_forward_hook(_hook(name, layer, observer))
+            handle = layer.gate.register_forward_hook(_hook(name, layer, observer))
             stack.callback(handle.remove)
         yield
 
@@ -121,15 +120,10 @@ def mean_over_positions(layer: SqueezeExcite, gate: Tensor) -> Tensor:
 
 
 def _hook(name: str, layer: SqueezeExcite, observer: Observer) -> Callable[..., None]:
-    function, factor = GATES[layer.gate.name].of(layer.init), layer.gate_scale or 1.0
-
-    def hook(fc2: nn.Module, args: Any, output: Tensor) -> None:
+    def hook(gate: nn.Module, args: Any, output: Tensor) -> None:
         # Compiled code would keep the observer in it for good.
-        if torch.compiler.is_compiling():
-            return
-        with torch.no_grad():
-            z, _ = layer.gate_and_shift(output)
-            observer(name, layer, times(function(z), factor).detach())
+        if not torch.compiler.is_compiling():
+            observer(name, layer, output.detach())
 
     return hook
 

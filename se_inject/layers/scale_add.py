@@ -55,10 +55,10 @@ def add(
 def _scale_add(residual: Tensor, x: Tensor, gate: Tensor, factor: float, in_place: bool) -> Tensor:
     """The same for maps of one memory format and dtype."""
     # A subclass of Tensor turns the output of a Function into a view, which nothing may change.
-    subclassed = any(type(t) is not Tensor for t in (residual, x, gate))
+    plain = type(residual) is Tensor and type(x) is Tensor and type(gate) is Tensor
     # This name is public too, and TorchScript's tracer has no rule for a Function either.
     traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if subclassed or torch.compiler.is_compiling() or traced or transforms_active():
+    if not plain or torch.compiler.is_compiling() or traced or transforms_active():
         return torch.addcmul(residual, x, gate, value=factor)
     # A gate that differs at every position is as large as the map, and its gradient needs no sum.
     if torch.is_grad_enabled() and gate.requires_grad and gate.shape != x.shape:

@@ -3,11 +3,12 @@
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from se_inject.layers.gates import Gate, GateLayer, Init
 from se_inject.layers.hooks import is_watched
-from se_inject.layers.layout import IMAGES, Layout, pointwise
+from se_inject.layers.layout import CONVOLUTIONS, IMAGES, Layout, pointwise
 from se_inject.layers.scale_add import add, scale_add, times
 from se_inject.layers.squeezes import SQUEEZES, Squeeze
 
@@ -188,12 +189,13 @@ class SqueezeExcite(nn.Module):
         Where the two maps differ in memory format, a sum has that of its first operand; where
         they differ in dtype, one in place keeps it.
         """
-        excited = self.fc2(torch.relu(self.fc1(self._squeeze(x, self.space))))
-        z, shift = self.gate_and_shift(excited)
+        squeezed = self._squeeze(x, self.space)
         # TorchScript knows no hooks. The question is public, though not in torch's __all__.
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            z, shift = self.gate_and_shift(self.fc2(torch.relu(self.fc1(squeezed))))
             gate, factor = self.gate(z), 1.0
         else:
+            z, shift = self.gate_and_shift(self._excited(squeezed))
             gate, factor = _gate_and_factor(self.gate, z)
         if residual is not None and not self.plain:
             base = residual if shift is None else residual + shift
@@ -202,6 +204,29 @@ class SqueezeExcite(nn.Module):
         if shift is not None:
             scaled = scaled + shift
         return scaled if residual is None else add(scaled, residual, residual_first, in_place)
+
+    @torch.jit.unused
+    def _excited(self, squeezed: Tensor) -> Tensor:
+        """``fc2(relu(fc1(squeezed)))``, as two matrix products where nobody can tell.
+
+        A convolution of one position takes up to twice as long as the product of its weight and
+        the vectors [N, C], and its call as long again: on small maps that is most of what an SE
+        block costs. Layers that somebody watches or has replaced (hooks, parametrizations,
+        adapters, quantization, offloading) are called.
+        """
+        fc1, fc2 = self.fc1, self.fc2
+        if (
+            self.plain
+            or self.squeeze == "none"  # The gate differs from position to position.
+            or not _is_convolution_alone(fc1, squeezed)
+            or not _is_convolution_alone(fc2, squeezed)
+            or squeezed.dim() != len(self.space) + 2
+        ):
+            excited: Tensor = fc2(torch.relu(fc1(squeezed)))
+            return excited
+        hidden = F.linear(squeezed.flatten(1), fc1.weight.flatten(1), fc1.bias)
+        z = F.linear(torch.relu(hidden), fc2.weight.flatten(1), fc2.bias)
+        return z.view(*z.shape, *(1,) * len(self.space))
 
     def gate_and_shift(self, excited: Tensor) -> tuple[Tensor, Tensor | None]:
         """What ``fc2`` gives, taken apart: what the gate is of, and the shift if there is one."""
@@ -215,6 +240,20 @@ class SqueezeExcite(nn.Module):
         formula = self.gate.extra_repr()
         shift = ", shift=True" if self.shift else ""
         return f"gate={formula}, squeeze={self.squeeze}, space={tuple(self.space)}{shift}"
+
+
+def _is_convolution_alone(layer: nn.Module, x: Any) -> bool:
+    """Whether a call of the layer does nothing but convolve.
+
+    Parametrizations, adapters and quantization replace its class, libraries that move weights
+    between devices replace ``forward`` in the instance, and ``compile()`` sets a call of its own.
+    """
+    return (
+        type(layer) in CONVOLUTIONS
+        and "forward" not in layer.__dict__
+        and layer._compiled_call_impl is None
+        and not is_watched(layer, x)
+    )
 
 
 def _gate_and_factor(layer: GateLayer, z: Tensor) -> tuple[Tensor, float]:
