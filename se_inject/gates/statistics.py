@@ -52,7 +52,7 @@ class BlockGates:
 
     @property
     def within(self) -> float | None:
-        """The same over the images of one class. None means that this is not known."""
+        """The standard deviation of a gate over the images of one class, or None if not known."""
         return None if self.channel_within is None else float(self.channel_within.mean().sqrt())
 
     @property
@@ -85,7 +85,7 @@ class BlockGates:
 
     @property
     def deviation(self) -> float:
-        """The largest ``channel_deviation``. A constant in place of a gate changes it no more."""
+        """The largest ``channel_deviation``: how far a constant in place of a gate can be off."""
         return float(self.channel_deviation.max())
 
     @property
