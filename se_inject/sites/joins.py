@@ -163,7 +163,7 @@ def _is_unpooled(flow: UnitFlow, v: int, start: int, stop: Set[int]) -> bool:
 
 
 def _is_projection(flow: UnitFlow, short: int, long: int, start: int, stop: Set[int]) -> bool:
-    """Whether one path is shorter, straight, and has at most one convolution that mixes channels."""
+    """Whether ``short`` is a shorter, straight path on which at most one layer mixes channels."""
     path = flow.back(short, start, stop)
     straight = all(len(set(flow.events[x].sources)) <= 1 for x in path)
     shorter = flow.depth(short, start, stop) < flow.depth(long, start, stop)

@@ -142,7 +142,7 @@ def _difference(ours: dict[str, Tensor], stock: dict[str, Tensor]) -> str:
 
 
 def write_stock(model: nn.Module, path: Path) -> str:
-    """Write the weights of :func:`to_stock`, compare what is read back, and return what loads it."""
+    """Write the weights of :func:`to_stock`, compare what is read back, and say what loads them."""
     from safetensors.torch import load_file, save_file
 
     stock = to_stock(model)
