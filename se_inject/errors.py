@@ -78,6 +78,6 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's text, to be quoted as the reason in another message."""
     try:
         text = str(error)
-    except Exception:  # a foreign error whose __str__ fails itself
+    except Exception:  # the __str__ of a foreign error may fail itself
         text = ""
     return (text.strip().splitlines() or ["no message"])[0][:200]

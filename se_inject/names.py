@@ -36,7 +36,7 @@ def matching(
     """The names that at least one of the globs matches. Each glob must match at least one name.
 
     Raises:
-        ArgumentError: a glob matches no name (the message shows similar names), or is no text.
+        ArgumentError: a glob matches no name (the message shows similar names) or is not a text.
     """
     matched: set[str] = set()
     if isinstance(patterns, str) or not isinstance(patterns, Iterable):

@@ -42,7 +42,7 @@ class Reason(StrEnum):
 
     @property
     def is_gap(self) -> bool:
-        """Whether the block may be residual and lacks an SE block only because of its code."""
+        """Whether the block may be residual, and only how it is written keeps it from SE."""
         return self in _GAPS
 
 

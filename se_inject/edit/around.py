@@ -27,7 +27,7 @@ BASE_FORWARD = "forward_without_se"
 def source_around(
     forward: TracedForward, sites: Sequence[Site], label: str
 ) -> ForwardSource | None:
-    """The forward of such a block as text, or None where the SE block is not at the very end."""
+    """The forward of such a block as text, or None if it cannot have this form."""
     if len(sites) != 1 or sites[0].kind != "unit":
         return None
     for place in sites[0].where:

@@ -179,7 +179,7 @@ def _edit(
     )
     try:
         _ = edit.block_class  # The class is made now, while a failure leaves the model untouched.
-    except Exception as error:  # whatever a foreign __init_subclass__ raises
+    except Exception as error:  # a foreign __init_subclass__ may raise anything
         raise UnsupportedModelError(
             f"{base.__name__} cannot be subclassed ({error}). Pass exclude={sites[0].block!r}."
         ) from error

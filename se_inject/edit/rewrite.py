@@ -12,7 +12,7 @@ After::
     bn2 = self.bn2(conv2)
     se = self.se(bn2, shortcut, in_place = True)
 
-Where stochastic depth or a layer scale stands between, ``drop_path = self.drop_path(bn2)`` becomes
+If stochastic depth or a layer scale is in between, ``drop_path = self.drop_path(bn2)`` becomes
 ``se = self.se(bn2); drop_path = self.drop_path(se)``. The other placements work in the same way:
 the nodes that read a map now read ``self.se`` of that map.
 """

@@ -171,7 +171,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def write_figure(figure: "Figure", path: Path, formats: Sequence[str]) -> list[Path]:
-    """Write a figure in these formats, each with its suffix. An SVG is the same each time."""
+    """Write a figure in these formats, each with its suffix. Equal figures give equal SVGs."""
     import matplotlib
 
     paths = []
@@ -218,7 +218,7 @@ def _depths(blocks: Sequence[BlockGates]) -> list[BlockGates]:
 
 
 def _most_different(block: BlockGates) -> list[int]:
-    """A few classes, in the order of the classes. Each was chosen far from those before it."""
+    """A few classes in class order. Each was picked as far as possible from those before it."""
     assert block.class_means is not None
     assert block.class_images is not None
     seen = block.class_images.nonzero()[:, 0]

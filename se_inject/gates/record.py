@@ -19,7 +19,8 @@ from se_inject.layers.gates import GATES
 from se_inject.layers.scale_add import times
 from se_inject.layers.squeeze_excite import SqueezeExcite
 
-# It gets the name of an SE block, the block, and its gate, such as [N, C, 1, 1], without gradient.
+# An observer gets the name of an SE block, the block itself, and its whole gate. The gate is a
+# tensor such as [N, C, 1, 1], without gradient.
 Observer = Callable[[str, SqueezeExcite, Tensor], None]
 
 

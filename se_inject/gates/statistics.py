@@ -104,7 +104,7 @@ class BlockGates:
 
     @property
     def near_zero(self) -> float:
-        """The share of channels whose gate is always shut, within 1 % of its maximum from 0."""
+        """The share of channels whose gate is always nearly 0: at most 1 % of its maximum away."""
         end = NEAR * (self.maximum or 1.0)
         shut = (self.channel_high <= end) & (self.channel_low >= -end)
         return float(shut.double().mean())

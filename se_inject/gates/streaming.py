@@ -1,6 +1,6 @@
 """Statistics of gates that never hold more than one batch of them.
 
-The mean and the variance are updated batch by batch, as Welford does it (Chan et al., 1983). Of
+The mean and the variance are updated batch by batch with Welford's method (Chan et al., 1983). Of
 each class only the mean is kept, in float32. These [classes, C] numbers for each block are all that
 grows with the number of classes.
 """

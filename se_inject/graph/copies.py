@@ -63,7 +63,8 @@ def copy_with_twins(
         of_hooks = hooks_of(module)
         if not hooks:
             memo |= {id(value): _library_hooks(value) for value in of_hooks}
-        seen = set(map(id, of_hooks))  # these were looked into above, and so were the next three
+        # These dicts were looked into above.
+        seen = set(map(id, of_hooks))
         seen |= {id(module._parameters), id(module._buffers), id(module._modules)}
         for value in vars(module).values():
             if type(value) in _WITHOUT_TENSORS or id(value) in seen:

@@ -33,7 +33,7 @@ class NodeFacts:
     storage: int | None  # equal for tensors that share memory
     writes: frozenset[int]  # the storages that the node changes in place
     ops: tuple[Op, ...]  # the operations of the node, including those inside children
-    value: Value | None  # its content and where that comes from; None if no live tensor
+    value: Value | None  # its content and where that is from; None if it is not a live tensor
 
 
 @dataclass(frozen=True)

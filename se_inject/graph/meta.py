@@ -30,7 +30,7 @@ class on_meta:  # noqa: N801 - it is called as the contexts of torch are
             torch.set_grad_enabled(False)
             # Torch declares no types for it. There is no `with`, because put_back() ends the mode.
             TorchFunctionMode.__enter__(_Answers(self.device))  # type: ignore[no-untyped-call]
-        except BaseException:  # a Ctrl-C
+        except BaseException:  # it may be a Ctrl-C
             self.before.put_back()
             raise
 

@@ -63,7 +63,7 @@ def _target(path: Path) -> tuple[Path, os.stat_result | None]:
         old = target.lstat()
     except (FileNotFoundError, NotADirectoryError):
         old = None
-    except (OSError, ValueError) as error:  # a name too long, a circle of links, a NUL in the name
+    except (OSError, ValueError) as error:  # the name is too long or has a NUL, or links circle
         raise ArgumentError(f"{str(path)!r} cannot be a file here ({error}).") from error
     if old is not None and stat.S_ISDIR(old.st_mode):
         raise ArgumentError(f"{path} is a folder; give the name of a file.")

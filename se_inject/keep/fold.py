@@ -98,13 +98,13 @@ class Producers:
         return None if any(self._shared[id(t)] > 1 for t in affine(source)) else source
 
     def has_alone(self, module: nn.Module) -> bool:
-        """Whether a module is at one place only in the model, and no other has its tensors."""
+        """Whether a module is at one place only in the model and shares its tensors with none."""
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         return self._uses[id(module)] == 1 and all(self._shared[id(t)] == 1 for t in tensors)
 
 
 def affine(layer: nn.Module) -> list[Tensor]:
-    """Weight and bias: the output is linear in both together."""
+    """The weight and bias of a layer. Its output is linear in both together."""
     tensors = (getattr(layer, "weight", None), getattr(layer, "bias", None))
     return [t for t in tensors if isinstance(t, Tensor)]
 

@@ -33,7 +33,7 @@ class SharedSettings:
 
     variant: Variant
     custom: bool  # whether a user's se_layer made the blocks
-    example: int  # the index of the example, among the header's, that the forward was recorded with
+    example: int  # the forward was recorded with the example of this index in the header
     where: Where = "residual"  # where the plan looked for sites
 
 

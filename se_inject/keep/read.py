@@ -35,7 +35,7 @@ def read_file(path: Path, *, tensors: bool = True) -> tuple[Header, dict[str, Te
     """Read what a file says, and its tensors if they are wanted."""
     shown = printable(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would let the reader wait
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would keep the reader waiting
             raise CheckpointError(f"{shown} is no regular file.")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -61,7 +61,7 @@ class DeployedSE(nn.Module):
         in_place: bool = False,
         gate: Tensor | None = None,
     ) -> Tensor:
-        """Work as :meth:`SqueezeExcite.forward`. ``gate`` may be what :meth:`excite` returned."""
+        """See :meth:`SqueezeExcite.forward`. ``gate`` may be what :meth:`excite` returned."""
         if gate is None:
             gate = self.excite(x)
         if residual is None:
@@ -84,7 +84,10 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _after(feed: Convolution, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias of one layer that replaces two: ``feed``, and a layer with these two."""
+    """The weight and bias of one layer that replaces ``feed`` and the layer after it.
+
+    ``weight`` and ``bias`` are those of the layer after it.
+    """
     wide = weight.double()
     composed = (wide @ feed.weight.flatten(1).double()).to(weight.dtype)
     if feed.bias is None:

@@ -27,7 +27,7 @@ def scale_add(
             two maps differ in memory format, the sum has the format of its first operand, and the
             product is written to memory after all.
         in_place: whether the sum replaces ``x += residual``. Such a sum keeps the dtype of ``x``.
-            It is written to the memory of ``x`` as before, where autograd does not need that.
+            It is written to the memory of ``x`` as before, unless autograd needs that memory.
     """
     if x.stride() != residual.stride() or x.dtype != residual.dtype:
         product = x * times(gate, factor)

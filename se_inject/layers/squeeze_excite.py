@@ -1,4 +1,4 @@
-"""The SE block: the only new ``nn.Module``."""
+"""The SE block as an ``nn.Module``."""
 
 from typing import Any, ClassVar
 

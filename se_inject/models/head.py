@@ -6,7 +6,7 @@ from torch import nn
 
 
 def head_of(network: nn.Module) -> nn.Module | None:
-    """The classifier that timm names, or else the last Linear layer. None means neither exists."""
+    """The classifier that timm names, or else the last Linear layer, or None without either."""
     head = _of_timm(network)
     if isinstance(head, nn.Module) and any(True for _ in head.parameters()):
         return head

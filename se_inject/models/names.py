@@ -29,9 +29,9 @@ def load_model(
 
     Args:
         name: a timm name (``resnet50``, ``resnet50.a1_in1k``, ``hf-hub:timm/resnet50.a1_in1k``),
-            ``torchvision/NAME``, or ``module:callable``, imported from the current directory
-            too and called without arguments. A bare name that timm does not know is looked for
-            in torchvision.
+            ``torchvision/NAME``, or ``module:callable``. The module of a callable may also be in
+            the current directory, and the callable is called without arguments. A bare name that
+            timm does not know is looked for in torchvision.
         in_chans: the number of input channels, for timm models. A callable does not get it.
         num_classes: the number of outputs of the classifier, for models of timm and torchvision.
         pretrained: whether to load the weights of the tag, or the default weights of the library,

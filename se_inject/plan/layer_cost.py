@@ -34,7 +34,7 @@ def layer_cost(
             layer = se_layer(channels)
     except SEInjectError:
         raise
-    except Exception as error:  # a user's code
+    except Exception as error:  # the user's code may raise anything
         raise ArgumentError(_fault(text, error)) from error
     if not isinstance(layer, nn.Module):
         raise ArgumentError(f"{text} returned {type(layer).__name__}. It must return an nn.Module.")
@@ -48,7 +48,7 @@ def layer_cost(
         try:
             out, count = run_and_count(layer, (x,), {})
             shape = tuple(out.shape)
-        except Exception as error:  # a user's code
+        except Exception as error:  # the user's code may raise anything
             raise ArgumentError(_fault(f"{text} on a map {list(x.shape)}", error)) from error
         if shape != tuple(x.shape):
             raise ArgumentError(

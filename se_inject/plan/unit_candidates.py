@@ -22,7 +22,7 @@ from se_inject.sites.units import find_units, unit_site
 
 # With where="auto", a network takes its units if all its skipped additions have these reasons.
 _NO_RESIDUAL = {Reason.REPARAMETERISABLE, Reason.INJECTED}
-# Additions with these reasons are not residual, so that units may be looked for beside them.
+# Additions with these reasons are not residual, so units may be looked for beside them.
 _NOT_RESIDUAL = {*_NO_RESIDUAL, Reason.FUSION, Reason.NO_CONVOLUTION, Reason.TOKENS}
 _NOT_RESIDUAL |= {Reason.NO_MAP, Reason.HIDDEN, Reason.NOT_REACHED}
 

@@ -62,8 +62,8 @@ def time_sites(
     """The median time of each planned SE block by itself, in milliseconds, on random maps.
 
     If the SE block takes over an addition, the time of that addition is subtracted. The sum over
-    all blocks is not the latency that the network gains, because in the network the maps may still
-    be in the cache.
+    all blocks is not the latency that SE adds to the network, because there the maps may still be
+    in the cache.
     """
     device = torch.device(device)
     with torch.inference_mode():

@@ -85,12 +85,16 @@ def summary(name: str, costs: Costs) -> str:
 def _notes(plan: Plan, costs: Costs) -> Iterable[str]:
     size = "×".join(map(str, plan.input_size))
     if costs.base.macs is None or costs.augmented.macs is None:
-        yield f"For one image of {size}; the base MACs cannot be counted without running it."
+        yield (
+            f"For one image of {size}, these are the added MACs. Those of the base cannot be"
+            " counted without running the network."
+        )
     else:
         unit, letter = _unit(2 * costs.augmented.macs)
         yield (
-            f"For one image of {size}; in FLOPs"
-            f" {2 * costs.base.macs / unit:.3f} → {2 * costs.augmented.macs / unit:.3f} {letter}."
+            f"For one image of {size}, the MACs are"
+            f" {2 * costs.base.macs / unit:.3f} → {2 * costs.augmented.macs / unit:.3f}"
+            f" {letter}FLOPs."
         )
         yield "1 MAC = 2 FLOPs; the papers' GFLOPs are GMACs."
     if plan.where == "auto" and any(site.kind == "unit" for site in plan.sites):

@@ -104,7 +104,7 @@ def _is_squeezed(flow: UnitFlow, convolutions: list[int]) -> bool:
 def _feeds_pointwise(flow: UnitFlow, v: int) -> bool:
     """Whether a convolution that mixes channels, or a gate, reads the map next."""
     readers = flow.readers.get(v, [])
-    for _ in range(8):  # past gates, pads and permutations
+    for _ in range(8):  # this steps over gates, pads and permutations
         if len(readers) == 1 and not flow.events[readers[0]].op.is_convolution:
             readers = flow.readers.get(readers[0], [])
     ops = [flow.events[x].op for x in readers]
@@ -131,7 +131,7 @@ def _place(flow: UnitFlow, convolution: int, end: int) -> Unit | None:
     here = Unit((common,), end, convolution)
     if own and flow.calls[common].parent is not None:
         return here
-    for call in reversed(callers[: callers.index(common)]):  # the outermost child first
+    for call in reversed(callers[: callers.index(common)]):  # the outermost child comes first
         alone = not flow.is_container(call) and flow.once(call)
         if alone and end in flow.calls[call].outputs and not flow.calls[call].call.kwargs:
             return Unit((call,), end, convolution, leaf=True)

@@ -67,8 +67,8 @@ def _is_repvgg(paths: Sequence[Sequence[Op]]) -> bool:
     return any(bare) and max(convolutions) == 1 and convolutions.count(1) >= 2
 
 
-# The names of such methods in a dozen libraries. fuse_model is no such name: torch calls it that
-# when a convolution is fused with its own norm and activation before quantization.
+# The names of such methods in a dozen libraries. fuse_model is not one of them, because torch uses
+# it for fusing a convolution with its own norm and activation before quantization.
 _NAME = re.compile(
     r"re_?param|deploy|equivalent|(^|_)(fuse|fuses|fold|merge|collapse|absorb|slim)(_|$)"
     r"|(^|_)convert|convert$|(fuse|fold|merge|collapse)_?(kernel|conv|branch|bn|norm|weight|repvgg)"

@@ -169,7 +169,7 @@ def _site(
 
 
 def _channel_dim(flow: Flow, point: Point) -> int | None:
-    """The channel dim of the source, which it, a map like it, or the layer that reads it tells."""
+    """The channel dim of the source, known there, from a map like it, or from its reader."""
     for node in (point.source, *point.alike):
         if (known := flow.facts[node].channel_dim) is not None:
             return known

@@ -37,8 +37,8 @@ class ResidualSite(ScaledMap):
     addition: fx.Node
     shortcut: fx.Node  # the operand of the addition that is not the branch
     fused: bool  # whether the SE block takes over the addition, which alone reads the branch
-    shortcut_first: bool  # the first operand gives the sum its memory format
-    in_place: bool  # the first operand of a sum in place also gives it its dtype
+    shortcut_first: bool  # whether the shortcut is the first operand, which gives the memory format
+    in_place: bool  # whether the sum is in place, so that the first operand gives the dtype too
 
 
 @dataclass(frozen=True)

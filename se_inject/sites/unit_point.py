@@ -12,7 +12,7 @@ class Unit:
     calls: tuple[int, ...]  # the SE block goes into the first of these that can be traced
     end: int  # the map that the SE block reads
     first: int  # the first event of the unit
-    leaf: bool = False  # the SE block goes into the activation, a plain layer
+    leaf: bool = False  # whether the SE block goes into the activation itself, a plain layer
 
 
 @dataclass

@@ -162,7 +162,8 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
         if not path:
             raise self.refused("calls itself")
         if path.endswith("activation_post_process") and type(module) is nn.Identity:
-            # This is a child of a FloatFunctional. FX quantization replaces that by one without it.
+            # This child belongs to a FloatFunctional. FX quantization replaces that by one without
+            # such a child.
             return args[0]
         node = self.node_of("call_module", path, args, kwargs)
         name = f"{self.name}.{path}".lstrip(".")

@@ -2,8 +2,7 @@
 
 The gate of an identity start is ``2 * sigmoid``, while that of a stock SE block is a plain sigmoid.
 :func:`fold_gates` moves the factor 2 into the layer before the SE block and loses no bit. timm can
-hold only one of the paper's variants: SE blocks without biases become stock blocks whose biases are
-0.
+hold only one of the paper's variants: SE blocks without biases become stock blocks with biases 0.
 """
 
 import copy
@@ -74,7 +73,7 @@ def _check_variant(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if edit := edit_of(module):
             options = edit.settings.variant.differing()
-            options.pop("bias", None)  # no biases are biases of 0
+            options.pop("bias", None)  # a block without biases is a block with biases of 0
             if options:
                 said = ", ".join(f"{option}={value!r}" for option, value in options.items())
                 raise ExportError(

@@ -19,7 +19,7 @@ from se_inject.keep.read import printable
 
 WEIGHTS, CONFIG, CARD = "se.safetensors", "config.json", "README.md"
 _LIBRARY = "se-inject"
-_MOST_CHANNELS = 4096  # of an input; a hostile file might ask for a huge network
+_MOST_CHANNELS = 4096  # the most input channels; a hostile file might ask for a huge network
 _LONGEST = 200  # the longest name, in characters
 _LARGEST_FILE = 1_000_000  # the largest config.json, in bytes
 
