@@ -59,11 +59,11 @@ if TYPE_CHECKING:
     from se_inject.keep.load import load_se
     from se_inject.keep.save import save_se
 
-register()  # pickles from before the rooms name modules that are not there any more
+register()  # old pickles name modules that do not exist any more
 
 __version__ = metadata.version("se-inject")
 
-# Files are read and written by few programs, so these names are imported when they are first used.
+# Few programs read or write files, so these names are imported when they are first used.
 _LATER = {
     "from_pretrained": "se_inject.keep.hub.pretrained",
     "load_se": "se_inject.keep.load",

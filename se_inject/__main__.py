@@ -1,4 +1,4 @@
-"""``python -m se_inject``: the command line, where the script is not on the PATH."""
+"""``python -m se_inject`` runs the command line if the script is not on the PATH."""
 
 from se_inject.cli.app import main
 

@@ -41,23 +41,24 @@ def inject_se(
 ) -> nn.Module:
     """Put an SE block on every residual branch of ``model``, in place, and return the model.
 
-    In a network without residual additions (VGG, Inception, DenseNet, ...) they go on the ends of
-    its units instead; ``where`` chooses.
+    In a network without residual additions (VGG, Inception, DenseNet, ...) the SE blocks go on the
+    ends of its units instead. The argument ``where`` decides this.
 
-    The same object comes back, with every old ``state_dict`` key and tensor, its hooks, its
-    frozen parameters and its train/eval mode; only ``<block>.se.*`` keys are new. With the
-    default ``init`` the outputs are equal to the last bit until training moves the SE blocks.
-    Each edited block is an instance of a subclass of its class (``SEBottleneck`` of
-    ``Bottleneck``). If anything fails, the model is as it was.
+    The call returns the same object. It keeps every old ``state_dict`` key and tensor, its hooks,
+    its frozen parameters and its train or eval mode. Only the ``<block>.se.*`` keys are new. With
+    the default ``init``, the outputs stay equal to the last bit until training changes the SE
+    blocks. Each edited block becomes an instance of a subclass of its class: a ``Bottleneck``
+    becomes an ``SEBottleneck``. If anything fails, the model stays as it was.
 
     >>> import timm
     >>> model = inject_se(timm.create_model("resnet18"))  # pretrained=True for real weights
     >>> type(model.layer1[0]).__name__, type(model.layer1[0].se).__name__
     ('SEBasicBlock', 'SqueezeExcite')
 
-    The arguments (placement, squeeze, gate and bias make the paper's variants) and errors are
-    those of :func:`plan_se`, which only says what would be done. Blocks that look residual and get
-    no SE block are a warning in one line, and an error with ``strict=True``.
+    The arguments and the errors are the same as those of :func:`plan_se`, which only reports what
+    would be done. ``placement``, ``squeeze``, ``gate`` and ``bias`` make the paper's variants. If
+    blocks that look residual get no SE block, a warning of one line says so. With ``strict=True``
+    this is an error.
     """
     plan = plan_se(
         model,
@@ -84,16 +85,19 @@ def inject_se(
 def remove_se(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None) -> nn.Module:
     """Take the SE blocks out again, in place, and return the model.
 
-    Every block gets back its class and forward; the ``<block>.se.*`` keys are gone and all other
-    tensors stay as they are (trained, if they were trained).
+    Every block gets its old class and forward back. The ``<block>.se.*`` keys disappear. All other
+    tensors keep their values, including what training has changed in them.
 
     Args:
-        include, exclude: glob or globs on the names of blocks that have SE blocks ("layer4.*");
-            exclude wins. By default all of them lose their SE blocks.
+        include, exclude: one glob or several globs on the names of the blocks that have SE blocks,
+            such as ``"layer4.*"``. Where both match a block, ``exclude`` wins. By default every
+            block loses its SE blocks.
 
     Raises:
-        SEInjectError: the model has no SE block that se_inject put there.
-        ArgumentError: a glob matches no block with an SE block.
+        NoSiteError: the model has no SE block that se_inject inserted.
+        ArgumentError: a glob matches no block that has an SE block.
+        UnsupportedModelError: another tool, such as sharding, has changed the class of a block
+            since the injection.
     """
     names = [name for name, _, _ in injected(model)]
     if not names:
@@ -107,16 +111,16 @@ def remove_se(model: nn.Module, *, include: Patterns = None, exclude: Patterns =
 def set_plain_ops(model: nn.Module, plain: bool = True) -> nn.Module:
     """Make the SE blocks compute with mean, multiply and add, in place, and return the model.
 
-    SE blocks squeeze with a sum and end in one pass of ``torch.addcmul``, which is faster.
-    Converters and quantizers for devices (Core ML, the quantizers of PT2E, fixed accelerators)
-    expect the operations that networks are usually written with. Outputs differ by roundings only,
-    and not at all while every gate is 1. Parameters, keys and files are the same.
-    ``set_plain_ops(model, False)`` goes back.
+    Normally an SE block squeezes with a sum and ends in one call of ``torch.addcmul``, because that
+    is faster. Converters and quantizers for devices (Core ML, the quantizers of PT2E, fixed
+    accelerators) expect the operations with which networks are usually written. The outputs differ
+    by rounding only, and while every gate is 1 they do not differ at all. Parameters, keys and
+    files stay the same. ``set_plain_ops(model, False)`` switches back.
 
     >>> import timm
     >>> model = set_plain_ops(inject_se(timm.create_model("resnet18"))).eval()
 
-    A ``se_layer`` of the user's own stays as it is.
+    Layers that a user's own ``se_layer`` made stay as they are.
 
     Raises:
         NoSiteError: the model has no SE block.
@@ -134,7 +138,7 @@ def set_plain_ops(model: nn.Module, plain: bool = True) -> nn.Module:
 
 
 def se_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that :func:`inject_se` added, block by block (weights and biases)."""
+    """Yield the parameters that :func:`inject_se` added: weights and biases, block by block."""
     for _, module, edit in injected(model):
         for child in edit.children:
             yield from module.get_submodule(child).parameters()

@@ -1,4 +1,4 @@
-"""The errors a user can meet: one family, each message says what to do."""
+"""The errors that a user can meet. They form one family, and each message says what to do."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ from se_inject.reasons import Skipped
 
 
 class SEInjectError(Exception):
-    """Base of every error that se_inject raises on purpose.
+    """The base class of every error that se_inject raises on purpose.
 
-    The message names the block or argument, the value it got and what to do, in one or two lines.
+    The message has one or two lines. It names the block or the argument, its value and what to do.
     """
 
 
@@ -17,11 +17,15 @@ class ArgumentError(SEInjectError, ValueError):
 
 
 class UnknownModelError(SEInjectError, LookupError):
-    """A model name on the command line that no library knows, or that cannot be built."""
+    """No library knows the name of a model, or the model of that name cannot be built."""
 
 
 class UnsupportedModelError(SEInjectError, TypeError):
-    """A model that cannot be edited as it is: compiled, scripted, wrapped for distributed runs."""
+    """The model cannot be edited as it is.
+
+    It may be compiled, scripted or wrapped for distributed runs, or one of its blocks may refuse
+    its SE block.
+    """
 
 
 class ForwardError(SEInjectError, RuntimeError):
@@ -29,33 +33,40 @@ class ForwardError(SEInjectError, RuntimeError):
 
 
 class BenchmarkError(SEInjectError, RuntimeError):
-    """A forward that cannot be timed: it runs out of memory, or wants another input."""
+    """A forward cannot be timed, because it runs out of memory or needs another input."""
 
 
 class CheckpointError(SEInjectError, ValueError):
-    """A file that cannot be loaded: damaged, foreign, of another version or for another base."""
+    """A file cannot be loaded.
+
+    It is damaged, another program or version wrote it, or it belongs to another base network.
+    """
 
 
 class ForeignFileError(CheckpointError):
-    """A whole ``.safetensors`` file that save_se did not write, such as a plain state dict."""
+    """The ``.safetensors`` file is intact, but save_se did not write it (a plain state dict)."""
 
 
 class DataError(SEInjectError, ValueError):
-    """A data set that cannot be trained on: empty, one class, parts that do not fit together."""
+    """The data cannot be used: it is empty, has only one class, or its parts do not fit together.
+
+    The measurements of :mod:`se_inject.gates` also raise it where numbers are not finite.
+    """
 
 
 class TrainingError(SEInjectError, RuntimeError):
-    """A training run that cannot go on: a loss that is no number, no memory, a stop."""
+    """A training run cannot go on: its loss is not a number, memory ran out, or it was stopped."""
 
 
 class ExportError(SEInjectError, RuntimeError):
-    """A model that cannot be written in a format, or comes out of it with other outputs."""
+    """The model cannot be written in a format, or the written model gives other outputs."""
 
 
 class NoSiteError(SEInjectError):
-    """No residual addition of the model can take an SE block; the message counts the reasons.
+    """The model has no place for an SE block, or no SE block where one is needed.
 
-    ``skipped`` has the additions of the model, each with its reason, as in ``Plan.skipped``.
+    When a plan finds no place, the message counts the reasons, and ``skipped`` holds the additions
+    of the model with the reason for each, as ``Plan.skipped`` does. Otherwise ``skipped`` is empty.
     """
 
     def __init__(self, message: str, skipped: Sequence[Skipped] = ()) -> None:
@@ -64,9 +75,9 @@ class NoSiteError(SEInjectError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for a reason inside another message."""
+    """The first line of an error's text, to be quoted as the reason in another message."""
     try:
         text = str(error)
-    except Exception:  # a foreign error whose __str__ fails itself
+    except Exception:  # the __str__ of a foreign error may fail itself
         text = ""
     return (text.strip().splitlines() or ["no message"])[0][:200]

@@ -1,6 +1,6 @@
-"""Names of blocks: how messages show them, which of them a glob matches, and which are near.
+"""Names of blocks: how messages show them, which of them a glob matches, and which are similar.
 
-And the names of models that ``se_inject.timm`` puts into timm's registry.
+This file also knows how the models are named that ``se_inject.timm`` adds to timm's registry.
 """
 
 import difflib
@@ -15,12 +15,12 @@ def block_label(name: str) -> str:
     return f"'{name}'" if name else "the model itself"
 
 
-# What the names of injected models in timm's registry begin with.
+# The names of injected models in timm's registry begin with this.
 REGISTERED = "se_inject_"
 
 
 def base_architecture(name: str) -> str:
-    """The name of the base: ``resnet50`` of ``se_inject_resnet50``, and of ``resnet50`` itself."""
+    """The name of the base: ``resnet50`` for ``se_inject_resnet50`` and for ``resnet50`` itself."""
     return name.removeprefix(REGISTERED)
 
 
@@ -33,10 +33,10 @@ def matching(
     argument: str,
     what: str = "block with an addition",
 ) -> set[str]:
-    """The names that any of the globs matches; each glob must match one.
+    """The names that at least one of the globs matches. Each glob must match at least one name.
 
     Raises:
-        ArgumentError: a glob matches none; the message shows near names.
+        ArgumentError: a glob matches no name (the message shows similar names) or is not a text.
     """
     matched: set[str] = set()
     if isinstance(patterns, str) or not isinstance(patterns, Iterable):
@@ -57,7 +57,7 @@ def matching(
 
 
 def near_names(name: str, names: Sequence[str]) -> str:
-    """A few of the names, the most alike first, for an error message."""
+    """A few of the names for an error message, the most similar ones first."""
     near = difflib.get_close_matches(name, names, n=4, cutoff=0.3) or names[:4]
     return ", ".join(map(repr, dict.fromkeys(near)))
 

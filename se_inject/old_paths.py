@@ -1,10 +1,10 @@
-"""The module names that files from before the rooms use, so that such files still load.
+"""The old names of modules, so that files which were pickled under these names still load.
 
 A pickle of an injected model (``torch.save(model)``) names each class and function by its module:
 ``se_inject.generated.Edit``, ``se_inject.squeeze_excite.SqueezeExcite``, and in the forward of a
 block ``se_inject.trace.expect``. Those modules are now split over several rooms. :func:`register`
-puts a stand-in for each into ``sys.modules``; it finds a name in the modules that hold it today and
-imports nothing before it is asked.
+puts a stand-in for each into ``sys.modules``. The stand-in finds a name in the modules that hold it
+today, and imports nothing before it is asked.
 """
 
 import importlib
@@ -33,7 +33,7 @@ OLD_PATHS: dict[str, tuple[str, ...]] = {
 
 
 def register() -> None:
-    """Make every old module name importable; ``plan`` and ``sites`` have become packages."""
+    """Make every old module name importable. ``plan`` and ``sites`` are packages today."""
     for old, homes in OLD_PATHS.items():
         name = f"se_inject.{old}"
         module = sys.modules.get(name)
@@ -45,7 +45,7 @@ def register() -> None:
 
 def _finder(name: str, homes: tuple[str, ...]) -> Callable[[str], Any]:
     def find(attribute: str) -> Any:
-        if not attribute.startswith("__"):  # what tools ask of every module, __path__ say
+        if not attribute.startswith("__"):  # tools ask every module for names such as __path__
             for home in homes:
                 module = importlib.import_module(f"se_inject.{home}")
                 if attribute in vars(module):

@@ -1,4 +1,4 @@
-"""Why an addition of two maps, or a unit, gets no SE block, and the record of one."""
+"""The reasons why an addition of two maps or a unit gets no SE block, and the record of a case."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -42,7 +42,7 @@ class Reason(StrEnum):
 
     @property
     def is_gap(self) -> bool:
-        """Whether the block may be residual, and only the way it is written keeps it from SE."""
+        """Whether the block may be residual, and only how it is written keeps it from SE."""
         return self in _GAPS
 
 
@@ -56,7 +56,7 @@ _GAPS = {
 }
 
 
-# What these are said of is no addition.
+# These reasons are given for units, not for additions.
 UNIT_REASONS = frozenset(
     {
         Reason.UNIT_GATED,
@@ -71,18 +71,20 @@ UNIT_REASONS = frozenset(
 
 @dataclass(frozen=True)
 class Skipped:
-    """An addition of two maps that gets no SE block (once, however often its block is called).
+    """An addition of two maps that gets no SE block.
 
-    Where units are looked for, it may be a unit: a concatenation, say, that has a gate.
+    It is listed once, however often its block is called. Where the plan looks for units, the entry
+    may be a unit instead, such as a concatenation that has a gate already.
 
-    With ``Reason.NOT_REACHED`` it is no addition, but what comes after the point where the
-    recorded forward stopped, or a way that it took for no value (``if x.mean() > 0``).
+    With ``Reason.NOT_REACHED`` the entry is not an addition. It stands for the code after the point
+    where the recorded forward stopped, or for a path that the recording could not take because it
+    has no values to decide by (``if x.mean() > 0``).
     """
 
     block: str
     reason: str
     detail: str = ""
-    looks_residual: bool = field(default=True, repr=False)  # as far as one can tell without a graph
+    looks_residual: bool = field(default=True, repr=False)  # a guess where the block has no graph
 
     def to_dict(self) -> dict[str, str]:
         return {"block": self.block, "reason": self.reason, "detail": self.detail}

@@ -1,14 +1,14 @@
-"""``import se_inject.timm``: models of timm with SE blocks, under names of timm's own registry.
+"""``import se_inject.timm`` puts models of timm with SE blocks into timm's own registry.
 
-Each model ``NAME`` of timm gets a twin ``se_inject_NAME``, which builds it and calls ``inject_se``
-with those of its arguments that ``inject_se`` knows::
+Each model ``NAME`` of timm gets a twin ``se_inject_NAME``. The twin builds the model and calls
+``inject_se`` with those of its arguments that ``inject_se`` knows::
 
     import se_inject.timm
     model = timm.create_model("se_inject_resnet50.a1_in1k", pretrained=True, r=8)
 
-Everything that makes models of timm by their names makes injected ones so: timm's own scripts,
-transformers' TimmWrapper, ``local-dir:`` and ``hf-hub:``. A script that does not import this module
-is run through it::
+Everything that builds models of timm by name can then build injected ones: timm's own scripts,
+transformers' TimmWrapper, ``local-dir:`` and ``hf-hub:``. If a script does not import this module,
+it can be run through it::
 
     python -m se_inject.timm train.py DATA --model se_inject_resnet50 --model-kwargs r=8
 """
@@ -33,15 +33,15 @@ from se_inject.plan.injection import Injection
 
 __all__: list[str] = []  # timm's register_model puts the names of the models here
 
-# Where timm's register_model looks for the pretrained weights of a name.
+# timm's register_model looks here for the pretrained weights of a name.
 default_cfgs: dict[str, Any] = {}
 
 _OPTIONS = tuple(field.name for field in fields(Injection))
-_PLAN = "se_inject"  # the argument of a model that repeats what was injected
+_PLAN = "se_inject"  # the argument of a model that holds what was injected, to repeat it
 
 
 def register(names: Iterable[str] | None = None) -> None:
-    """Register the injected twins of these models of timm; by default of all that timm has.
+    """Register the injected twins of these models of timm. By default, these are all its models.
 
     Importing this module does so. Call it for models that you registered with timm afterwards.
     """
@@ -59,10 +59,10 @@ def register(names: Iterable[str] | None = None) -> None:
 
 
 def hf_config(model: nn.Module) -> dict[str, Any]:
-    """What timm's ``save_for_hf`` and ``push_to_hf_hub`` have to know of an injected model.
+    """What timm's ``save_for_hf`` and ``push_to_hf_hub`` have to know about an injected model.
 
-    For models that ``inject_se`` was called on; ``local-dir:`` and ``hf-hub:`` then build the same
-    blocks again, wherever ``se_inject.timm`` is imported::
+    It is for models on which you called ``inject_se``. ``local-dir:`` and ``hf-hub:`` then build
+    the same blocks again, wherever ``se_inject.timm`` is imported::
 
         timm.models.save_for_hf(model, "folder", **se_inject.timm.hf_config(model))
 
@@ -101,8 +101,9 @@ def _build(name: str, base: str, pretrained: bool, kwargs: dict[str, Any]) -> nn
         raise ArgumentError(
             f"the saved model says itself what was injected: leave out {', '.join(given)}."
         )
-    # Weights that timm's save_for_hf kept of an injected model have its SE blocks, which are
-    # therefore put in before they are loaded. All others are the base's, and are loaded into it.
+    # Weights that timm's save_for_hf kept of an injected model include its SE blocks, which are
+    # therefore inserted before the weights are loaded. All others belong to the base and are loaded
+    # into the base.
     with_blocks = pretrained and _source(kwargs.get("pretrained_cfg")) in ("local-dir", "hf-hub")
     if with_blocks and kwargs.get("features_only"):
         raise ArgumentError(
@@ -130,20 +131,20 @@ def _build(name: str, base: str, pretrained: bool, kwargs: dict[str, Any]) -> nn
             in_chans=channels,
             cache_dir=kwargs.get("cache_dir"),
         )
-    # What timm's save_for_hf writes down, for local-dir: and hf-hub: to build the same again.
+    # timm's save_for_hf writes this down, so that local-dir: and hf-hub: build the same again.
     model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "architecture": name}
     return cast(nn.Module, model)
 
 
 def _source(weights: Any) -> str | None:
-    """Where timm takes pretrained weights from, as their configuration says."""
+    """Where timm takes pretrained weights from, according to their configuration."""
     if isinstance(weights, Mapping):
         return weights.get("source")
     return getattr(weights, "source", None)
 
 
 def _pretrained_weights(base: str) -> Any:
-    """The pretrained weights of a base by their tags, the default ones first."""
+    """The pretrained weights of a base by tag, the default ones first."""
     from timm.models import DefaultCfg, get_arch_pretrained_cfgs
 
     found = {
@@ -157,7 +158,7 @@ def _pretrained_weights(base: str) -> Any:
 
 
 def _main() -> None:
-    """Run a script of timm's with the injected models in its registry."""
+    """Run one of timm's scripts with the injected models in timm's registry."""
     if len(sys.argv) < 2:
         sys.exit("usage: python -m se_inject.timm SCRIPT.py [arguments of the script]")
     script = Path(sys.argv[1])
@@ -165,7 +166,7 @@ def _main() -> None:
         sys.exit(f"there is no script {script}; timm's are in its repository, not in the package.")
     sys.argv = sys.argv[1:]
     sys.path[0] = str(script.resolve().parent)  # as `python SCRIPT.py` has it
-    # This file is __main__ here, and not se_inject.timm, whose import registers the names.
+    # This file is __main__ now and not se_inject.timm, and only importing that registers the names.
     importlib.import_module("se_inject.timm")
     runpy.run_path(str(script), run_name="__main__")
 

@@ -1,6 +1,6 @@
-"""Everything private of torch that the package uses below its surface, each with its reason.
+"""All private names of torch that the package uses, each with the reason for it.
 
-A new version of torch that moves one of these names is the work of this one file.
+If a new version of torch moves one of these names, only this file has to change.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ import torch.fx
 import torch.utils._device
 from torch import Tensor, nn
 
-# The nested containers of a call are taken apart and rebuilt in many places. The public
+# Many places take the nested containers of a call apart and rebuild them. The public
 # torch.utils.pytree is newer than the oldest torch that this package supports.
 from torch.utils import _pytree as pytree
 
-# A mode that sees the operations themselves, not the functions that people call. Its base class has
-# no public name.
+# This kind of mode sees the operations themselves, not the functions that people call. Its base
+# class has no public name.
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
 __all__ = ["DispatchMode", "pytree"]
@@ -31,26 +31,29 @@ def transforms_active() -> bool:
 def is_batched_by_old_vmap(tensor: Tensor) -> bool:
     """Whether autograd has batched the tensor by its older vmap (``is_grads_batched``).
 
-    Only this private function knows these tensors, for which ``out=`` has no rule.
+    ``out=`` has no rule for such tensors, and only this private function recognises them.
     """
     return torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often the tensor was changed in place. Autograd's counter has no public name."""
+    """How often the tensor has been changed in place. Autograd's counter has no public name."""
     return tensor._version
 
 
 def storage_id(tensor: Tensor) -> int:
-    """Equal for tensors that share memory. On meta all data pointers are 0, so they do not tell."""
+    """A number that is equal for tensors that share memory.
+
+    The data pointers do not tell, because all of them are 0 on the meta device.
+    """
     return int(tensor.untyped_storage()._cdata)
 
 
 def training_property(read: Callable[[nn.Module], Any]) -> property:
-    """A property that stands before ``training`` of all modules, so that its reads are seen.
+    """A property that takes the place of ``training`` on all modules, so that reads are noticed.
 
-    ``training`` is a plain attribute of each instance; a data descriptor of ``nn.Module`` comes
-    first, and what it reads and writes stays in the instance.
+    ``training`` is a plain attribute of each instance. A data descriptor on ``nn.Module`` takes
+    precedence over it. The value itself stays in the instance.
     """
 
     def write(module: nn.Module, value: bool) -> None:
@@ -63,17 +66,17 @@ def training_property(read: Callable[[nn.Module], Any]) -> property:
 
 
 def wrapped_functions() -> list[tuple[str, dict[str, Any]]]:
-    """The functions that ``torch.fx.wrap`` was told of: each name, and the namespace that it is in.
+    """The functions that were registered with ``torch.fx.wrap``, as pairs of name and namespace.
 
-    A library says so of functions that are to stay one step (torchvision: stochastic depth). The
-    table has no public name.
+    A library registers a function that should stay one step of a graph, as torchvision does with
+    stochastic depth. The table has no public name.
     """
     table = torch.fx._symbolic_trace._wrapped_fns_to_patch
     return [(name, space) for (_, name), space in table.items() if name in space]
 
 
 def makes_tensors(function: Callable[..., Any]) -> bool:
-    """Whether ``torch.device`` as a context decides where what a function makes is made.
+    """Whether a function makes tensors on the device that ``with torch.device(...)`` names.
 
     The list of these functions has no public name.
     """
@@ -85,19 +88,19 @@ def without_torch_functions() -> AbstractContextManager[None]:
     return torch._C.DisableTorchFunction()
 
 
-# Torch has these two and does not declare them in its types.
+# Torch has these two functions but does not declare their types.
 def torch_function_state() -> Any:
-    """Whether this thread lets modes and classes see the functions that run."""
+    """Whether modes and tensor classes see the functions that this thread calls."""
     return torch._C._get_torch_function_state()  # type: ignore[attr-defined]
 
 
 def set_torch_function_state(state: Any) -> None:
-    """Let them see the functions again, or not: an interruption can stop a ``with`` at its end."""
+    """Put this state back. A ``with`` is not enough: an interruption can stop it at its end."""
     torch._C._set_torch_function_state(state)  # type: ignore[attr-defined]
 
 
 def function_modes() -> list[Any]:
-    """The modes that see the functions of this thread, the innermost last."""
+    """The modes that see the functions that this thread calls, the innermost last."""
     count = torch._C._len_torch_function_stack()
     return [torch._C._get_function_stack_at(i) for i in range(count)]
 

@@ -1,13 +1,14 @@
-"""The forward of a block whose SE block scales what the block returns: its own, and then SE.
+"""The forward of a block whose SE block scales the map that the block returns.
 
-Such a block runs the forward of its class as it is, so that an attribute which that forward reads
-(``inplace`` of an activation, ``momentum`` of a norm) can be changed later, as in the base network:
+Such a block first runs the forward of its class as it is. An attribute that this forward reads
+(``inplace`` of an activation, ``momentum`` of a norm) can therefore be changed later, as in the
+base network:
 
     def forward(self, input):
         return self.se(self.forward_without_se(input))
 
-The generated class has the forward of its base under that second name, because TorchScript knows
-methods of ``self`` but no ``super()``.
+The generated class has the forward of its base under this second name, because TorchScript knows
+the methods of ``self`` but not ``super()``.
 """
 
 import ast
@@ -26,7 +27,7 @@ BASE_FORWARD = "forward_without_se"
 def source_around(
     forward: TracedForward, sites: Sequence[Site], label: str
 ) -> ForwardSource | None:
-    """The forward of an edited block as text, or None where SE is inside of what the block does."""
+    """The forward of such a block as text, or None if it cannot have this form."""
     if len(sites) != 1 or sites[0].kind != "unit":
         return None
     for place in sites[0].where:
@@ -45,7 +46,7 @@ def source_around(
 
 
 def renamed(forward: Any) -> Any:
-    """A forward under its second name, which TorchScript reads off the function."""
+    """A copy of a forward under its second name. TorchScript reads the name of the function."""
     if not isinstance(forward, types.FunctionType):
         return forward
     function = types.FunctionType(

@@ -28,25 +28,25 @@ class Settings:
     r: tuple[int, ...]  # the reduction ratio of each child
     variant: Variant
     custom: bool  # whether a user's se_layer made the children
-    example: Arguments = field(compare=False)  # what the forward was recorded with, on meta
-    where: Where = "residual"  # a model that was pickled before there were units does not say
+    example: Arguments = field(compare=False)  # the arguments of the recorded forward, on meta
+    where: Where = "residual"  # the default serves models that were pickled before units existed
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
     """What was done to a block.
 
-    The generated class holds it and the instances do not, so that copies and checkpoints of an
-    instance need to know nothing of it.
+    The generated class holds this record and its instances do not. Copies and checkpoints of an
+    instance therefore do not need to know about it.
     """
 
     base: type[nn.Module]  # the class that the block had before
-    children: tuple[str, ...]  # the attributes that the SE blocks became
-    # For each SE block, the child of the block whose output it alone reads. None means that the
-    # map comes from an operation or that others read it too.
+    children: tuple[str, ...]  # the attributes that hold the SE blocks
+    # For each SE block, the child of the block whose output only this SE block reads. None means
+    # that the map comes from an operation or that others read it too.
     producers: tuple[str | None, ...]
-    # How each attribute was before: "absent", or None in "__dict__", "_modules", "_parameters" or
-    # "_buffers".
+    # Where each attribute was before the edit. "absent" means nowhere. "__dict__", "_modules",
+    # "_parameters" or "_buffers" means that it was None in that dict of the module.
     before: tuple[str, ...]
     eval: ForwardSource
     train: ForwardSource | None  # None means that the forward does not read the mode
@@ -82,12 +82,13 @@ class Edit:
 
 
 class NotQuantized:
-    """The attribute by which eager quantization (``prepare``) says that it wants a module.
+    """The attribute ``qconfig``, by which eager quantization (``prepare``) marks a module.
 
-    It replaces layers by quantized ones and rewrites no forward. An SE block between them would get
-    quantized maps, for which its operations do not exist, so ``convert`` would leave a network that
-    fails in its first forward. ``prepare`` fails in words instead. FX and PT2E quantization, which
-    rewrite the forward, set no such attribute of a block.
+    Eager quantization replaces layers by quantized ones and does not rewrite the forward. An SE
+    block between them would get quantized maps, for which its operations do not exist, and the
+    network that ``convert`` returns would fail in its first forward. This attribute makes
+    ``prepare`` fail instead, with a message. FX and PT2E quantization rewrite the forward and do
+    not set the attribute on a block.
     """
 
     def __get__(self, module: nn.Module | None, kind: type | None = None) -> Any:
@@ -112,21 +113,22 @@ class NotQuantized:
 
 def edit_of(module: nn.Module) -> Edit | None:
     """What se_inject did to a block, or None if it did nothing."""
-    for kind in type(module).__mro__:  # and not getattr, which a metaclass may answer
+    for kind in type(module).__mro__:  # getattr is not used, because a metaclass may answer it
         if isinstance(edit := vars(kind).get("_se_inject"), Edit):
             return edit
     return None
 
 
-# What each class has of its own, so that deleting it would give the class that of its base.
+# Every class has its own version of these. If one were deleted, that of the base would show.
 _OF_EACH_CLASS = ("__dict__", "__weakref__", "__abstractmethods__", "_abc_impl")
 
 
 def _subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
     """A subclass that differs from ``base`` in ``members`` and in nothing else.
 
-    An ``__init_subclass__`` or a metaclass may wrap the methods of each new class. The block runs
-    the methods of ``base``, which are wrapped already, so what was wrapped anew is taken off again.
+    An ``__init_subclass__`` or a metaclass may wrap the methods of each new class. The methods of
+    ``base`` are wrapped already and the block should run them, so the newly wrapped ones are
+    deleted again.
     """
     known = set(map(id, type.__subclasses__(base)))  # a metaclass may forbid hashing
     made = type(f"SE{base.__name__}", (base,), dict(members))
@@ -142,7 +144,7 @@ def _subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]
 
 
 def _by_mode(in_eval: Callable[..., Any], in_train: Callable[..., Any]) -> Callable[..., Any]:
-    """One forward that calls the other two, as ``self.training`` says."""
+    """A forward that calls one of the two, depending on ``self.training``."""
 
     @functools.wraps(in_eval)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -152,12 +154,12 @@ def _by_mode(in_eval: Callable[..., Any], in_train: Callable[..., Any]) -> Calla
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
-    """The ``__reduce_ex__`` of an edited block: that of its base class, and the edit."""
+    """The ``__reduce_ex__`` of an edited block: the result of its base class, plus the edit."""
     edit = edit_of(self)
     assert edit is not None
     reduced: Any = super(edit.block_class, self).__reduce_ex__(protocol)
-    # A library that has made the block an instance of yet another class (sharding does) pickles
-    # that class itself.
+    # If a library has made the block an instance of yet another class, as sharding does, that
+    # library pickles the class itself.
     if type(self) is not edit.block_class:
         return reduced
     make, args, *state = reduced
@@ -166,7 +168,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 
 
 def _remake(edit: Edit, make: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
-    """Make the block as its base class does, and give it the generated class (for ``pickle``)."""
+    """Make the block as its base class would and give it the generated class (for ``pickle``)."""
     module = make(*args)
     module.__class__ = edit.block_class
     return module

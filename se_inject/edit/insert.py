@@ -26,8 +26,8 @@ from se_inject.layers.variant import Variant
 from se_inject.names import block_label
 from se_inject.sites.scaled import Where
 
-# What Python and torch raise where a class does not take an attribute or another __class__. Other
-# errors of a user's class are the user's and go through as they are.
+# Python and torch raise one of these when a class refuses an attribute or another __class__. Any
+# other error of a user's class is the user's own and is passed on as it is.
 _REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -46,15 +46,15 @@ def insert(
 
     Args:
         model: it is edited in place and returned.
-        sites: where the SE blocks go; their graph nodes are those of ``blocks``.
-        modules, blocks: for each block that has a site, the module and its graphs.
-        where: which maps the plan was made for; a checkpoint has to repeat it.
+        sites: where the SE blocks go. Their graph nodes belong to the graphs in ``blocks``.
+        modules, blocks: the module and the graphs of each block that has a site, by name.
+        where: the ``where`` of the plan. A checkpoint has to repeat it.
         variant, se_layer: what is inserted.
-        example: what the forward was recorded with, on meta; a checkpoint has to repeat it.
+        example: the arguments of the recorded forward, on meta. A checkpoint has to repeat them.
 
     Raises:
-        UnsupportedModelError: a block is not the one that was planned any more, its class cannot
-            be subclassed, or the block does not take its SE block.
+        UnsupportedModelError: a block was replaced after the plan was made, its class cannot be
+            subclassed, or the block does not take its SE block.
     """
     by_block: dict[str, list[Site]] = {}
     for site in sites:
@@ -83,7 +83,7 @@ def insert(
                 where=where,
             )
             before = tuple(_state_of(module, child) for child in layers)
-            # Blocks that share their graphs may differ in which operand is the branch.
+            # Blocks that share a graph may still differ in which operand is the branch.
             maps = tuple(site.where for site in own)
             graphs = (id(block.eval), id(block.train))
             key = (type(module), graphs, maps, tuple(layers), before, settings.r)
@@ -105,9 +105,9 @@ def withdraw(modules: Mapping[str, nn.Module]) -> None:
 
 
 def injected(model: nn.Module) -> Iterator[tuple[str, nn.Module, Edit]]:
-    """The blocks of a model that have SE blocks: name, module and what was done to it.
+    """Yield each block of a model that has SE blocks: its name, its module and its edit.
 
-    A block that is reached by two names comes once.
+    A block that has two names comes only once.
     """
     for name, module in model.named_modules():
         if edit := edit_of(module):
@@ -123,10 +123,10 @@ def restore(model: nn.Module, names: Collection[str] | None = None) -> None:
     """Take all SE blocks out of a model; each block gets its class and forward back.
 
     Args:
-        names: only out of the blocks of these names.
+        names: the blocks that lose their SE blocks; None means all of them.
 
     Raises:
-        UnsupportedModelError: a block was made an instance of another class since.
+        UnsupportedModelError: a block has become an instance of another class since its edit.
     """
     blocks = [block for block in injected(model) if names is None or block[0] in names]
     for _, module, edit in blocks:
@@ -155,7 +155,7 @@ def _edit(
     before: tuple[str, ...],
     settings: Settings,
 ) -> Edit:
-    """What is to be done to a block; its generated class is made here."""
+    """The edit that a block will get. Its generated class is made here too."""
     children = tuple(site.child for site in sites)
     around = source_around(block.eval, sites, f"SE{base.__name__}.forward")
 
@@ -178,8 +178,8 @@ def _edit(
         settings=settings,
     )
     try:
-        _ = edit.block_class  # The class is made here, where nothing is touched if that fails.
-    except Exception as error:  # whatever a foreign __init_subclass__ raises
+        _ = edit.block_class  # The class is made now, while a failure leaves the model untouched.
+    except Exception as error:  # a foreign __init_subclass__ may raise anything
         raise UnsupportedModelError(
             f"{base.__name__} cannot be subclassed ({error}). Pass exclude={sites[0].block!r}."
         ) from error
@@ -187,7 +187,10 @@ def _edit(
 
 
 def _producer(site: Site) -> str | None:
-    """The child that runs once and whose output only the SE block reads, in both modes."""
+    """The child that makes the map, if it runs once and only the SE block reads its output.
+
+    This has to hold in both modes.
+    """
     targets = set()
     for where in site.where:
         source = where.source
@@ -199,7 +202,7 @@ def _producer(site: Site) -> str | None:
 
 
 def _state_of(module: nn.Module, child: str) -> str:
-    """Where the module keeps the attribute that is to become the child: see ``Edit.before``."""
+    """Where the module keeps the attribute that the child replaces (see ``Edit.before``)."""
     own = attributes_of(module)
     if child in own:
         return "__dict__"
@@ -209,7 +212,7 @@ def _state_of(module: nn.Module, child: str) -> str:
 
 
 def _edit_block(name: str, module: nn.Module, edit: Edit, layers: Mapping[str, nn.Module]) -> None:
-    """Give one block its SE blocks and its new class, and see that it really has them."""
+    """Give one block its SE blocks and its new class, and check that it really has them."""
     try:
         for child, layer in layers.items():
             setattr(module, child, layer)
@@ -225,7 +228,7 @@ def _edit_block(name: str, module: nn.Module, edit: Edit, layers: Mapping[str, n
 
 
 def _fault(module: nn.Module, edit: Edit, layers: Mapping[str, nn.Module]) -> str:
-    """What is not as it should be after the edit of a block, or an empty text."""
+    """What went wrong in the edit of a block, or an empty text."""
     if type(module) is not edit.block_class:
         return "its class refuses another __class__"
     for child, layer in layers.items():

@@ -12,9 +12,9 @@ After::
     bn2 = self.bn2(conv2)
     se = self.se(bn2, shortcut, in_place = True)
 
-Where stochastic depth or a layer scale stands between, ``drop_path = self.drop_path(bn2)`` becomes
+If stochastic depth or a layer scale is in between, ``drop_path = self.drop_path(bn2)`` becomes
 ``se = self.se(bn2); drop_path = self.drop_path(se)``. The other placements work in the same way:
-the readers of a map read ``self.se`` of that map.
+the nodes that read a map now read ``self.se`` of that map.
 """
 
 from collections.abc import Sequence
@@ -30,16 +30,16 @@ def edit_graph(
 ) -> fx.Graph:
     """A copy of a block graph with one ``call_module`` node for each SE block.
 
-    The other nodes stay in their order. Not even unused ones are taken out, since a graph with
-    in-place operations has no dead code.
+    The other nodes stay in their order. Even unused nodes stay, because a node that nobody reads
+    may change a map in place.
     """
     edited = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     edited.output(edited.graph_copy(graph, copies))
     output = next(n for n in graph.nodes if n.op == "output")
     copies[output] = next(n for n in edited.nodes if n.op == "output")
-    # Where two sites share an edge, the second SE block reads the first. An entry says: the reader
-    # of this map now reads this SE block in its place.
+    # If two sites share an edge, the second SE block reads the first one. The key of an entry is a
+    # map and its reader; the value is the SE block that now stands between the two.
     stand_ins: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
     for site, child in zip(sites, children, strict=True):
         source = copies[site.source]

@@ -15,7 +15,7 @@ from se_inject.layers.variant import Variant
 from se_inject.names import block_label
 from se_inject.sites.scaled import ScaledMap, SiteKind
 
-# A bottleneck of so many channels is a mistake and no lack of memory.
+# A bottleneck with this many channels is a mistake of the user, not a lack of memory.
 _ABSURD = 2**20
 
 
@@ -24,7 +24,7 @@ class Site:
     """One SE block to be inserted. MACs are for one image."""
 
     block: str  # "layer1.0"; "" is the model itself
-    child: str  # the attribute that the SE block becomes, such as "se"
+    child: str  # the attribute that will hold the SE block, such as "se"
     channels: int
     r: int
     bottleneck: int | None  # None where a user's se_layer makes the block
@@ -33,31 +33,31 @@ class Site:
     cost: SECost
     device: torch.device
     dtype: torch.dtype
-    where: tuple[ScaledMap, ScaledMap] = field(repr=False)  # in the eval and train graphs
+    where: tuple[ScaledMap, ScaledMap] = field(repr=False)  # in the eval graph, in the train graph
 
     @property
     def kind(self) -> SiteKind:
-        """Whether it is on a residual branch, or at the end of another unit."""
+        """``"residual"`` on a residual branch, and ``"unit"`` at the end of another unit."""
         return self.where[0].kind
 
     @property
     def ends_block(self) -> bool:
-        """Whether it scales the one map that the block returns."""
+        """Whether the SE block scales the one map that the block returns."""
         return all(reader.op == "output" for reader in self.where[0].readers)
 
     @property
     def params(self) -> int:
-        """Added parameters."""
+        """How many parameters the SE block adds."""
         return self.cost.params
 
     @property
     def macs(self) -> int:
-        """Added multiply-accumulates for one image: layers, squeeze and scale."""
+        """How many multiply-accumulates it adds for one image: layers, squeeze and scale."""
         return self.cost.macs
 
     @property
     def name(self) -> str:
-        """Dotted name of the SE block in the model: ``layer1.0.se``."""
+        """The dotted name of the SE block in the model, such as ``layer1.0.se``."""
         return f"{self.block}.{self.child}".lstrip(".")
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Site:
 
 
 def make_layer(site: Site, variant: Variant, se_layer: SELayer | None) -> nn.Module:
-    """A new SE block (or the user's ``se_layer``) for a site, on its device and in its dtype."""
+    """Make the SE block (or the user's layer) of a site, on its device and in its dtype."""
     if se_layer is not None:
         layer = se_layer(site.channels)
         if not isinstance(layer, nn.Module):

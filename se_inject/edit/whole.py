@@ -1,4 +1,4 @@
-"""All or nothing: what a block was before an edit, and putting it back whatever happens."""
+"""All or nothing: remember what a block was before an edit, and put it back whatever happens."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-# The dicts of a module that setting an attribute to a child can change, beside its own __dict__.
+# When an attribute is set to a child, these dicts of the module can change besides its __dict__.
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
 
 
@@ -14,8 +14,8 @@ _REGISTRIES = ("_modules", "_parameters", "_buffers")
 class ModuleState:
     """The class and the attributes of one module at one moment, without those of its children.
 
-    Everything is read and put back past the class of the module, whose ``__getattr__`` or
-    ``__setattr__`` may do something else.
+    Everything is read and put back without asking the class of the module, because its
+    ``__getattr__`` or ``__setattr__`` may do something else.
     """
 
     module: nn.Module
@@ -29,7 +29,7 @@ class ModuleState:
         return cls(module, type(module), dict(own), tuple(dict(own[key]) for key in _REGISTRIES))
 
     def put_back(self) -> None:
-        """Make the module what it was; doing so twice, or after half of it was done, is safe."""
+        """Make the module what it was. This is safe to repeat, even if it was stopped halfway."""
         if type(self.module) is not self.kind:
             object.__setattr__(self.module, "__class__", self.kind)
         own = attributes_of(self.module)
@@ -39,7 +39,7 @@ class ModuleState:
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """The ``__dict__`` of a module, whatever its class makes of the access to attributes."""
+    """The ``__dict__`` of a module, even if its class changes how attributes are read."""
     attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
     return attributes
 

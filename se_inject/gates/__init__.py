@@ -1,4 +1,4 @@
-"""What the gates of SE blocks do: record them, sum them up, draw them, and fold the idle ones.
+"""What the gates of SE blocks do: record them, sum them up, draw them, fold the constant ones.
 
     model ──record──▶ gates ──streaming──▶ statistics ──▶ table, advice, pictures
                                                │

@@ -1,4 +1,4 @@
-"""Statistics of gates as a table, and one plain sentence of advice."""
+"""Shows statistics of gates as a table and gives one plain sentence of advice."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from se_inject.gates.statistics import BlockGates, GateStatistics
 from se_inject.names import plural
 from se_inject.plan.table import MODEL_ITSELF
 
-# From this share of the variance on, the class is what mostly decides about a gate.
+# If this share of the variance or more is between classes, the class mostly decides about a gate.
 _MOSTLY = 0.5
 
 
@@ -29,7 +29,7 @@ def verdict(block: BlockGates) -> str:
 
 
 def advice(statistics: GateStatistics) -> str:
-    """One sentence: which SE blocks could go, and what that would change at most."""
+    """One sentence about which SE blocks could go, and how much that would change at most."""
     blocks = statistics.blocks
     names = [block.block for block in blocks]
     still = [block for block in blocks if verdict(block) in ("idle", "constant")]
@@ -60,7 +60,7 @@ def advice(statistics: GateStatistics) -> str:
 
 
 def globs(some: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Names as globs where a whole stage is among them.
+    """Names of blocks. If all blocks of a stage are among them, its glob stands for them.
 
     >>> globs(["a.1", "b.0", "b.1"], ["a.0", "a.1", "b.0", "b.1"])
     ['a.1', 'b.*']
@@ -80,9 +80,10 @@ def globs(some: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def gates_table(statistics: GateStatistics) -> Table:
-    """One row an SE block, in the order of the network.
+    """One row for each SE block, in the order of the network.
 
-    Shares are of the block's channels, but that of the class, which is of the variance.
+    The shares are shares of the block's channels. Only the share of the class is a share of the
+    variance.
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("block", overflow="fold", min_width=8)
@@ -104,7 +105,7 @@ def gates_table(statistics: GateStatistics) -> Table:
 
 
 def statistics_dict(statistics: GateStatistics) -> dict[str, Any]:
-    """The statistics as JSON-ready data, with each block's verdict and the advice."""
+    """The statistics as JSON-ready data, with the verdict on each block and the advice."""
     data = statistics.to_dict()
     for entry, block in zip(data["blocks"], statistics.blocks, strict=True):
         entry["gates"] = verdict(block)

@@ -1,4 +1,4 @@
-"""How far two networks differ in what they say of the same images."""
+"""How much the outputs of two networks differ on the same images."""
 
 import math
 from collections.abc import Iterable
@@ -15,12 +15,17 @@ from se_inject.gates.statistics import batches, device_of, evaluating
 
 @dataclass(frozen=True)
 class Change:
-    """Of outputs, over all images. ``relative`` is the greatest change of the greatest output."""
+    """How much the outputs of two networks differ over all images.
+
+    ``relative`` is the largest difference as a share of the first network's largest output.
+    ``answers`` is the share of images whose likeliest class differs. It is None if the outputs are
+    not scores [N, K].
+    """
 
     images: int
-    largest: float  # the greatest difference of any two numbers
+    largest: float  # the largest difference between two corresponding numbers
     relative: float
-    answers: float | None  # share of images with another likeliest class; None: no scores [N, K]
+    answers: float | None
 
     def __str__(self) -> str:
         answers = "" if self.answers is None else f", other answers for {100 * self.answers:.2g} %"
@@ -35,11 +40,16 @@ class Change:
 
 
 def measure_change(before: nn.Module, after: nn.Module, loader: Iterable[Any]) -> Change:
-    """Run both over all images, in eval mode, and compare their outputs.
+    """Run two networks on all images, in eval mode, and compare their outputs.
+
+    Args:
+        before, after: the two networks, on the same device.
+        loader: gives batches as :func:`gate_statistics` takes them.
 
     Raises:
-        DataError: there is no image, or an output is no finite number.
-        ArgumentError: the model puts out no tensor of floating-point numbers.
+        DataError: there is no image, or an output is not a finite number.
+        ArgumentError: a network returns no tensor of floating-point numbers, or a batch is not as
+            described.
     """
     largest, scale, images = 0.0, 0.0, 0
     other: int | None = 0

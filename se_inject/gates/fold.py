@@ -1,9 +1,9 @@
-"""SE blocks that act as a constant -> the weights of the layers before them.
+"""Folds SE blocks that act as a constant into the weights of the layers before them.
 
-Where the gate of a block is the same c for every image, ``x * c`` is what a norm with ``c`` times
-its weight and bias gives at once. A block whose gates are powers of two is folded to the last bit,
-any other up to rounding, and a gate that is only nearly constant as far as it is constant: what
-that changes is measured.
+If a gate is the same number c for every image, the norm before it can give ``x * c`` at once: its
+weight and bias are multiplied by c. Gates that are powers of two are folded to the last bit, and
+other gates up to rounding. A gate that is only nearly constant is replaced by its mean, and the
+change that this makes is measured.
 """
 
 import copy
@@ -28,11 +28,11 @@ from se_inject.names import Patterns, plural
 class Folding:
     """What :func:`fold_se` or :func:`prune_se` did."""
 
-    folded: tuple[str, ...]  # blocks without SE block now
+    folded: tuple[str, ...]  # the blocks that have no SE block any more
     kept: dict[str, str]  # block -> why it keeps its SE block
-    changed: tuple[str, ...]  # names of the tensors that have other values
-    params: int  # that there are fewer
-    change: Change  # of the outputs, measured
+    changed: tuple[str, ...]  # the names of the tensors whose values have changed
+    params: int  # how many parameters the model has lost
+    change: Change  # the measured change of the outputs
 
     def __str__(self) -> str:
         names = [*self.folded, *self.kept]
@@ -57,25 +57,30 @@ def fold_se(
 ) -> Folding:
     """Fold the SE blocks whose gate is constant over the given images, in place.
 
-    The mean gate of each channel goes into weight and bias of the norm or convolution before the
-    SE block, which is then taken out. A block without such a layer is taken out if its gates are
-    1. If anything fails, the model is as it was.
+    The mean gate of each channel is multiplied into the weight and bias of the norm or convolution
+    before the SE block. The SE block is then taken out. If there is no such layer, the SE block is
+    taken out only if its gates are 1. If anything fails, the model stays as it was.
 
     Args:
-        loader: as of :func:`gate_statistics`; it is gone through twice, so that no generator will
-            do: once for the gates, and once to measure how far the outputs change.
-        include, exclude: glob or globs on block names; exclude wins.
-        tolerance: how far a gate may be from its mean, as a share of the block's mean gate. 0 folds
-            only what is constant to the last bit.
+        loader: gives batches as :func:`gate_statistics` takes them. It is used twice, once for the
+            gates and once to measure the change of the outputs, so a generator does not work.
+        include, exclude: one glob or several globs on block names. Where both match a block,
+            ``exclude`` wins.
+        tolerance: how far a gate may be from its mean, as a share of the block's mean gate. With 0,
+            only gates that are constant to the last bit are folded.
 
     Returns:
-        what was folded and what not, and the largest change of the output over the images. Save a
-        model that was folded in part with ``save_se(model, path, extra=[*folding.changed])``.
+        Which blocks were folded and which were not, and the largest change of the outputs over the
+        images. If only some blocks were folded, save the model with
+        ``save_se(model, path, extra=[*folding.changed])``.
 
     Raises:
         NoSiteError: the model has no SE block.
-        ArgumentError: a glob matches no block, the loader can be used only once, tolerance < 0.
-        DataError, UnsupportedModelError: as of :func:`gate_statistics` and :func:`remove_se`.
+        ArgumentError: a glob matches no block, the loader can be used only once, a batch is not as
+            described, or ``tolerance`` is negative.
+        DataError: the loader gives no image, or a gate or an output is not a finite number.
+        UnsupportedModelError: the model cannot be edited as it is, because it is compiled, sharded
+            or wrapped.
     """
     if not tolerance >= 0:
         raise ArgumentError(f"tolerance={tolerance!r} must be 0 or more, such as 0.01 for 1 %.")
@@ -98,20 +103,25 @@ def prune_se(
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> Folding:
-    """Fold as many SE blocks as the outputs bear, in place, whether constant or not.
+    """Fold as many SE blocks as ``max_change`` allows, in place, even if they are not constant.
 
     Each gate is replaced by its mean over the images, beginning with the blocks whose gates vary
-    least. How many of them can go is found by bisection; the change of the outputs is measured each
-    time. If anything fails, the model is as it was.
+    least. A bisection finds how many blocks can go. Each of its steps measures the change of the
+    outputs. If anything fails, the model stays as it was.
 
     Args:
-        loader: as of :func:`fold_se`; it is gone through once more for each step of the bisection.
-        max_change: the largest change of any output over the images, as a share of the largest
-            output: 0.01 for 1 %.
-        include, exclude: as of :func:`fold_se`.
+        loader: the same as for :func:`fold_se`. It is used once more for each step of the
+            bisection.
+        max_change: the largest change that any output may have over the images, as a share of the
+            largest output. For 1 %, pass 0.01.
+        include, exclude: the same as for :func:`fold_se`.
+
+    Returns:
+        The same as :func:`fold_se`.
 
     Raises:
-        As of :func:`fold_se`; ArgumentError: max_change < 0.
+        ArgumentError: ``max_change`` is negative, or the same cases as for :func:`fold_se`.
+        NoSiteError, DataError, UnsupportedModelError: the same cases as for :func:`fold_se`.
     """
     if not max_change >= 0:
         raise ArgumentError(f"max_change={max_change!r} must be 0 or more, such as 0.01 for 1 %.")
@@ -124,7 +134,7 @@ def prune_se(
     good, best = 0, tried(0)
     refused: dict[int, Change] = {}
     bad = len(order) + 1
-    count = len(order)  # all of them at first
+    count = len(order)  # the first try folds all of them
     while bad - good > 1:
         change = tried(count)
         if change.relative <= max_change:
@@ -141,7 +151,7 @@ def prune_se(
 
 
 def _by_deviation(groups: dict[str, FoldableBlock]) -> list[tuple[str, float]]:
-    """The blocks whose gates vary least come first."""
+    """The blocks with the deviation of their gates. Those whose gates vary least come first."""
     deviations = {name: block.deviation for name, block in groups.items()}
     return sorted(deviations.items(), key=lambda item: item[1])
 
@@ -174,7 +184,7 @@ def _apply(
 
 
 def _fold(model: nn.Module, names: Sequence[str], groups: dict[str, FoldableBlock]) -> list[str]:
-    """Fold these blocks; the names of the tensors that have other values then."""
+    """Fold these blocks, and return the names of the tensors whose values this changes."""
     if not names:
         return []
     scaled: list[tuple[Tensor, Tensor]] = []
@@ -186,7 +196,7 @@ def _fold(model: nn.Module, names: Sequence[str], groups: dict[str, FoldableBloc
                     source = producers.of(module, producer)
                     assert source is not None
                     scaled += [(t, _factor(groups[name].gates[child], t)) for t in affine(source)]
-    restore(model, names)  # which may refuse; before any weight is changed
+    restore(model, names)  # this may be refused, and no weight has been changed yet
     with torch.no_grad():
         for tensor, factor in scaled:
             tensor.mul_(factor)
@@ -194,8 +204,8 @@ def _fold(model: nn.Module, names: Sequence[str], groups: dict[str, FoldableBloc
 
 
 def _factor(gates: BlockGates, tensor: Tensor) -> Tensor:
-    """The constant of each channel, to be multiplied with weight or bias."""
-    # The mean of equal numbers may be one rounding beside them.
+    """The constant of each channel, in a shape that the weight or bias can be multiplied by."""
+    # The mean of equal numbers may differ from them by a rounding.
     equal = gates.channel_low == gates.channel_high
     constant = torch.where(equal, gates.channel_low, gates.channel_mean)
     shape = (-1, *(1,) * (tensor.dim() - 1))

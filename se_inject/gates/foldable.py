@@ -20,12 +20,10 @@ from se_inject.plan.select import selected
 
 @dataclass(frozen=True)
 class FoldableBlock:
-    """A block whose SE blocks can all be folded: of each, its gates, and whether a layer takes them
-    (otherwise they are 1).
-    """
+    """A block whose SE blocks can all be folded. Both dicts have an entry for each SE child."""
 
-    gates: dict[str, BlockGates]  # by child
-    takes: dict[str, bool]
+    gates: dict[str, BlockGates]
+    takes: dict[str, bool]  # whether the layer before can take the gates; otherwise they are all 1
 
     @property
     def deviation(self) -> float:
@@ -35,7 +33,7 @@ class FoldableBlock:
 def foldable_blocks(
     model: nn.Module, loader: Iterable[Any], include: Patterns, exclude: Patterns
 ) -> tuple[dict[str, FoldableBlock], dict[str, str]]:
-    """The blocks that could be folded, and why the others cannot."""
+    """The blocks that could be folded, and for each other block why it cannot."""
     check_model(model)
     if iter(loader) is loader:
         raise ArgumentError(

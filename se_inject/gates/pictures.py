@@ -1,4 +1,4 @@
-"""Pictures of gate statistics, by matplotlib: a heat map, the paper's curves, spread by depth."""
+"""Draws gate statistics with matplotlib: a heat map, the paper's curves, and spread by depth."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,18 +17,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# More tick labels than this are thinned out.
-_LABELS = 24
+_LABELS = 24  # if there would be more tick labels than this, some are left out
 _DEPTHS = 5
-_CURVES = 4  # classes, where the caller names none, as in the paper
-_BINS = 256  # columns of the heat map: blocks have 64 to 2048 channels
+_CURVES = 4  # how many classes are drawn if the caller names none, as in the paper
+_BINS = 256  # the columns of the heat map (blocks have 64 to 2048 channels)
 
 
 def heat_map(statistics: GateStatistics) -> "Figure":
-    """Depth × channels: the class means of each channel, their mean and their spread.
+    """Draw depth × channels: the mean and the spread of each channel's class means.
 
-    The channels of a block are in the order of their mean gate and stretched to one width. Where
-    there are no classes, the spread is that over the images.
+    The channels of a block are sorted by their mean gate, and all blocks are stretched to one
+    width. Without classes, the mean and the spread are those over the images.
     """
     blocks = statistics.blocks
     rows = [_channels(block) for block in blocks]
@@ -61,16 +60,17 @@ def heat_map(statistics: GateStatistics) -> "Figure":
 
 
 def class_curves(statistics: GateStatistics, chosen: Sequence[str] | None = None) -> "Figure":
-    """The paper's curves (its section 7.2): mean gates of some classes, at five depths.
+    """Draw the paper's curves (its section 7.2): the mean gates of some classes at five depths.
 
-    The channels of a block are in the order of their mean over all images, so that "all" is a line
-    that rises, and what is class by class lies beside it.
+    The channels of a block are sorted by their mean over all images. The line "all" therefore
+    rises, and the points of a class show how far it differs from that line.
 
     Args:
-        chosen: names of classes; by default those whose gates differ most in the last block.
+        chosen: the names of classes. The default is the classes whose gates differ most in the last
+            block.
 
     Raises:
-        ArgumentError: there are no classes, or none of that name.
+        ArgumentError: the statistics have no classes, or no class has one of these names.
     """
     names = statistics.classes
     if names is None:
@@ -115,7 +115,7 @@ def class_curves(statistics: GateStatistics, chosen: Sequence[str] | None = None
 
 
 def spread_by_depth(statistics: GateStatistics) -> "Figure":
-    """How much gates differ between classes and within a class, block by block."""
+    """Draw how much gates differ between classes and within a class, block by block."""
     blocks = statistics.blocks
     figure = new_figure(8, 4)
     axes = figure.subplots()
@@ -142,7 +142,7 @@ def write_pictures(
 ) -> list[Path]:
     """Write all pictures as PNG and SVG into a folder, and return their paths.
 
-    Without classes there are no curves by class.
+    If the statistics have no classes, the curves by class are left out.
     """
     figures = {"gates-heat-map": heat_map(statistics), "gates-spread": spread_by_depth(statistics)}
     if statistics.classes is not None:
@@ -156,7 +156,7 @@ def write_pictures(
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of so many inches, which no window or notebook knows of.
+    """Make an empty figure, sized in inches, that no window or notebook shows by itself.
 
     Raises:
         ArgumentError: matplotlib is not installed.
@@ -171,13 +171,13 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def write_figure(figure: "Figure", path: Path, formats: Sequence[str]) -> list[Path]:
-    """Write a figure in these formats, each with its suffix; the same figure gives the same SVG."""
+    """Write a figure in these formats, each with its suffix. Equal figures give equal SVGs."""
     import matplotlib
 
     paths = []
     for kind in formats:
         target = path.with_name(f"{path.name}.{kind}")
-        # Without a salt, the ids in an SVG are random; without this, letters become outlines.
+        # Without a salt, the ids in an SVG are random. Without fonttype, letters become outlines.
         settings: Any = {"svg.hashsalt": "se-inject", "svg.fonttype": "none"}
         metadata = {"Date": None} if kind == "svg" else {}
         with matplotlib.rc_context(settings), atomic_write(target) as part:
@@ -187,7 +187,7 @@ def write_figure(figure: "Figure", path: Path, formats: Sequence[str]) -> list[P
 
 
 def _channels(block: BlockGates) -> tuple[Tensor, Tensor]:
-    """Mean and spread of the class means, or of the images, channels in the order of the mean."""
+    """The mean and spread of the class means, or over the images, with channels sorted by mean."""
     if block.class_means is None or block.class_images is None:
         mean, spread = block.channel_mean, block.channel_variance.sqrt()
     else:
@@ -198,7 +198,7 @@ def _channels(block: BlockGates) -> tuple[Tensor, Tensor]:
 
 
 def _stretched(values: Tensor) -> Tensor:
-    """[C] as one row of the heat map; of more channels than columns, the means of neighbours."""
+    """Stretch [C] to one row of the heat map. If there are too many channels, neighbours merge."""
     if len(values) > _BINS:
         return torch.nn.functional.adaptive_avg_pool1d(values[None], _BINS)[0]
     return values[torch.arange(_BINS) * len(values) // _BINS]
@@ -218,7 +218,7 @@ def _depths(blocks: Sequence[BlockGates]) -> list[BlockGates]:
 
 
 def _most_different(block: BlockGates) -> list[int]:
-    """A few classes, each as far as can be from those before; in the order of the classes."""
+    """A few classes in class order. Each was picked as far as possible from those before it."""
     assert block.class_means is not None
     assert block.class_images is not None
     seen = block.class_images.nonzero()[:, 0]

@@ -1,8 +1,7 @@
-"""The gates of a model's SE blocks while it runs.
+"""Records the gates of a model's SE blocks while it runs.
 
-A forward hook on the ``gate`` of an SE block sees what the branch is multiplied by. The factor of a
-gate is a power of two, so it makes no difference to any bit that a watched gate is multiplied by it
-before the sum.
+A forward hook on the ``gate`` of an SE block sees what the branch is multiplied by. A watched gate is
+multiplied by its factor before the sum. The factor is a power of two, so no bit changes.
 """
 
 import contextlib
@@ -18,7 +17,8 @@ from se_inject.edit.block_class import edit_of
 from se_inject.errors import NoSiteError, UnsupportedModelError
 from se_inject.layers.squeeze_excite import SqueezeExcite
 
-# The name of an SE block, the block, and its whole gate, such as [N, C, 1, 1], without gradient.
+# An observer gets the name of an SE block, the block itself, and its whole gate. The gate is a
+# tensor such as [N, C, 1, 1], without gradient.
 Observer = Callable[[str, SqueezeExcite, Tensor], None]
 
 
@@ -34,19 +34,19 @@ def record_gates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     >>> gates["layer1.0"].shape
     torch.Size([2, 64])
 
-    The dict has the name of each block that ran and its gate [N, C], without gradient, in the dtype
-    and on the device in which the block computed it. A block with several SE blocks has a name for
-    each of them (``layer1.0.se2``). Only the last call of an SE block is kept: each call replaces
-    what the one before left. With ``squeeze="none"`` the gate differs from position to position,
-    and the dict has its mean over the positions.
+    The dict maps the name of each block that ran to its gate [N, C]. The gate has no gradient, and
+    it has the dtype and the device with which the block computed it. If a block has several SE
+    blocks, each of them has a name (``layer1.0.se2``). Each call of an SE block replaces the gate
+    of the call before, so only the last one is kept. With ``squeeze="none"`` the gate differs from
+    position to position, and the dict has its mean over the positions.
 
-    Outputs are the same to the last bit as without the recording, in eval and train mode and under
-    autocast, and no hook stays behind. In a model that is wrapped for distributed runs, each
-    process records the images that it sees. A compiled model runs uncompiled meanwhile, with a
-    warning, because compiled code ignores hooks.
+    The outputs are equal to the last bit to those without the recording. This holds in eval and
+    train mode and under autocast. No hook stays behind. If the model is wrapped for distributed
+    runs, each process records the images that it sees. A compiled model runs uncompiled while it is
+    recorded, because compiled code ignores hooks, and a warning says so.
 
     Raises:
-        NoSiteError: the model has no SE block of ``inject_se``.
+        NoSiteError: the model has no SE block whose gates are known.
         UnsupportedModelError: the model is in a ``DataParallel``, whose copies have no names.
     """
     gates: dict[str, Tensor] = {}
@@ -69,8 +69,8 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
             stacklevel=5,
         )
     with contextlib.ExitStack() as stack:
-        # Code can also be compiled around the model, where nothing of it is to be seen. PyTorch's
-        # compiler takes seconds to import, and where nobody has imported it nothing is compiled.
+        # The code around the model can be compiled too, which the model does not show. PyTorch's
+        # compiler takes seconds to import. If nobody has imported it, nothing is compiled.
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, layer in layers.items():
@@ -80,10 +80,10 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
 
 
 def gated_layers(model: nn.Module) -> dict[str, SqueezeExcite]:
-    """The SE blocks of a model by name: that of their block, or their own if it has several.
+    """The SE blocks of a model by the name of their block, or by their own if it has several.
 
     Raises:
-        NoSiteError: there is none.
+        NoSiteError: the model has no SE block whose gates are known.
         UnsupportedModelError: the model is in a ``DataParallel``.
     """
     inner = _unwrapped(model)
@@ -113,7 +113,7 @@ def gated_layers(model: nn.Module) -> dict[str, SqueezeExcite]:
 
 
 def mean_over_positions(layer: SqueezeExcite, gate: Tensor) -> Tensor:
-    """A whole gate, such as [N, C, 1, 1], as [N, C]."""
+    """Reduce a whole gate, such as [N, C, 1, 1], to [N, C]."""
     if layer.squeeze == "none":
         return gate.mean(layer.space)
     return gate.flatten(1)
@@ -121,7 +121,7 @@ def mean_over_positions(layer: SqueezeExcite, gate: Tensor) -> Tensor:
 
 def _hook(name: str, layer: SqueezeExcite, observer: Observer) -> Callable[..., None]:
     def hook(gate: nn.Module, args: Any, output: Tensor) -> None:
-        # Compiled code would keep the observer in it for good.
+        # Code that is compiled now would call the observer for good.
         if not torch.compiler.is_compiling():
             observer(name, layer, output.detach())
 
@@ -133,7 +133,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what ``torch.compile`` or a distributed run put around it."""
+    """The model inside the wrappers of ``torch.compile`` and of distributed runs."""
     inner: Any = model
     while True:
         kind = type(inner).__name__

@@ -15,7 +15,7 @@ from se_inject.layers.gates import GATES
 from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.layers.squeezes import SQUEEZES
 
-# How near is "near": 1 % of the start, of the block's mean gate, or of the greatest gate.
+# "Near" means within 1 %: of the gate at the start, the block's mean gate, or the largest gate.
 NEAR = 0.01
 
 
@@ -24,17 +24,17 @@ class BlockGates:
     """The gates of one SE block over all images. A tensor [C] has a number for each channel."""
 
     block: str  # "layer1.0", or "layer1.0.se2" in a block with several SE blocks
-    formula: str  # of the gate: "2 * sigmoid"
-    maximum: float | None  # that the formula can reach; None: there is no end
-    by_position: bool  # squeeze="none": the gates are means over the positions of a map
-    images: int  # calls of the block with one image each
-    channel_mean: Tensor  # [C]
-    channel_variance: Tensor  # [C], over the images
-    channel_low: Tensor  # [C], the least gate of all images (and positions)
-    channel_high: Tensor  # [C], the greatest
+    formula: str  # the formula of the gate, such as "2 * sigmoid"
+    maximum: float | None  # the largest value of the formula; None means unbounded
+    by_position: bool  # with squeeze="none", each gate is a mean over the positions of a map
+    images: int  # how many images the block saw, counted at each of its calls
+    channel_mean: Tensor  # [C], the mean over the images
+    channel_variance: Tensor  # [C], the variance over the images
+    channel_low: Tensor  # [C], the smallest gate over all images (and positions)
+    channel_high: Tensor  # [C], the largest gate over all images (and positions)
     channel_within: Tensor | None  # [C], the variance within a class
     class_means: Tensor | None  # [classes, C]; a class without images has 0
-    class_images: Tensor | None  # [classes]
+    class_images: Tensor | None  # [classes], the number of images of each class
 
     @property
     def channels(self) -> int:
@@ -42,24 +42,24 @@ class BlockGates:
 
     @property
     def mean(self) -> float:
-        """Of all gates."""
+        """The mean of all gates."""
         return float(self.channel_mean.mean())
 
     @property
     def spread(self) -> float:
-        """Standard deviation of a channel's gate over the images (root mean square of channels)."""
+        """The standard deviation of a gate over the images, as the root mean square of channels."""
         return float(self.channel_variance.mean().sqrt())
 
     @property
     def within(self) -> float | None:
-        """Standard deviation of a channel's gate over the images of one class."""
+        """The standard deviation of a gate over the images of one class, or None if not known."""
         return None if self.channel_within is None else float(self.channel_within.mean().sqrt())
 
     @property
     def between(self) -> float | None:
-        """Standard deviation between classes: what of the spread is not within a class.
+        """The standard deviation between classes: the part of the spread not within a class.
 
-        Chance alone gives the means of small classes some spread; it is taken off.
+        The means of small classes differ by chance alone. This part is subtracted.
         """
         if self.channel_within is None:
             return None
@@ -68,13 +68,13 @@ class BlockGates:
 
     @property
     def class_share(self) -> float | None:
-        """The share of the variance that is between classes: 1 if the class alone decides."""
+        """The share of the variance that is between classes. It is 1 if the class alone decides."""
         total = float(self.channel_variance.mean())
         return None if self.between is None or total == 0 else self.between**2 / total
 
     @property
     def channel_deviation(self) -> Tensor:
-        """[C]: how far any image's gate is from the channel's mean, of the block's mean gate."""
+        """[C]: how far a gate goes from its channel's mean, as a share of the block's mean gate."""
         scale = self.channel_mean.abs().mean()
         far = torch.maximum(
             self.channel_high - self.channel_mean, self.channel_mean - self.channel_low
@@ -85,7 +85,7 @@ class BlockGates:
 
     @property
     def deviation(self) -> float:
-        """The greatest of ``channel_deviation``: what a constant in place of the gate changes."""
+        """The largest ``channel_deviation``: how far a constant in place of a gate can be off."""
         return float(self.channel_deviation.max())
 
     @property
@@ -96,14 +96,15 @@ class BlockGates:
 
     @property
     def constant(self) -> float:
-        """The share of channels whose gate never leaves its mean by more than 1 % of the block's
-        mean gate: a fixed rescaling of the channel.
+        """The share of channels whose gate is a fixed rescaling of the channel.
+
+        Such a gate never differs from its mean by more than 1 % of the block's mean gate.
         """
         return float((self.channel_deviation <= NEAR).double().mean())
 
     @property
     def near_zero(self) -> float:
-        """The share of channels that the gate always shuts: within 1 % of its maximum from 0."""
+        """The share of channels whose gate is always nearly 0: at most 1 % of its maximum away."""
         end = NEAR * (self.maximum or 1.0)
         shut = (self.channel_high <= end) & (self.channel_low >= -end)
         return float(shut.double().mean())
@@ -146,21 +147,21 @@ class GateStatistics:
 def gate_statistics(
     model: nn.Module, loader: Iterable[Any], classes: Sequence[str] | int | None = None
 ) -> GateStatistics:
-    """Run ``model`` over all images, in eval mode, and sum up what its gates do.
+    """Run ``model`` on all images, in eval mode, and sum up what its gates do.
 
-    Only one batch of gates is held at a time, and for each block the mean of each class. The
-    model's modes are as before afterwards.
+    Only the gates of one batch are held at a time, and the mean of each class for each block.
+    Afterwards each module has its old train or eval mode again.
 
     Args:
-        loader: gives batches: images [N, C, H, W], or a tuple of images, labels [N] and whatever
-            comes after them. Images are moved to the device of the model.
-        classes: their names, or how many there are. Without it, nothing is said of classes and no
-            labels are read.
+        loader: gives batches. A batch is a tensor of images [N, C, H, W], or a tuple of images,
+            labels [N] and anything else. The images are moved to the device of the model.
+        classes: the names of the classes, or how many there are. Without it, no labels are read and
+            the statistics say nothing about classes.
 
     Raises:
         NoSiteError: the model has no SE block.
-        DataError: the loader gives no image, or gates of them are no finite numbers.
-        ArgumentError: batches or labels are not as described.
+        DataError: the loader gives no image, or a gate is not a finite number.
+        ArgumentError: a batch or its labels are not as described.
     """
     names = tuple(map(str, range(classes))) if isinstance(classes, int) else classes
     count = None if names is None else len(names)
@@ -197,7 +198,7 @@ def gate_statistics(
 def batches(
     loader: Iterable[Any], *, with_labels: bool = False
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Images and labels of each batch; None for labels that are not wanted."""
+    """Yield the images and the labels of each batch. The labels are None if they are not wanted."""
     for batch in loader:
         parts = batch if isinstance(batch, tuple | list) else (batch,)
         images = parts[0] if parts else None
@@ -216,7 +217,7 @@ def batches(
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; each module's own mode is back afterwards."""
+    """Set eval mode without gradients. Afterwards each module has its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
@@ -229,7 +230,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's weights are."""
+    """The device that the model's weights are on."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 

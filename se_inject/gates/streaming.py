@@ -1,7 +1,8 @@
 """Statistics of gates that never hold more than one batch of them.
 
-Mean and variance are Welford's, batch by batch (Chan et al., 1983). Of each class only the mean is
-kept, in float32: [classes, C] numbers a block are all that grows with the number of classes.
+The mean and the variance are updated batch by batch with Welford's method (Chan et al., 1983). Of
+each class only the mean is kept, in float32. These [classes, C] numbers for each block are all that
+grows with the number of classes.
 """
 
 from collections.abc import Sequence
@@ -15,18 +16,18 @@ from se_inject.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Labels:
-    """Which images of a batch are of one class."""
+    """Which images of a batch are of which class."""
 
-    classes: Tensor  # [U], those that are in the batch
-    index: Tensor  # [N], where in ``classes`` that of each image is
-    counts: Tensor  # [U], images of each
+    classes: Tensor  # [U], the classes that occur in the batch
+    index: Tensor  # [N], for each image, where its class stands in ``classes``
+    counts: Tensor  # [U], how many images each of these classes has
 
     @classmethod
     def of(cls, labels: Tensor, count: int) -> "Labels":
-        """Of labels [N] between 0 and ``count`` - 1.
+        """Make it from labels [N] between 0 and ``count`` - 1.
 
         Raises:
-            ArgumentError: they are something else.
+            ArgumentError: the labels are something else.
         """
         whole = labels.dim() == 1 and not (labels.is_floating_point() or labels.is_complex())
         if not whole or labels.min() < 0 or labels.max() >= count:
@@ -38,18 +39,18 @@ class Labels:
         return cls(*torch.unique(labels.long(), return_inverse=True, return_counts=True))
 
     def to(self, device: torch.device) -> "Labels":
-        """The same on a device."""
+        """The same labels on a device."""
         return Labels(*(t.to(device) for t in (self.classes, self.index, self.counts)))
 
 
 class GateMoments:
-    """Of one SE block's gates [N, C], as far as they have been seen."""
+    """Mean, variance and extremes of one SE block's gates [N, C], over the batches seen so far."""
 
     def __init__(self, gates: Tensor, classes: int | None) -> None:
         channels, device = gates.shape[1], gates.device
         self.images = 0
         self.mean = torch.zeros(channels, dtype=torch.float64, device=device)
-        self._squares = torch.zeros_like(self.mean)  # of the distances from the mean, summed
+        self._squares = torch.zeros_like(self.mean)  # summed squares of distances from the mean
         self.low = torch.full_like(self.mean, torch.inf)
         self.high = torch.full_like(self.mean, -torch.inf)
         self.class_images: Tensor | None = None
@@ -57,11 +58,11 @@ class GateMoments:
         if classes is not None:
             self.class_images = torch.zeros(classes, dtype=torch.int64, device=device)
             self.class_means = torch.zeros(classes, channels, device=device)
-            self._class_squares = torch.zeros_like(self.mean)  # of those from the class's mean
+            self._class_squares = torch.zeros_like(self.mean)  # the same from the class's mean
 
     def add(self, gates: Tensor, low: Tensor, high: Tensor, labels: Labels | None) -> None:
         """Take in a batch: gates [N, C], and their extremes [N, C] over the positions."""
-        # In float64 the sum of equal numbers is exact, and so is what is constant.
+        # In float64 the sum of equal numbers is exact, so a constant gate stays exactly constant.
         gates = gates.double()
         count = len(gates)
         mean = gates.sum(0) / count
@@ -92,12 +93,15 @@ class GateMoments:
 
     @property
     def variance(self) -> Tensor:
-        """Over the images, [C]; 0 for a single image."""
+        """The variance over the images, [C]. It is 0 for a single image."""
         return self._squares / max(1, self.images - 1)
 
     @property
     def variance_within(self) -> Tensor | None:
-        """Over the images of one class, pooled over the classes, [C]; None if each has only one."""
+        """The variance over the images of one class, pooled over the classes, [C].
+
+        It is None without classes, and if each class has only one image.
+        """
         if self.class_images is None:
             return None
         freedom = self.images - int((self.class_images > 0).sum())
@@ -105,7 +109,7 @@ class GateMoments:
 
 
 def extremes(gate: Tensor, space: Sequence[int], pooled: bool) -> tuple[Tensor, Tensor]:
-    """The least and the greatest value of each gate over its positions, [N, C] each."""
+    """The smallest and the largest value of each gate over its positions, [N, C] each."""
     if pooled:
         flat = gate.flatten(1)
         return flat, flat

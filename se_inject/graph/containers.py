@@ -1,4 +1,4 @@
-"""Nested tuples, lists and dicts of tensors: what forwards are given and what they return."""
+"""Nested tuples, lists and dicts of tensors, which forwards take and return."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from se_inject.torch_private import pytree
 
 
 def leaves(value: Any) -> list[Any]:
-    """The leaves of nested tuples, lists and dicts (a fast ``pytree.tree_leaves``)."""
+    """The leaves of nested tuples, lists and dicts: a fast ``pytree.tree_leaves``."""
     found: list[Any] = []
     _collect(value, found)
     return found
@@ -17,7 +17,7 @@ def leaves(value: Any) -> list[Any]:
 
 # Planning asks this of thousands of values, so the quick tests come first.
 _PLAIN = frozenset((Tensor, nn.Parameter, int, float, bool, str, type(None)))
-_WHOLE = (Tensor, nn.Module)  # a ModuleDict is no Mapping here
+_WHOLE = (Tensor, nn.Module)  # a ModuleDict does not count as a Mapping here
 
 
 def _collect(value: Any, found: list[Any]) -> None:
@@ -32,7 +32,7 @@ def _collect(value: Any, found: list[Any]) -> None:
     elif isinstance(value, (tuple, list)):
         for item in value:
             _collect(item, found)
-    elif isinstance(value, (dict, Mapping)):  # the test for a dict alone is much the faster one
+    elif isinstance(value, (dict, Mapping)):  # dict comes first, because that test is much faster
         for item in value.values():
             _collect(item, found)
     else:
@@ -45,7 +45,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def rebuilt(value: Any) -> Any:
-    """The same tensors in new containers: HRNet's modules write into the list they are given."""
+    """The same tensors in new containers, because HRNet's modules write into their input list."""
     if isinstance(value, Tensor) or value is None:
         return value
     if isinstance(value, tuple) and all(isinstance(v, Tensor) for v in value):
@@ -54,7 +54,7 @@ def rebuilt(value: Any) -> Any:
 
 
 def all_leaves(value: Any) -> Iterator[Any]:
-    """:func:`leaves` without asking a traced tuple of sizes for its length."""
+    """The same as :func:`leaves`, without asking a traced tuple of sizes for its length."""
     if isinstance(value, tuple | list):
         for item in tuple.__iter__(value) if isinstance(value, tuple) else value:
             yield from all_leaves(item)

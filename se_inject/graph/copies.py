@@ -1,4 +1,4 @@
-"""Copies of a model: one on meta tensors to plan on, and one of a block with its values."""
+"""Copies a model to meta tensors, to plan on the copy, or copies a block with its values."""
 
 import copy
 import functools
@@ -22,7 +22,7 @@ def meta_copy(model: nn.Module, *, hooks: bool = False) -> nn.Module:
     Hooks of ``torch.nn.utils`` (weight norm, spectral norm) belong to the model and stay.
 
     Args:
-        model: it is not changed.
+        model: any module. It is not changed.
         hooks: whether the copy has the user's hooks too.
 
     Raises:
@@ -32,14 +32,14 @@ def meta_copy(model: nn.Module, *, hooks: bool = False) -> nn.Module:
 
 
 def copy_without_hooks(module: nn.Module) -> nn.Module | None:
-    """A copy with its values and without the user's hooks; None where it cannot be copied."""
+    """A copy with its values and without the user's hooks, or None if it cannot be copied."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         for hooks in hooks_of(part):
             memo[id(hooks)] = _library_hooks(hooks)
     try:
         copied = copy.deepcopy(module, memo)
-    except Exception as error:  # whatever a foreign __deepcopy__ may raise
+    except Exception as error:  # a foreign __deepcopy__ may raise anything
         raise_interruption(error)
         return None
     return None if _copied_oddly(module, copied, memo) else copied
@@ -48,10 +48,10 @@ def copy_without_hooks(module: nn.Module) -> nn.Module | None:
 def copy_with_twins(
     model: nn.Module, *, hooks: bool = False
 ) -> tuple[nn.Module, dict[int, nn.Module], dict[int, Tensor]]:
-    """The copy, and for the ids of the model's modules and tensors those of the copy."""
+    """The copy, and two dicts from the ids of the model's modules and tensors to their copies."""
     memo: dict[int, Any] = {}
     tensors: dict[int, Tensor] = {}
-    plain: list[nn.Module] = []  # that copy.deepcopy copies attribute by attribute
+    plain: list[nn.Module] = []  # those that copy.deepcopy copies attribute by attribute
     modules = list(model.modules())
     for module in modules:
         if is_scripted(module) or is_quantized(module):
@@ -63,13 +63,14 @@ def copy_with_twins(
         of_hooks = hooks_of(module)
         if not hooks:
             memo |= {id(value): _library_hooks(value) for value in of_hooks}
-        seen = set(map(id, of_hooks))  # and what was looked into above
+        # These dicts were looked into above.
+        seen = set(map(id, of_hooks))
         seen |= {id(module._parameters), id(module._buffers), id(module._modules)}
         for value in vars(module).values():
             if type(value) in _WITHOUT_TENSORS or id(value) in seen:
                 continue
             if isinstance(value, torch.jit.ScriptFunction):
-                memo[id(value)] = value  # a function, which torch cannot copy
+                memo[id(value)] = value  # torch cannot copy such a function
             elif isinstance(value, _HOLDERS):
                 for tensor in tensors_in(value):  # detectors keep anchors in a plain list
                     if id(tensor) not in memo:
@@ -86,8 +87,8 @@ def copy_with_twins(
             _copy_attributes(module, memo)
         twin = copy.deepcopy(model, memo)
         while more := _copied_oddly(model, twin, memo):
-            # Their __deepcopy__ returns something else than a copy. They are copied here as any
-            # other module is.
+            # The __deepcopy__ of these modules returns something else than a copy. They are copied
+            # here like any other module.
             odd += [module for module in more if all(module is not known for known in odd)]
             memo.clear()
             memo |= own | {id(module): type(module).__new__(type(module)) for module in odd}
@@ -96,7 +97,7 @@ def copy_with_twins(
                     {k: copy.deepcopy(v, memo) for k, v in vars(module).items()}
                 )
             twin = copy.deepcopy(model, memo)
-    except Exception as error:  # whatever a foreign __deepcopy__ may raise
+    except Exception as error:  # a foreign __deepcopy__ may raise anything
         raise_interruption(error)
         raise ForwardError(
             f"copy.deepcopy of the model fails ({type(error).__name__}: {first_line(error)});"
@@ -104,8 +105,8 @@ def copy_with_twins(
         ) from error
     twins = {id(m): memo[id(m)] for m in modules if isinstance(memo.get(id(m)), nn.Module)}
     try:
-        twin.eval()  # not `return twin.eval()`: a train() of the user's may return None
-    except Exception as error:  # whatever a foreign train() or __setattr__ may raise
+        twin.eval()  # its result is not used, because a user's train() may return None
+    except Exception as error:  # a foreign train() or __setattr__ may raise anything
         raise_interruption(error)
         raise ForwardError(
             f"eval() of a copy of the model fails ({type(error).__name__}: {first_line(error)}"
@@ -116,13 +117,13 @@ def copy_with_twins(
 
 _HOLDERS = (Tensor, list, tuple, dict)
 
-# Types of most attributes of a module. Such a value is its own copy.
+# Most attributes of a module have one of these types. Such a value is its own copy.
 _WITHOUT_TENSORS = frozenset((bool, int, float, str, type(None)))
 
-# The __setstate__ of a convolution only fills in what files of an old torch lack.
+# The __setstate__ of a convolution only fills in what the files of an old torch lack.
 _COPIED_PLAINLY = frozenset((nn.Module, object, nn.modules.conv._ConvNd))
 
-# What a class may define so that copies of its instances are made in another way.
+# If a class defines one of these, copies of its instances may be made in another way.
 _COPYING = {"__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__"}
 _COPYING |= {"__new__", "__getnewargs__", "__getnewargs_ex__", "__getattribute__", "__slots__"}
 
@@ -137,7 +138,7 @@ def _copies_plainly(kind: Any) -> bool:
 
 
 def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Fill the copy of a module that ``copy.deepcopy`` would copy in the same way, but slower."""
+    """Fill the copy of a module. ``copy.deepcopy`` would do the same, but slower."""
     copied = vars(memo[id(module)])
     for name, value in vars(module).items():
         if type(value) in _WITHOUT_TENSORS:
@@ -156,7 +157,7 @@ def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
 
 
 def _copied_oddly(model: nn.Module, twin: Any, memo: Mapping[int, Any]) -> list[nn.Module]:
-    """The modules whose copy is the module itself, or nothing of its class."""
+    """The modules whose copy is the module itself, or is not of the same class."""
     of_model = {id(m): m for m in model.modules()}
     kept = [m for m in twin.modules() if id(m) in of_model] if isinstance(twin, nn.Module) else []
     return kept + [

@@ -1,4 +1,4 @@
-"""What a forward is given when it is recorded: the user's example, or inputs that fit most."""
+"""The arguments with which a forward is recorded: the user's example, or usual inputs."""
 
 import inspect
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from se_inject.torch_private import pytree
 
 
 def example_inputs(model: nn.Module, example_input: Any = None) -> list[Arguments]:
-    """The (args, kwargs) to try in turn, on meta: the user's, or those that fit most networks."""
+    """The (args, kwargs) to try in turn, on meta: the user's, or some that fit most networks."""
     dtype = floating_dtype(model)
     if example_input is not None:
         on_meta = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), example_input)
@@ -28,8 +28,8 @@ def example_inputs(model: nn.Module, example_input: Any = None) -> list[Argument
     channels = [size[0] if size else 3]
     if first_conv is not None and first_conv.in_channels not in channels:
         channels.append(first_conv.in_channels)
-    # There are two images, so that a batch norm in train mode has more than one value for a 1x1
-    # map, and as many such arguments as the forward requires (optical flow takes two frames).
+    # The batch has two images, so that a batch norm in train mode has more than one value for a 1x1
+    # map. The forward gets as many such arguments as it requires (optical flow takes two frames).
     return [
         ((torch.empty(2, c, *space, dtype=dtype, device="meta"),) * _required_arguments(model), {})
         for space in spaces
@@ -38,7 +38,7 @@ def example_inputs(model: nn.Module, example_input: Any = None) -> list[Argument
 
 
 def is_batched(example: Arguments) -> bool:
-    """Whether dim 0 of the tensors is the batch: a detector takes a list of single images."""
+    """Whether dim 0 of the tensors is the batch. A detector takes a list of single images."""
     args, kwargs = example
     first = next(iter((*args, *kwargs.values())), None)
     return not isinstance(first, list | tuple)
@@ -51,7 +51,7 @@ def batch_size(example: Arguments) -> int:
 
 
 def item_size(example: Arguments) -> list[int]:
-    """The size of one image, such as [C, H, W], of the first tensor."""
+    """The size of one image in the first tensor, such as [C, H, W]."""
     tensors = tensors_in(example)
     return list(tensors[0].shape[1 if is_batched(example) else 0 :]) if tensors else []
 
@@ -63,5 +63,5 @@ def _required_arguments(model: nn.Module) -> int:
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype:
-    """What the weights have, and so most probably what the forward wants its input in."""
+    """The dtype of the weights, which is most probably the dtype of the input too."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -1,4 +1,4 @@
-"""What the forward of an injected block checks in every call."""
+"""The checks that the forward of an injected block makes in every call."""
 
 import inspect
 import operator
@@ -19,7 +19,7 @@ def expect(value: Any, recorded: Any, argument: str) -> None:
 
 
 def expect_answer(value: Any, recorded: Any, question: str) -> None:
-    """The same for what the forward asks about its sizes and numbers."""
+    """The same check for what the forward asks about its sizes and numbers."""
     if value is not recorded and value != recorded:
         raise RuntimeError(
             f"`{question}` was {recorded!r} when the SE block was inserted, and the forward asks"
@@ -34,7 +34,7 @@ _SIGNS |= {operator.mul: "*", operator.truediv: "/", operator.floordiv: "//", op
 
 
 def question_of(value: Any, depth: int = 5) -> str:
-    """A node as people would write it: ``x.shape[1] == 16``."""
+    """A node in the form in which people would write it: ``x.shape[1] == 16``."""
     if not isinstance(value, fx.Node):
         return repr(value)
     if value.op == "placeholder":
@@ -60,7 +60,7 @@ def question_of(value: Any, depth: int = 5) -> str:
 
 
 def bind(forward: Any, module: Any, call: Call) -> dict[str, Any]:
-    """The arguments of a recorded call by parameter name, defaults filled in."""
+    """The arguments of a recorded call by parameter name, with the defaults filled in."""
     bound = inspect.signature(forward).bind(module, *call.args, **call.kwargs)
     bound.apply_defaults()
     return dict(list(bound.arguments.items())[1:])

@@ -1,4 +1,4 @@
-"""What each node of a block graph computed on the recorded calls."""
+"""Finds out what each node of a block graph computes in the recorded calls."""
 
 import contextlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -24,16 +24,16 @@ from se_inject.torch_private import pytree, storage_id, version_of, without_torc
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What one node of a block graph computed on a recorded call."""
+    """What one node of a block graph computed in a recorded call."""
 
-    shape: Shape | None  # None: not a tensor
+    shape: Shape | None  # None if it is not a tensor
     dtype: torch.dtype | None
-    channel_dim: int | None  # None: not known
-    live: bool  # computed from the block's inputs
+    channel_dim: int | None  # None if it is not known
+    live: bool  # whether it was computed from the block's inputs
     storage: int | None  # equal for tensors that share memory
-    writes: frozenset[int]  # the storages that it changes in place
-    ops: tuple[Op, ...]  # what ran in it, inside children too
-    value: Value | None  # what it holds, and where that comes from; None: no tensor, not live
+    writes: frozenset[int]  # the storages that the node changes in place
+    ops: tuple[Op, ...]  # the operations of the node, including those inside children
+    value: Value | None  # its content and where that is from; None if it is not a live tensor
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class TracedForward:
 
     graph: fx.Graph
     calls: tuple[Mapping[fx.Node, NodeFacts], ...]  # the facts of each recorded call
-    # The types of its outputs too (fx turns an OrderedDict into a dict), and in the lists and dicts
-    # that it is given.
+    # Whether the graph returns the same types as the forward (fx turns an OrderedDict into a dict),
+    # and leaves the same objects in the lists and dicts that it is given.
     returns_same: bool
 
 
 def run_graph(
     module: nn.Module, graph: fx.Graph, calls: Sequence[Call], device: torch.device | None = None
 ) -> TracedForward:
-    """Run the graph on each recorded call, and the forward itself, and compare what ran."""
+    """Run the graph and the forward itself on each recorded call, and compare what ran."""
     by_signature: dict[Hashable, Mapping[fx.Node, NodeFacts]] = {}
     returns_same = True
     for call in calls:
@@ -65,7 +65,7 @@ def run_graph(
 def _facts(
     module: nn.Module, graph: fx.Graph, call: Call, device: torch.device | None
 ) -> tuple[Mapping[fx.Node, NodeFacts], bool]:
-    """What the nodes compute, and whether the graph gives back what the forward gives back."""
+    """What the nodes compute, and whether the graph returns what the forward returns."""
     generated = ForwardSource.of(graph, "check").compile(show=False)
     ops, returned = [], []
     with on_meta(device):
@@ -115,7 +115,7 @@ class _FactFinder(fx.Interpreter):
         return self.arguments[str(target).lstrip("*")]
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
-        # fx hands out immutable lists; the generated code will not, and HRNet writes into them.
+        # fx hands out immutable lists. The generated code does not, and HRNet writes into lists.
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         return tuple(map(_mutable, args)), {k: _mutable(v) for k, v in kwargs.items()}
 
@@ -152,7 +152,7 @@ class _FactFinder(fx.Interpreter):
         )
 
     def finish(self) -> None:
-        """What a tensor got after it was made (zeros that a map is written into) counts too."""
+        """Also count what a tensor got after it was made, such as a map written into zeros."""
         for node, tensor in self.made.items():
             value = self.log.value_of(tensor)
             if self.facts[node].value is None and value is not None:
@@ -162,7 +162,7 @@ class _FactFinder(fx.Interpreter):
                 )
 
     def _drops(self, n: fx.Node) -> bool:
-        """Whether it is a dropout in place, which writes in train mode only."""
+        """Whether the node is a dropout in place, which writes in train mode only."""
         child = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
         return isinstance(child, nn.modules.dropout._DropoutNd) and child.inplace
 

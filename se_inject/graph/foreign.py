@@ -1,7 +1,7 @@
-"""Parts of a model that are no Python on floats: TorchScript modules and quantized layers.
+"""The parts of a model that are not Python code on floats: TorchScript and quantized layers.
 
-They stay as they are. The copy on meta has a stand-in for each, which runs the part itself where
-meta tensors have no rule for it.
+They stay as they are. The copy on meta has a stand-in for each of them, which runs the part itself
+on real tensors, because meta tensors have no rule for it.
 """
 
 import copy
@@ -17,12 +17,12 @@ _QUANTIZED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrin
 
 
 def is_scripted(module: nn.Module) -> bool:
-    """Whether it is TorchScript."""
+    """Whether a module is TorchScript."""
     return isinstance(module, torch.jit.ScriptModule)
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether it is a quantized layer. A FloatFunctional only waits for quantization."""
+    """Whether a module is a quantized layer. A FloatFunctional only waits for quantization."""
     kind = type(module)
     return kind.__module__.startswith(_QUANTIZED) and kind.__name__ not in (
         "FloatFunctional",
@@ -45,11 +45,11 @@ def foreign_parts(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 class StandIn(nn.Module):
-    """In the place of a scripted or quantized part of a copy on meta."""
+    """Takes the place of a scripted or quantized part in a copy on meta."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
-        # No child: nothing may look into it, nor move it to meta.
+        # The part is not a child, so that nothing looks into it or moves it to meta.
         vars(self)["part"] = copy.deepcopy(part).eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,5 +64,5 @@ def _with_values(tensor: Tensor) -> Tensor:
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
-    # Meta tensors know no scales, so what is quantized stays real until it is floats again.
+    # Meta tensors know no scales, so a quantized tensor stays real until it is float again.
     return tensor if tensor.is_quantized else tensor.to("meta")

@@ -1,4 +1,4 @@
-"""Whose code calls the tracer: frames of the user's source, of torch and of this package."""
+"""Tells whose code calls the tracer: frames of the user, of torch and of this package."""
 
 import dis
 import linecache
@@ -14,7 +14,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _PYTHON = sysconfig.get_paths()["stdlib"] + os.sep
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 _HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_LONGEST_LINE = 60  # of the source, as far as a reason shows it
+_LONGEST_LINE = 60  # how much of a source line a reason shows, in characters
 _KERNELS = tuple(
     _TORCH + part for part in ("_refs", "_prims", "_decomp", "_meta_registrations", "_inductor")
 )
@@ -26,13 +26,13 @@ def is_of_torch(frame: types.FrameType, *, kernels: bool = False) -> bool:
 
 
 def _is_the_users(filename: str) -> bool:
-    """Whether a file is none of torch, of this package or of Python itself."""
+    """Whether a file does not belong to torch, to this package or to Python itself."""
     of_python = filename.startswith(_PYTHON) and not _INSTALLED.search(filename)
     return not filename.startswith((_TORCH, _HERE, "<frozen")) and not of_python
 
 
 def place_of(frame: types.FrameType | None) -> str:
-    """Where in the user's source a frame is: `` (net.py, line 12: if h > w:)``; else empty."""
+    """Where in the user's source a frame is: `` (net.py, line 12: if h > w:)``, or empty."""
     while frame is not None:
         name = frame.f_code.co_filename
         if _is_the_users(name):
@@ -50,7 +50,7 @@ def _place(filename: str, line: int) -> str:
 
 
 def in_checkpoint(frame: types.FrameType | None) -> bool:
-    """Whether ``torch.utils.checkpoint`` runs what the frame belongs to."""
+    """Whether ``torch.utils.checkpoint`` runs the code that the frame belongs to."""
     while frame is not None:
         if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
             return True
@@ -77,7 +77,7 @@ def user_frame(frame: types.FrameType | None) -> types.FrameType | None:
 
 
 def is_unpacked_next(frame: types.FrameType | None) -> bool:
-    """Whether the frame takes apart at once what the function that it now calls returns."""
+    """Whether the frame unpacks at once what the function that it now calls returns."""
     if frame is None:
         return False
     after = [i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti]
@@ -86,7 +86,7 @@ def is_unpacked_next(frame: types.FrameType | None) -> bool:
 
 
 def is_unpacked(frame: types.FrameType) -> bool:
-    """Whether the frame takes the value apart at once: ``n, c, h, w = x.shape``."""
+    """Whether the frame unpacks the value at once: ``n, c, h, w = x.shape``."""
     return _opcode(frame) == "UNPACK_SEQUENCE"
 
 
@@ -95,5 +95,5 @@ def _opcode(frame: types.FrameType) -> str:
 
 
 def is_statement(frame: types.FrameType) -> bool:
-    """Whether the frame runs an operator with an assignment in it: ``x *= n``."""
+    """Whether the frame runs an operator that also assigns: ``x *= n``."""
     return _opcode(frame) == "BINARY_OP" and frame.f_code.co_code[frame.f_lasti + 1] >= 13

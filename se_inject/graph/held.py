@@ -1,7 +1,7 @@
-"""What a module holds in lists, dicts and objects of its own, and which of it a forward changes.
+"""What a module holds in lists, dicts and objects of its own, and what a forward changes in them.
 
-A graph computes maps and does nothing else: a forward that also keeps them in ``self.cache``, or
-counts its calls in ``self.stats``, would stop doing so without a word.
+A graph computes maps and does nothing else. If a forward also keeps maps in ``self.cache``, or
+counts its calls in ``self.stats``, the graph would silently stop doing so.
 """
 
 import collections
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _DEEPEST = 4
-# Most attributes are one of these, or a dict of hooks with nothing in it. They are not looked into.
+# Most attributes are of these types, or are an empty dict of hooks. They are not looked into.
 _FLAT = frozenset((bool, int, float, str, type(None)))
 _DICTS = (dict, collections.OrderedDict)
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
@@ -21,16 +21,16 @@ _OF_CODE = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types
 
 
 class Held:
-    """What a module and the modules in it hold at one moment, and what was changed since."""
+    """What a module and the modules in it hold at one moment, and what has changed since then."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.before = module, _held_by(module, "")
 
     def changed(self, path: str = "") -> str | None:
-        """The first attribute, of the module at ``path`` or in it, that holds other objects now.
+        """The first attribute that holds other objects now, of the module at ``path`` or inside it.
 
-        Attributes of the root itself that are another object now are left out: :func:`state_of`
-        sees that they were set.
+        If an attribute of the root itself is another object now, it is left out, because
+        :func:`state_of` sees that it was set.
         """
         after = _held_by(self.module.get_submodule(path), path)
         inside = f"{path}." if path else ""
@@ -46,12 +46,12 @@ class Held:
         return None
 
     def renew(self, path: str) -> None:
-        """Take what a child holds now as what it held: it has run, and may keep what it likes."""
+        """Accept what a child holds now, because it has run and may keep whatever it likes."""
         self.before |= _held_by(self.module.get_submodule(path), path)
 
 
 def _held_by(module: nn.Module, at: str) -> dict[str, dict[str, list[Any]]]:
-    """For each module, and each attribute of it, all that can be reached from the attribute."""
+    """For each module and each of its attributes, everything reachable from the attribute."""
     return {
         path: {
             name: [value] if _is_flat(value) else [value, *_inside(value, _DEEPEST)]

@@ -1,4 +1,4 @@
-"""History -> the block graphs that units end in, each traced once and when it is asked for."""
+"""History -> the block graphs that units end in. Each is traced once, when it is asked for."""
 
 from collections.abc import Hashable, Mapping
 
@@ -25,7 +25,7 @@ class HistoryBlocks:
         self.blocks: dict[str, TracedBlock | str] = {}
 
     def of(self, name: str) -> TracedBlock | str:
-        """The graphs of one module, or in words why there are none."""
+        """The graphs of one module, or a text that says why there are none."""
         if name not in self.blocks:
             calls = self.history.calls_of(name)
             key = (configuration(self.modules[name]), tuple(call.signature for call in calls))

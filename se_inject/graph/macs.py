@@ -1,4 +1,4 @@
-"""Counting multiply-accumulates of a forward on meta tensors."""
+"""Counts the multiply-accumulates of a forward on meta tensors."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ def run_and_count(
 ) -> tuple[Any, int]:
     """The output of a module on meta, and the MACs of that forward.
 
-    Counted is what ``torch.utils.flop_counter`` counts, convolutions and matrix products, halved:
-    1 MAC = 2 FLOPs. Pooling, norms, activations and additions are not counted.
+    ``torch.utils.flop_counter`` counts the FLOPs of convolutions and matrix products. Half of them
+    are the MACs. Pooling, norms, activations and additions are not counted.
 
     Args:
         twin: a :func:`se_inject.graph.copies.meta_copy` of the module.
-        args, kwargs: of its forward, on meta.
+        args, kwargs: the arguments of its forward, on meta.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # which plans do not need
+    from torch.utils.flop_counter import FlopCounterMode  # most plans do not need it
 
     with on_meta(), FlopCounterMode(display=False) as counter:
         output = twin(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Forwards on meta tensors: without values, without memory and without arithmetic."""
+"""Runs forwards on meta tensors, which have no values and need no memory and no arithmetic."""
 
 import itertools
 import re
@@ -16,9 +16,9 @@ from se_inject.torch_private import makes_tensors
 
 
 class on_meta:  # noqa: N801 - it is called as the contexts of torch are
-    """Run forwards on meta tensors: no gradients, and all that is made is made on meta.
+    """Run forwards on meta tensors, without gradients and with every new tensor on meta.
 
-    What a forward asks about the device of a tensor is answered as the model on ``device`` would.
+    If a forward asks for the device of a tensor, it gets the answer of a model on ``device``.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -28,9 +28,9 @@ class on_meta:  # noqa: N801 - it is called as the contexts of torch are
         self.before = Modes.now()
         try:
             torch.set_grad_enabled(False)
-            # Torch gives it no types. No `with`: put_back() of Modes is the other end of it.
+            # Torch declares no types for it. There is no `with`, because put_back() ends the mode.
             TorchFunctionMode.__enter__(_Answers(self.device))  # type: ignore[no-untyped-call]
-        except BaseException:  # a Ctrl-C
+        except BaseException:  # it may be a Ctrl-C
             self.before.put_back()
             raise
 
@@ -39,18 +39,18 @@ class on_meta:  # noqa: N801 - it is called as the contexts of torch are
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model is. One on meta is on no device yet: it is planned as on the CPU."""
+    """The device that a model is on. A model on meta has none yet and is planned as on the CPU."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     device = next((t.device for t in tensors), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device
 
 
 class _Answers(TorchFunctionMode):
-    """Answers for the real model where a copy on meta would answer for itself.
+    """Gives the answers of the real model, where a copy on meta would give its own.
 
-    All that the forward makes is made on meta, as under ``torch.device("meta")``; that would be one
-    more mode, which sees whatever this one asks of a tensor. And where torch takes a long way on
-    meta, this one takes a short one.
+    Every tensor that the forward makes is made on meta. ``torch.device("meta")`` would do that too,
+    but it is one more mode, which would see everything that this mode asks a tensor. Where torch is
+    slow on meta, this mode takes a shortcut.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -104,14 +104,15 @@ def _names_device(value: Any) -> bool:
 
 
 def _of_the_copy(value: Any) -> Any:
-    """The arguments of a function with every real tensor on meta.
+    """The arguments of a function with every real tensor moved to meta.
 
-    Where a forward holds on to the user's own model, that is the tensor of the copy in its place.
+    If a forward holds on to the user's own model, the tensor of the copy takes the place of its
+    tensor.
     """
     if isinstance(value, Tensor):
         twin = THREAD.twin_of(value)
         if twin.is_meta or twin.dim() == 0 or twin.is_quantized:
-            return twin  # torch mixes numbers of the CPU with tensors of any device
+            return twin  # torch combines numbers on the CPU with tensors on any device
         return twin.to("meta")
     kind = type(value)
     if kind is tuple:

@@ -1,4 +1,4 @@
-"""Which modules trace to the same graph, so that equal blocks are traced once."""
+"""Tells which modules trace to the same graph, so that equal blocks are traced only once."""
 
 import enum
 import functools
@@ -17,10 +17,10 @@ _EQUAL = (bool, int, float, str, torch.dtype, enum.Enum)
 
 
 def configuration(module: nn.Module, seen: dict[int, int] | None = None) -> Hashable:
-    """Equal only for modules that trace to the same graph on the same call.
+    """A key that is equal only for modules that trace to the same graph on the same call.
 
-    ``seen`` numbers modules and tensors in the order in which they come up: where two names are
-    one object in one block and two in another, the blocks are not alike.
+    ``seen`` numbers modules and tensors in the order in which they come up. If two names stand for
+    one object in one block and for two in another, the blocks are not alike.
     """
     seen = {} if seen is None else seen
     if id(module) in seen:
@@ -46,7 +46,7 @@ def configuration(module: nn.Module, seen: dict[int, int] | None = None) -> Hash
 
 
 def _hashable(value: Any) -> Hashable:
-    """The value itself where equality means sameness, else its identity (shares nothing)."""
+    """The value itself if equal values behave alike, or else its id, which no other object has."""
     kind = type(value)
     if kind in _SIMPLE or isinstance(value, _EQUAL):
         return (kind, value)

@@ -1,4 +1,4 @@
-"""TorchScript functions that a forward calls, as a graph and a pickle can hold them."""
+"""Wraps TorchScript functions that a forward calls, so that graphs and pickles can hold them."""
 
 import sys
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 class Scripted:
-    """A TorchScript function by the name that a module has for it.
+    """A TorchScript function, found by the name that it has in a module.
 
     Such functions do not pickle, and all of them have the same ``__name__``.
     """
@@ -34,10 +34,10 @@ def _scripted(module: str, name: str) -> Scripted:
 
 
 def named(function: "torch.jit.ScriptFunction[Any, Any]", near: dict[str, Any]) -> Scripted | None:
-    """A TorchScript function with its name; None where no module has it under one.
+    """A TorchScript function with its name, or None if no module has a name for it.
 
     Args:
-        function: what is called.
+        function: the function that is called.
         near: the namespace of the code that calls it, where most such functions are.
     """
     for space in (near, *(vars(module) for module in list(sys.modules.values()))):

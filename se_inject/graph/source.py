@@ -1,4 +1,4 @@
-"""Block graph -> the Python text of its forward, which can be compiled and pickled."""
+"""Turns a block graph into the Python text of its forward, which can be compiled and pickled."""
 
 import hashlib
 import importlib
@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import fx
 
-# How many living functions each entry of linecache shows.
+# For each entry of linecache, how many living functions have that text.
 _shown: Counter[str] = Counter()
 
 
 def _forget(filename: str) -> None:
-    """Take an entry out of linecache when the last of its functions is gone."""
+    """Remove an entry of linecache when the last of its functions is gone."""
     _shown[filename] -= 1
     if not _shown[filename]:
         del _shown[filename]
@@ -32,7 +32,7 @@ class ForwardSource:
 
     text: str
     names: dict[str, Any]
-    label: str  # for tracebacks: "SEBottleneck.forward"
+    label: str  # a name for tracebacks, such as "SEBottleneck.forward"
 
     @classmethod
     def of(cls, graph: fx.Graph, label: str) -> "ForwardSource":
@@ -44,8 +44,8 @@ class ForwardSource:
         return cls(text, dict(code.globals), label)
 
     def compile(self, *, show: bool = True) -> Callable[..., Any]:
-        """The function; with ``show``, tracebacks and ``inspect.getsource`` have its text."""
-        # Named after the text, so that equal forwards share one entry of linecache.
+        """The function. With ``show``, tracebacks and ``inspect.getsource`` have its text."""
+        # The file is named after the text, so that equal forwards share one entry of linecache.
         digest = hashlib.sha256(self.text.encode()).hexdigest()[:12]
         filename = f"<se_inject {digest} {self.label}>"
         namespace = dict(self.names)
@@ -65,7 +65,7 @@ class ForwardSource:
 
 
 def _without_keywords(text: str, target: str) -> str:
-    """The text with ``self.branches.if``, as fx writes it, in a form that Python reads."""
+    """The text, with ``self.branches.if``, which fx writes, in a form that Python can read."""
     parts = target.split(".")
     if not any(map(keyword.iskeyword, parts)):
         return text
@@ -80,7 +80,7 @@ def _without_keywords(text: str, target: str) -> str:
 
 
 def _names_in(code: types.CodeType) -> set[str]:
-    """Of the text and of the functions in it: defaults are evaluated outside the function."""
+    """The names in the text and in its functions. Defaults are evaluated outside the function."""
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
     return set(code.co_names).union(*map(_names_in, inner))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class OtherNetworkError(Exception):
     """The graph would not do what the forward does.
 
-    The message says in words what the forward does and where, and what the user can do about it.
+    The message says what the forward does, where it does so, and what the user can do about it.
     """
 
     def __init__(self, what: str, instead: str = "") -> None:
@@ -17,7 +17,7 @@ class OtherNetworkError(Exception):
 
 
 class _Thread(threading.local):
-    """What the planning thread is doing; empty in every other thread."""
+    """What the planning thread is doing. In every other thread this is empty."""
 
     tracer: Any = None  # the BlockTracer that runs
     replay: Any = None  # the Replay that answers for the children of a block
@@ -25,11 +25,11 @@ class _Thread(threading.local):
     tensors: dict[int, Tensor] = {}  # noqa: RUF012 - so are these
 
     def twin_of(self, tensor: Tensor) -> Tensor:
-        """The copy of one of the user's tensors; any other tensor itself."""
+        """The copy of one of the user's tensors. Any other tensor is returned as it is."""
         return self.tensors.get(id(tensor), tensor)
 
     def running(self) -> Any:
-        """The tracer, if what runs now is the forward that it traces."""
+        """The tracer, if the code that runs now belongs to the forward that it traces."""
         return self.tracer if self.tracer is not None and not self.tracer.quiet else None
 
 

@@ -1,8 +1,8 @@
-"""What planning changes of its own thread, and putting it back whatever happens.
+"""Remembers what planning changes in its own thread, and puts it back whatever happens.
 
-A ``with`` block puts things back too, but a Ctrl-C that comes while a Python ``__enter__`` or
-``__exit__`` runs leaves them changed. So what planning changes is written down before it begins.
-Putting back twice, or after half of it was done, is safe.
+A ``with`` block puts things back too. But a Ctrl-C that comes while a Python ``__enter__`` or
+``__exit__`` runs leaves them changed. So the state is written down before planning begins. Putting
+it back is safe to repeat, even if it was stopped halfway.
 """
 
 import functools
@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Modes:
-    """Whether gradients are kept, and which modes see the functions of torch that run, if any."""
+    """Whether gradients are on, and which modes see the functions of torch that run."""
 
     grad: bool
     functions: list[Any]
-    seen: Any  # whether the modes see anything now
+    seen: Any  # whether the modes see anything at the moment
 
     @classmethod
     def now(cls) -> "Modes":
@@ -51,7 +51,7 @@ class Modes:
 
 
 def modes_kept(function: Callable[P, T]) -> Callable[P, T]:
-    """Put the modes of the thread back where ``function`` fails or is interrupted.
+    """Put the modes of the thread back if ``function`` fails or is interrupted.
 
     A Ctrl-C at the first line of ``torch.no_grad.__exit__`` would leave gradients off.
     """
@@ -75,7 +75,7 @@ class ForeignRandomNumbers:
         self.of_python, self.of_numpy = random.getstate(), _numpy_state()
 
     def drawn(self) -> bool:
-        """Whether any number was drawn since."""
+        """Whether any number has been drawn since then."""
         return random.getstate() != self.of_python or _numpy_state() != self.of_numpy
 
     def put_back(self) -> None:
@@ -96,8 +96,8 @@ def _numpy_state() -> bytes:
 def set_profile(profile: Any) -> None:
     """Make this the profile function of the thread, or the profiler (``cProfile``), or None.
 
-    Until Python 3.11 ``sys.getprofile`` gives out a profiler that is written in C, and
-    ``sys.setprofile`` does not take it back.
+    Up to Python 3.11, ``sys.getprofile`` returns a profiler that is written in C, but
+    ``sys.setprofile`` does not accept it.
     """
     before: Any = sys.getprofile()
     if before is profile:
@@ -111,7 +111,7 @@ def set_profile(profile: Any) -> None:
 
 
 class ThreadState:
-    """All of it at one moment."""
+    """The whole state of the thread at one moment."""
 
     def __init__(self) -> None:
         self.modes, self.numbers = Modes.now(), ForeignRandomNumbers()

@@ -1,12 +1,12 @@
-"""Recorded calls -> one ``torch.fx`` graph per block that adds maps, shapes on its nodes.
+"""Recorded calls -> one ``torch.fx`` graph for each block that adds maps, with facts on its nodes.
 
-Each module that adds two tensors of one shape in its own forward is traced alone, every child a
-leaf. The graph is then run on the recorded arguments, and what each node computes (its shape,
+Each module that adds two tensors of one shape in its own forward is traced alone, with every child
+as a leaf. The graph is then run on the recorded arguments. What each node computes (its shape,
 which dim holds the channels, what ran inside a child) goes into :class:`NodeFacts`.
 
-A graph is kept only if it runs, operation by operation, what the module's own forward runs:
-``torch.fx`` follows one path through Python without a word where a proxy is not what the code
-expects (``isinstance(x, Tensor)``), and such a graph would be another network.
+A graph is kept only if it runs the same operations in the same order as the module's own forward.
+Where a proxy is not what the code expects (``isinstance(x, Tensor)``), ``torch.fx`` silently
+follows one path through Python, and such a graph would be another network.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -46,21 +46,21 @@ class TracedBlock:
     name: str
     eval: TracedForward
     train: TracedForward
-    example: Arguments  # of its first recorded call, on meta
-    adders: frozenset[str] = frozenset()  # children that only add what they are given
-    # Where the tensors of each recorded call came from; None: the forward was not followed.
+    example: Arguments  # the arguments of its first recorded call, on meta
+    adders: frozenset[str] = frozenset()  # the children that only add their inputs
+    # Where the tensors of each recorded call came from. None if the forward was not followed.
     pasts: tuple[tuple[Value | None, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
 class UntracedBlock:
-    """A module that adds maps in its own forward, in a way that no graph can say."""
+    """A module that adds maps in its own forward, in a way that no graph can express."""
 
     name: str
     why: str
     additions: tuple[Shape, ...]
     looks_residual: bool  # it convolves, and adds maps of the shape that it takes or returns
-    # Which of the additions have a gate on one of their operands; None: it was not followed.
+    # Which of the additions have a gate on one operand. None if the forward was not followed.
     gated: tuple[bool, ...] | None = None
 
 
@@ -69,26 +69,26 @@ class Trace:
     """All blocks of a model that add maps, in the order in which they first ran."""
 
     blocks: tuple[TracedBlock | UntracedBlock, ...]
-    stopped: str | None  # why the forward did not come to its end, where it did not
-    missed: tuple[str, ...]  # modules that could hold a block and did not run to their end then
-    guessed: tuple[str, ...]  # modules whose way depends on values, which meta tensors have not
-    example: Arguments  # what the forward was given, on meta
+    stopped: str | None  # why the forward did not come to its end, if it did not
+    missed: tuple[str, ...]  # modules that may hold a block and then did not run to their end
+    guessed: tuple[str, ...]  # modules whose path depends on values, which meta tensors lack
+    example: Arguments  # the arguments of the forward, on meta
 
 
 def trace_blocks(model: nn.Module, example_input: Any = None, *, follow: bool = False) -> Trace:
     """Record one forward of ``model`` on meta tensors and trace the blocks that add maps.
 
     Args:
-        model: any module; it is neither run nor changed.
-        example_input: a tensor, a tuple of positional or a dict of keyword arguments. Only shapes
-            and dtypes matter. By default [2, 3, 224, 224], or what a timm model's
-            ``pretrained_cfg`` says, and a few other sizes where the forward rejects that.
-        follow: know the channel dims of block inputs from the blocks before; takes longer, and is
-            needed only where a block itself does not show them.
+        model: any module. It is neither run nor changed.
+        example_input: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+            Only shapes and dtypes matter. The default is the size in the ``pretrained_cfg`` of a
+            timm model, or else [2, 3, 224, 224] for images, and then a few other sizes.
+        follow: whether to find out the channel dims of a block's inputs from the blocks before it.
+            This takes longer, and is needed only if the block itself does not show them.
 
     Raises:
-        ForwardError: the forward failed before its end, for another reason than that it needs
-            values where meta tensors have none.
+        ForwardError: the forward failed before its end, and not because it needs values that meta
+            tensors do not have.
     """
 
     def work(twin: nn.Module, device: torch.device) -> Trace:
@@ -108,11 +108,11 @@ def trace_blocks(model: nn.Module, example_input: Any = None, *, follow: bool = 
 def on_a_copy(
     model: nn.Module, work: Callable[[nn.Module, torch.device], _T], *, hooks: bool = False
 ) -> _T:
-    """Do something with a copy of the model on meta, while this thread sees what planning replaces.
+    """Do something with a copy of the model on meta, with the replacements for planning in place.
 
     Args:
-        model: it is neither run nor changed, and no random number is drawn.
-        work: what is to be done with the copy, and with the device that the model is on.
+        model: any module. It is neither run nor changed, and no random number is drawn.
+        work: what to do. It gets the copy, and the device that the model is on.
         hooks: whether the copy has the user's hooks too.
     """
 

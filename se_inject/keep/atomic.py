@@ -1,4 +1,4 @@
-"""Writing files that are whole or not there."""
+"""Writes files that are either whole or not there."""
 
 import contextlib
 import os
@@ -11,27 +11,27 @@ from pathlib import Path
 
 from se_inject.errors import ArgumentError
 
-# What the name of every temporary file begins with: the machine, since others may share the disk.
-# The id of the process follows. The name of the file itself is not in it, so that a name of 255
+# The name of every temporary file begins with the machine, because others may share the disk, and
+# the id of the process. It does not contain the name of the file itself, so that a name of 255
 # bytes works.
 _ANY_PREFIX = ".se-inject-"
 _PREFIX = f"{_ANY_PREFIX}{zlib.crc32(platform.node().encode()):08x}-"
 
 # Temporary files end in .part, so that no glob for finished files (*.safetensors) finds them. Only
-# these keep their suffix at the end, because libraries tell the format by it.
+# these suffixes stay at the end of the name, because libraries tell the format by them.
 _TOLD_BY_SUFFIX = (".onnx", ".pdf", ".png", ".pt2", ".svg")
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, suffix: str = "") -> Iterator[Path]:
-    """Yield a temporary file to write to, which becomes ``path`` at the end, flushed to the disk.
+    """Yield a temporary file to write to. At the end it is flushed to the disk as ``path``.
 
-    Whatever happens on the way, ``path`` is the old file or the new one and never half of one. A
-    file that is replaced keeps its mode, and its owner where the system allows that. A symbolic
-    link stays, and the file that it points to is replaced.
+    Whatever happens on the way, ``path`` is the old file or the new one and never half of one. The
+    new file has the mode of the old one, and its owner if the system allows that. A symbolic link
+    stays, and the file that it points to is replaced.
 
     Raises:
-        ArgumentError: ``path`` is there and no regular file, its folder does not exist, or its
+        ArgumentError: ``path`` exists but is not a regular file, its folder does not exist, or its
             name does not end in ``suffix``.
     """
     if suffix and path.suffix != suffix:
@@ -57,13 +57,13 @@ def atomic_write(path: Path, suffix: str = "") -> Iterator[Path]:
 
 
 def _target(path: Path) -> tuple[Path, os.stat_result | None]:
-    """The file to replace, behind all symbolic links, and what it is now."""
+    """The file to replace, behind all symbolic links, and its present state."""
     try:
         target = Path(os.path.realpath(path))
         old = target.lstat()
     except (FileNotFoundError, NotADirectoryError):
         old = None
-    except (OSError, ValueError) as error:  # a name too long, a circle of links, a NUL in the name
+    except (OSError, ValueError) as error:  # the name is too long or has a NUL, or links circle
         raise ArgumentError(f"{str(path)!r} cannot be a file here ({error}).") from error
     if old is not None and stat.S_ISDIR(old.st_mode):
         raise ArgumentError(f"{path} is a folder; give the name of a file.")
@@ -87,7 +87,7 @@ def _take_mode_and_owner(part: Path, old: os.stat_result | None) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Write a file, or the names in a folder, to the disk; not every system can flush folders."""
+    """Flush a file, or the names in a folder, to the disk. Not every system can flush folders."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -107,7 +107,8 @@ def sweep(folder: Path, *, of_other_machines: bool = False) -> None:
     """Delete the temporary files of processes that were killed.
 
     Args:
-        of_other_machines: those of other machines too, whose processes nobody can ask for here.
+        of_other_machines: whether to delete the files of other machines too. Nobody can ask here
+            whether the processes there still run.
     """
     for part in folder.glob(f"{_ANY_PREFIX}*"):
         dead = of_other_machines
@@ -120,9 +121,9 @@ def sweep(folder: Path, *, of_other_machines: bool = False) -> None:
 
 
 def process_lives(process: int) -> bool:
-    """Whether this machine has a process of that number."""
+    """Whether this machine has a process with that number."""
     if os.name != "posix":
-        return True  # Signal 0 would end the process there.
+        return True  # On such a system signal 0 would end the process.
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

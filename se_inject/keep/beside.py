@@ -1,4 +1,4 @@
-"""What was injected, as JSON beside the weights of others: ``config.json`` of transformers or timm.
+"""Describes what was injected as JSON, for the ``config.json`` of transformers or timm.
 
 Their folders hold all tensors of a model and a description that builds its class. ``described``
 says what ``inject_se`` did, and ``repeat`` does it again on a base before its tensors are loaded.
@@ -16,8 +16,8 @@ from se_inject.keep.replan import like, plan_again
 from se_inject.layers.attention import SELayer
 from se_inject.names import block_label
 
-# A bottleneck that is wider than its map and than this is no bottleneck: a hostile file asks for
-# memory. Here no tensors of a file bound the widths.
+# If a bottleneck is wider than its map and than this, a hostile file is asking for memory. There
+# are no tensors here that bound the widths.
 _WIDE = 4096
 
 
@@ -40,15 +40,15 @@ def described(model: nn.Module) -> dict[str, Any]:
 
 
 def repeat(base: nn.Module, plan: Any, source: str, se_layer: SELayer | None = None) -> nn.Module:
-    """Inject into a base what ``plan`` says, in place; the new tensors are those of a start.
+    """Inject into a base what ``plan`` says, in place. The new tensors have their initial values.
 
     Args:
-        plan: what :func:`described` gave. It may come from anybody.
-        source: where it is from, for messages.
-        se_layer: what the saved model was injected with, if it was.
+        plan: what :func:`described` returned. It may come from anybody.
+        source: where the plan comes from, for messages.
+        se_layer: the ``se_layer`` of the saved model, if it had one.
 
     Raises:
-        CheckpointError: the plan is damaged, or is not of this base.
+        CheckpointError: the plan is damaged, or was made for another base.
     """
     sites, examples = parse_plan(plan, source)
     for settings, own in by_call(sites).items():

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from se_inject.edit.block_class import edit_of
 
-# The buffers of this name count training steps and nothing else: a base that has seen more batches
-# is the same base.
+# The buffers of this name only count training steps. A base that has seen more batches is still the
+# same base.
 COUNTERS = "num_batches_tracked"
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the ``state_dict``, without what a ``get_extra_state`` adds."""
+    """The tensors of the ``state_dict``, without those that a ``get_extra_state`` adds."""
     return {
         key: value
         for key, value in model.state_dict().items()
@@ -65,6 +65,6 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def hash_of(tensor: Tensor) -> str:
-    """A hash of the bytes: its 64 bits guard against mistakes and not against forgers."""
+    """A hash of the bytes of a tensor. Its 64 bits guard against mistakes, not against forgers."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(data.tobytes()).hexdigest()[:16]

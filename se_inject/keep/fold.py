@@ -1,7 +1,7 @@
 """Folds the factor of a gate into the layer before the SE block, to the last bit.
 
-The factor 2 of a gate ``2 * sigmoid`` is only a parametrisation. When the layer that feeds the SE
-block is doubled, the SE block sees doubled means; when ``fc1`` is halved at the same time,
+The factor 2 of a gate ``2 * sigmoid`` is only a parametrisation. If the layer that feeds the SE
+block is doubled, the SE block sees doubled means. If ``fc1`` is halved at the same time,
 ``x * 2 sigmoid(f(x))`` is ``2x * sigmoid(f(2x / 2))``. Doubling and halving are exact in floating
 point, so the outputs stay equal to the last bit.
 """
@@ -21,16 +21,16 @@ from se_inject.names import block_label
 
 
 def fold_gates(model: nn.Module) -> None:
-    """Turn every gate ``2 * sigmoid`` into a plain sigmoid, in place; outputs stay as they are.
+    """Turn every gate ``2 * sigmoid`` into a plain sigmoid, in place. The outputs stay the same.
 
-    A gate ``2 * hard_sigmoid`` becomes ``hard_sigmoid`` in the same way. Every squeeze allows it:
-    a doubled map has doubled means, doubled maxima and doubled values.
+    A gate ``2 * hard_sigmoid`` becomes ``hard_sigmoid`` in the same way. This works with every
+    squeeze, because a doubled map has doubled means, doubled maxima and doubled values.
 
     Raises:
         NoSiteError: the model has no SE block.
-        ExportError: a gate is no multiple of the paper's gate (``1 + tanh`` is none), or the SE
-            block reads something other than a norm, convolution or Linear that feeds it alone.
-            Nothing is changed then.
+        ExportError: a gate is not a multiple of the paper's gate (such as ``1 + tanh``), an SE
+            block adds a shift, or it reads something other than a norm, convolution or Linear that
+            feeds it alone. Nothing is changed then.
     """
     producers = Producers(model)
     folds: list[tuple[nn.Module, SqueezeExcite, float]] = []
@@ -78,7 +78,7 @@ def fold_factor(source: nn.Module, layer: SqueezeExcite, factor: float) -> None:
 
 
 class Producers:
-    """The layers of a model that feed SE blocks alone, and whose weights can take a factor."""
+    """The layers of a model that only feed SE blocks, and whose weights can take a factor."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = model.named_modules(remove_duplicate=False)
@@ -90,7 +90,7 @@ class Producers:
     def of(self, block: nn.Module, producer: str | None) -> nn.Module | None:
         """The norm, convolution or Linear that ends a block's producer (see ``Edit.producers``).
 
-        It is None where there is no such layer, or where others use it or its weights too.
+        It is None if there is no such layer, or if others use it or its weights too.
         """
         source = None if producer is None else last_affine(block.get_submodule(producer))
         if source is None or self._uses[id(source)] > 1:
@@ -98,19 +98,19 @@ class Producers:
         return None if any(self._shared[id(t)] > 1 for t in affine(source)) else source
 
     def has_alone(self, module: nn.Module) -> bool:
-        """Whether the model has a module at one place, and its tensors in no other module."""
+        """Whether a module is at one place only in the model and shares its tensors with none."""
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         return self._uses[id(module)] == 1 and all(self._shared[id(t)] == 1 for t in tensors)
 
 
 def affine(layer: nn.Module) -> list[Tensor]:
-    """Weight and bias: the output is linear in both together."""
+    """The weight and bias of a layer. Its output is linear in both together."""
     tensors = (getattr(layer, "weight", None), getattr(layer, "bias", None))
     return [t for t in tensors if isinstance(t, Tensor)]
 
 
 def scales_channels(source: nn.Module, layer: SqueezeExcite) -> bool:
-    """Whether dim 0 of the source's weight is the channel dim of the map that the block scales."""
+    """Whether dim 0 of the source's weight belongs to the channels that the SE block scales."""
     from timm.layers import LayerNorm2d
 
     if affine(source)[0].shape[0] != layer.channels:
@@ -132,8 +132,10 @@ def last_affine(module: nn.Module) -> nn.Module | None:
 
 
 def _affine_layers() -> set[type[nn.Module]]:
-    """The classes that count, without subclasses: timm's ScaledStdConv2d is a Conv2d that takes
-    any scale out of its weight again.
+    """The classes of layers with such a weight and bias.
+
+    Subclasses do not count: timm's ScaledStdConv2d is a Conv2d that removes any scale from its
+    weight again.
     """
     from timm.layers import BatchNormAct2d, LayerNorm, LayerNorm2d
     from torchvision.ops import FrozenBatchNorm2d

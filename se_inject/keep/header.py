@@ -1,4 +1,4 @@
-"""What a file of ``save_se`` says beside its tensors."""
+"""What a file of ``save_se`` says besides its tensors."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,15 +15,15 @@ from se_inject.layers.squeeze_excite import SqueezeExcite
 from se_inject.layers.variant import Variant
 from se_inject.sites.scaled import Where
 
-# The format that this version writes. Files of format 1 name no squeeze, gate and bias: their
-# blocks are the standard ones, which are the defaults. Files of formats 1 and 2 know residual
-# branches only. In files of formats 1 to 3, the layers of a user's se_layer stand alone, whatever
-# their init says; format 4 says with it whether each is in an IdentityStart, and knows the shift of
-# SE blocks. A file that needs nothing of format 4 is of format 3, so that older versions read it.
+# The newest format that this version writes. Files of format 1 name no squeeze, gate and bias:
+# their blocks are the standard ones, which are the defaults. Files of formats 1 and 2 know residual
+# branches only. In formats 1 to 3, the layers of a user's se_layer are never in an IdentityStart,
+# whatever their init says. In format 4 the init says whether they are, and SE blocks may have a
+# shift. A file that needs nothing of format 4 is written in format 3, which older versions read.
 FORMAT = 4
 _PLAIN_FORMAT = 3
 
-# The entry of the safetensors header that holds ours, as JSON.
+# This entry of the safetensors header holds our own header, as JSON.
 HEADER_KEY = "se_inject"
 
 
@@ -33,7 +33,7 @@ class SharedSettings:
 
     variant: Variant
     custom: bool  # whether a user's se_layer made the blocks
-    example: int  # the index of the example, among the header's, that the forward was recorded with
+    example: int  # the forward was recorded with the example of this index in the header
     where: Where = "residual"  # where the plan looked for sites
 
 
@@ -44,12 +44,12 @@ class SavedSite:
     block: str
     child: str
     r: int
-    channels: int | None  # None where a user's se_layer made the block: it need not say
+    channels: int | None  # None if a user's se_layer made the block, which need not say this
     bottleneck: int | None  # None in the same case
     settings: SharedSettings
 
     def to_dict(self) -> dict[str, Any]:
-        """The site as JSON-ready data; the variant's options stand among the settings."""
+        """The site as JSON-ready data. The options of the variant are among the settings."""
         data = asdict(self)
         del data["settings"]["variant"]
         data["settings"] |= self.settings.variant.to_dict()
@@ -58,19 +58,19 @@ class SavedSite:
 
 @dataclass(frozen=True)
 class Header:
-    """All that a file of :func:`save_se` says beside its tensors."""
+    """Everything that a file of :func:`save_se` says besides its tensors."""
 
-    version: str  # of se_inject, which wrote the file
+    version: str  # the version of se_inject that wrote the file
     model: str  # the class of the saved model
     sites: tuple[SavedSite, ...]
-    # Each as example_input takes it, or None where JSON could not hold it.
+    # Each example has the form that example_input takes. It is None if JSON could not hold it.
     examples: tuple[Any, ...]
-    modules: Mapping[str, str]  # name -> hash of what the module's repr says, such as its eps
+    modules: Mapping[str, str]  # name -> hash of the module's class and repr (such as its eps)
     base: Mapping[str, Sequence[Any]]  # name -> dtype, shape, and a hash or None
 
     @property
     def frozen(self) -> list[str]:
-        """The names of the tensors that are not in the file, so that the base must bring them."""
+        """The names of the tensors that are not in the file and that the base must bring."""
         return [key for key, (*_, digest) in self.base.items() if digest]
 
     def differing(self, base: nn.Module) -> list[str]:
@@ -83,12 +83,12 @@ class Header:
         ]
 
     def groups(self) -> dict[SharedSettings, list[SavedSite]]:
-        """The sites by the ``inject_se`` call that made them."""
+        """The sites, grouped by the ``inject_se`` call that made them."""
         return by_call(self.sites)
 
 
 def by_call(sites: Iterable[SavedSite]) -> dict[SharedSettings, list[SavedSite]]:
-    """Sites by the ``inject_se`` call that made them."""
+    """Group sites by the ``inject_se`` call that made them."""
     groups: dict[SharedSettings, list[SavedSite]] = {}
     for site in sites:
         groups.setdefault(site.settings, []).append(site)
@@ -96,9 +96,9 @@ def by_call(sites: Iterable[SavedSite]) -> dict[SharedSettings, list[SavedSite]]
 
 
 def saved_sites(model: nn.Module, examples: list[Any]) -> list[SavedSite]:
-    """The SE blocks of a model; a block that is reached by two names comes once.
+    """The SE blocks of a model. A block that has two names comes only once.
 
-    What the forwards were recorded with is appended to ``examples``.
+    The arguments with which the forwards were recorded are appended to ``examples``.
     """
     return [
         _site(name, module, edit, child, r, examples)
@@ -124,8 +124,8 @@ def _site(
         channels=layer.channels if ours else None,
         bottleneck=layer.bottleneck if ours else None,
         settings=SharedSettings(
-            # The layer knows its init best: folding the gate changes it. Of a layer of the user's
-            # own, only the placement comes from our options.
+            # The layer knows its init best, because folding the gate changes it. For a layer of the
+            # user's own, only the placement comes from our options.
             variant=replace(settings.variant, init=layer.init)
             if ours
             else Variant(settings.variant.placement, init=_init_of(layer)),
@@ -137,12 +137,12 @@ def _site(
 
 
 def _init_of(layer: nn.Module) -> Init:
-    """How a layer that is no SE block began."""
+    """How a layer that is not an SE block began."""
     return "identity" if isinstance(layer, IdentityStart) else "paper"
 
 
 def format_of(sites: Iterable[SavedSite]) -> int:
-    """The oldest format that can say what these sites have."""
+    """The oldest format in which these sites can be described."""
     of_all = {(site.settings.custom, site.settings.variant) for site in sites}
     newer = any(of.shift or (custom and of.init == "identity") for custom, of in of_all)
     return FORMAT if newer else _PLAIN_FORMAT
@@ -151,7 +151,7 @@ def format_of(sites: Iterable[SavedSite]) -> int:
 def _encode_example(example: Arguments) -> Any:
     """An example as JSON-ready data, in the form that ``example_input`` takes.
 
-    None stands for an example that JSON cannot hold; ``load_se`` will ask for an example_input.
+    None stands for an example that JSON cannot hold. ``load_se`` then asks for an example_input.
     """
     args, kwargs = example
     try:

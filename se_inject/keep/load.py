@@ -1,7 +1,7 @@
-"""``load_se``: what a file of ``save_se`` says is put into a base network.
+"""``load_se`` injects into a base network what a file of ``save_se`` describes.
 
-The file has a fingerprint of its base, tensor by tensor, so that it never goes silently onto
-another base. The sites are planned anew on the base and must be those of the file.
+The file has a fingerprint of each tensor of its base, so that it is never loaded silently onto
+another base. The sites are planned again on the base, and they must be those of the file.
 """
 
 import os
@@ -35,21 +35,25 @@ def load_se(
     example_input: Any = None,
     se_layer: SELayer | None = None,
 ) -> nn.Module:
-    """Inject into ``base`` what a file of :func:`save_se` says, in place, and return the model.
+    """Inject into ``base`` what a file of :func:`save_se` describes, in place, and return it.
 
-    Outputs are then equal to those of the saved model, unless a warning says that a module of
-    the base has another class or setting, such as eps. If anything fails, ``base`` is as it was.
+    The outputs are then equal to those of the saved model, unless a warning says that a module of
+    the base has another class or another setting, such as eps. If anything fails, ``base`` stays as
+    it was.
 
     Args:
-        base: the network that the saved one was made from, with its weights, without SE blocks.
-        path: the file, a folder that :func:`save_se` wrote, or ``"hf-hub:user/repo"`` (with
-            ``@revision`` where that is wanted).
-        example_input: as in :func:`plan_se`; only for a forward whose arguments no file can hold.
-        se_layer: what the saved model was injected with, if it was: code is in no checkpoint.
+        base: the network from which the saved model was made, with its own weights and without SE
+            blocks.
+        path: the file, a folder that :func:`save_se` wrote, or ``"hf-hub:user/repo"``, to which
+            ``@revision`` can be added.
+        example_input: the same as for :func:`plan_se`. It is needed only if the file could not hold
+            the arguments of the forward.
+        se_layer: the ``se_layer`` of the saved model, if it had one. The file holds no code.
 
     Raises:
-        CheckpointError: the file is damaged, foreign or of another version, or ``base`` is not
-            the network that it was made for; the message names the first differences.
+        CheckpointError: the file is damaged, another program or version wrote it, or it was made
+            for another network than ``base``. The message names the first differences.
+        UnsupportedModelError: ``base`` cannot be edited as it is.
     """
     file = weights_file(path)
     header, tensors = read_file(file)
@@ -81,7 +85,7 @@ def load_se(
             state.put_back()
         with torch.no_grad():
             for key, tensor in before.items():
-                if not _same(own[key], tensor):  # An untouched tensor keeps its version.
+                if not _same(own[key], tensor):  # An unchanged tensor keeps autograd's version.
                     own[key].copy_(tensor)
 
     run_or_undo(load, undo)
@@ -137,7 +141,7 @@ def _check_base(base: nn.Module, header: Header, path: Any) -> None:
 
 
 def _check_there(plan: Plan, tensors: Mapping[str, Tensor], path: Any) -> None:
-    """Raise unless the file has the tensors of each SE block: nothing is built in vain."""
+    """Raise unless the file has tensors of each SE block, before anything is built for them."""
     missing = [key for s in plan.sites if (key := f"{s.name}.fc1.weight") not in tensors]
     if missing:
         raise CheckpointError(f"{path}: the file lacks {_few(missing)}.")
@@ -177,6 +181,6 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Any) -> None:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same bytes, so that NaN is equal to NaN."""
+    """Whether two tensors have the same bytes. NaN is then equal to NaN."""
     mine, others = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return torch.equal(mine, others)

@@ -1,6 +1,6 @@
-"""Reading a file of ``save_se``: its header, and its tensors if they are wanted.
+"""Reads a file of ``save_se``: its header, and its tensors if they are wanted.
 
-Reading executes nothing: a safetensors file holds bytes and JSON.
+Reading executes nothing, because a safetensors file holds only bytes and JSON.
 """
 
 import json
@@ -26,7 +26,7 @@ def read_header(path: Path) -> Header:
 
     Raises:
         CheckpointError: the file is damaged or of another version.
-        ForeignFileError: the file is whole, and not one of save_se.
+        ForeignFileError: the file is intact, but save_se did not write it.
     """
     return read_file(path, tensors=False)[0]
 
@@ -39,7 +39,7 @@ def read_file(path: Path, *, tensors: bool = True) -> tuple[Header, dict[str, Te
             raise CheckpointError(f"{shown} is no regular file.")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            # A file of somebody else's may be large: its header tells before its tensors are read.
+            # Somebody else's file may be large. Its header is looked at before its tensors are.
             header = _parse(metadata[HEADER_KEY], shown) if HEADER_KEY in metadata else None
             keys = file.offset_keys() if header else ()
             if header:
@@ -64,17 +64,17 @@ def read_file(path: Path, *, tensors: bool = True) -> tuple[Header, dict[str, Te
 
 
 def printable(value: object) -> str:
-    """A text from a file, or about one, that is safe to show: on one line, of bounded length."""
+    """A text from a file, or about one, made safe to show: one line of bounded length."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-# What a header may say at most: far more than any network has, and little enough to be harmless.
+# The limits of a header. They are far more than any network has, and small enough to be harmless.
 _MOST_SITES = 100_000
-_LARGEST = 2**31 - 1  # of a width, a ratio or a size
-_LARGEST_EXAMPLE = 2**40  # elements; examples are on meta and take no memory
-_LONGEST = 500  # characters of a name
-_DEEPEST = 50  # lists in lists of an example
+_LARGEST = 2**31 - 1  # the largest width, ratio or size
+_LARGEST_EXAMPLE = 2**40  # in elements; examples are on meta and take no memory
+_LONGEST = 500  # the longest name, in characters
+_DEEPEST = 50  # how deeply an example may be nested
 
 _DAMAGE = (
     LookupError,
@@ -93,7 +93,7 @@ def _damaged(shown: str, error: object) -> CheckpointError:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys each come once: of two values, no reader knows which one counts."""
+    """A JSON object in which each key comes once. Of two values, nobody knows which one counts."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a key comes twice")
     return dict(pairs)
@@ -139,10 +139,10 @@ def _parse(text: str, shown: str) -> Header:
 
 
 def parse_plan(data: Any, shown: str) -> tuple[tuple[SavedSite, ...], tuple[Any, ...]]:
-    """The sites and the examples of a plan that JSON kept beside a model.
+    """The sites and the examples of a plan that was kept as JSON beside a model.
 
     Raises:
-        CheckpointError: it is damaged or of another version.
+        CheckpointError: the plan is damaged or of another version.
     """
     try:
         if type(data["format"]) is not int or not 1 <= data["format"] <= FORMAT:
@@ -177,7 +177,7 @@ def _parse_tensor(entry: Any) -> tuple[str, list[int], str | None]:
 def _parse_site(data: Any, number: int) -> SavedSite:
     own = dict(data["settings"])
     custom, example = own.pop("custom"), own.pop("example")
-    if custom is True and number < 4:  # none of them was in an IdentityStart yet
+    if custom is True and number < 4:  # in these formats no layer was in an IdentityStart
         own["init"] = "paper"
     where = own.pop("where", "residual")
     settings = SharedSettings(Variant(**own), custom, example, where)
@@ -217,10 +217,10 @@ def _check_sites(sites: Sequence[SavedSite], examples: Sequence[Any]) -> None:
 
 
 def _check_widths(header: Header, shapes: dict[str, list[int]], shown: str) -> None:
-    """Compare what the header says with the tensors before anything of that size is built."""
+    """Compare the widths in the header with the tensors, before anything so large is built."""
     for site in header.sites:
         key = f"{site.block}.{site.child}.fc1.weight".lstrip(".")
-        shape = shapes.get(key)  # A missing tensor is an error once the sites are known to fit.
+        shape = shapes.get(key)  # A missing tensor becomes an error later, when the sites fit.
         if site.settings.custom or shape is None or shape[:2] == [site.bottleneck, site.channels]:
             continue
         raise CheckpointError(

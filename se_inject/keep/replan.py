@@ -1,4 +1,4 @@
-"""The plan of a saved model made anew on a base: what ``load_se`` and ``repeat`` begin with."""
+"""Makes the plan of a saved model again on a base, which ``load_se`` and ``repeat`` begin with."""
 
 import warnings
 from collections.abc import Sequence
@@ -29,10 +29,10 @@ def plan_again(
     """The plan of one ``inject_se`` call of a file, or an error if the base has other sites.
 
     Args:
-        settings, sites: what the file says of that call.
-        example: what the forward was recorded with, in the dtype of the base.
-        se_layer: what the saved model was injected with, if it was.
-        path: of the file, for messages.
+        settings, sites: what the file says about that call.
+        example: the arguments of the recorded forward, in the dtype of the base.
+        se_layer: the ``se_layer`` of the saved model, if it had one.
+        path: the path of the file, for messages.
     """
     if settings.custom and se_layer is None:
         raise CheckpointError(
@@ -46,7 +46,7 @@ def plan_again(
     blocks = {site.block: site for site in sites}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # They were shown when the model was injected.
+            warnings.simplefilter("ignore")  # They were shown when the saved model was injected.
             plan = make_plan(  # This checks the options of the variant too.
                 base,
                 Injection(
@@ -78,7 +78,7 @@ def plan_again(
 
 
 def like(base: nn.Module, example: Any) -> Any:
-    """The example in the dtype of the base, which may have been converted since the injection."""
+    """The example in the dtype of the base, which may have been converted after the injection."""
     dtype = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
 
     def convert(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""MODEL and a file of ``save_se`` -> the network that was saved."""
+"""Builds the saved network from a file of ``save_se`` and the name of its base."""
 
 from pathlib import Path
 
@@ -27,24 +27,25 @@ def restore_model(
     """Build the base, give it its weights, and put the saved SE blocks in.
 
     Args:
-        name: of the base, as :func:`load_model` takes it.
+        name: the name of the base, as :func:`load_model` takes it.
         weights: a file or folder of :func:`save_se`, or ``hf-hub:user/repo``.
-        checkpoint: the base's own weights. Without it, the pretrained weights of the library are
-            taken where the file does not hold all weights.
-        in_chans, num_classes: those of the base; for timm's models, the file knows the number of
-            classes.
-        se_layer: as in :func:`load_se`.
+        checkpoint: a file with the base's own weights. Without it, the pretrained weights of the
+            library are used if the file of SE blocks does not hold all weights.
+        in_chans, num_classes: the input channels and the classes of the base. For timm's models,
+            the file knows the number of classes.
+        se_layer: the same as for :func:`load_se`.
 
     Raises:
-        CheckpointError: a file is damaged, or made for another network.
-        UnknownModelError: no such model, or its pretrained weights cannot be had.
+        CheckpointError: a file is damaged, or was made for another network.
+        UnknownModelError: there is no such model, or its pretrained weights cannot be had.
     """
     weights = weights_file(weights)
     header = read_header(weights)
     if num_classes is None:
         num_classes = _num_classes(name, header, in_chans)
     base = load_model(name, in_chans=in_chans, num_classes=num_classes)
-    # What a fresh base has already, such as a table of positions, needs no weights.
+    # If the only missing tensors are those that a fresh base has anyway, such as a table of
+    # positions, no weights are needed.
     if checkpoint is None and header.differing(base):
         base = _pretrained(name, in_chans, num_classes)
     if checkpoint is not None:
@@ -64,7 +65,7 @@ def _pretrained(name: str, in_chans: int | None, num_classes: int | None) -> nn.
 
 
 def _num_classes(name: str, header: Header, in_chans: int | None) -> int | None:
-    """The number of outputs that the classifier of a timm model has in the file."""
+    """The number of outputs that the classifier of a timm model has according to the file."""
     classifier = head_name(load_model(name, in_chans=in_chans, meta=True))
     entry = header.base.get(f"{classifier}.weight")
     return int(entry[1][0]) if entry else None

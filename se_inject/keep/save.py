@@ -1,4 +1,4 @@
-"""``save_se``: the SE tensors and the whole plan in one ``.safetensors`` file, or a folder."""
+"""``save_se`` writes the SE tensors and the whole plan to a ``.safetensors`` file or a folder."""
 
 import json
 import os
@@ -35,31 +35,35 @@ def save_se(
 ) -> None:
     """Write the SE blocks of ``model`` to one ``.safetensors`` file, or to a folder to share.
 
-    A folder gets that file as ``se.safetensors``, a ``config.json`` that says the base, and a model
-    card ``README.md`` (one that was edited stays as it is). :func:`from_pretrained` and
-    :func:`load_se` read it, from the disk or from the Hugging Face Hub.
+    A folder gets three files: the SE blocks in ``se.safetensors``, a ``config.json`` that names the
+    base, and a model card ``README.md``. A card that somebody has edited stays as it is.
+    :func:`from_pretrained` and :func:`load_se` read the folder, from the disk or from the Hugging
+    Face Hub.
 
     Args:
-        model: an injected model, not wrapped for distributed runs and not sharded.
-        path: the file; it is replaced as a whole or not at all, whatever happens on the way. With a
-            slash at its end (``"folder/"``) it is a folder.
-        extra: what else goes into the file: a glob or globs on ``state_dict`` keys
-            (``"head.*"``), or ``"trained"`` for every tensor that can have changed: trainable
-            parameters and the statistics of norms. Without it, the file is right only for a base
-            whose own tensors have stayed as they were.
-        base: the name of the base, such as ``"torchvision/resnet50"``. A model of timm knows it.
-        run: the folder of the fine-tuning run that the model is from. The card then says the data,
-            the classes and the accuracies.
-        license: of the weights, such as ``"apache-2.0"``; by default that of timm's base weights.
-        push_to_hub: ``"user/repo"``, which is made if it is not there. A card on the Hub stays.
+        model: an injected model. It must not be sharded or wrapped for distributed runs.
+        path: the file to write. It is replaced as a whole or not at all, whatever happens on the
+            way. A path that ends in a slash (``"folder/"``) is a folder.
+        extra: which other tensors go into the file. It is one glob or several globs on
+            ``state_dict`` keys (``"head.*"``), or ``"trained"`` for every tensor that can have
+            changed: trainable parameters and the statistics of norms. Without ``extra``, the file
+            fits only a base whose own tensors have stayed as they were.
+        base: the name of the base, such as ``"torchvision/resnet50"``. A model of timm knows its
+            own name.
+        run: the folder of the fine-tuning run that made the model. The card then has the data and
+            the accuracies, and ``config.json`` has the classes.
+        license: the licence of the weights, such as ``"apache-2.0"``. The default is the licence of
+            timm's base weights.
+        push_to_hub: a repository on the Hub, ``"user/repo"``, to which the folder is uploaded. It
+            is created if it does not exist. If it has a card already, that card stays.
 
     Raises:
         NoSiteError: the model has no SE block.
         ArgumentError: a glob of ``extra`` matches no tensor, the path cannot be written, or an
-            option of folders is given for a file.
+            option for folders is given with a file.
         UnsupportedModelError: the model is wrapped, compiled or sharded.
-        CheckpointError: ``run`` is no finished run.
-        ExportError: the Hub does not take the folder, which is written on the disk.
+        CheckpointError: ``run`` is not the folder of a finished run.
+        ExportError: the Hub does not take the folder. It is written on the disk all the same.
     """
     if not names_a_folder(path):
         options = {"base": base, "run": run, "license": license, "push_to_hub": push_to_hub}
@@ -117,14 +121,14 @@ def _write_file(model: nn.Module, path: Path, extra: Patterns) -> None:
 
 
 def _extra(model: nn.Module, base: Sequence[str], extra: Patterns) -> set[str]:
-    """The keys of the base that go into the file too."""
+    """The keys of the base whose tensors go into the file too."""
     if extra is None:
         return set()
     if extra != "trained":
         return matching(base, extra, "extra", "tensor of the base")
     names = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    # Buffers of floating point are statistics (spectral norm's vectors too); those of whole numbers
-    # are tables, which never change, or counters.
+    # Buffers of floating-point numbers are statistics (spectral norm's vectors too). Buffers of
+    # whole numbers are counters, or tables that never change.
     names |= {
         name
         for name, b in model.named_buffers(remove_duplicate=False)

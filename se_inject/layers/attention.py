@@ -1,4 +1,4 @@
-"""Other attention of timm by its name, as a ``se_layer``."""
+"""The other attention layers of timm by name, each of which can be the ``se_layer``."""
 
 import difflib
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch import nn
 
 from se_inject.errors import ArgumentError
 
-# What timm.layers.create_attn knows (1.0.31); it has no list of its own.
+# The names that timm.layers.create_attn knows (timm 1.0.31). timm has no list of them.
 ATTENTIONS: tuple[str, ...] = (
     "se",
     "ese",
@@ -30,7 +30,7 @@ ATTENTIONS += ("lambda", "bottleneck", "halo", "nl", "bat")
 class Attention:
     """``channels -> nn.Module``: one of the layers of ``timm.layers.create_attn``.
 
-    They are built with timm's defaults. They do not begin as the identity by themselves;
+    The layers are built with timm's defaults. They do not begin as the identity by themselves, but
     ``init="identity"`` puts each of them into an ``IdentityStart``.
     """
 
@@ -66,7 +66,7 @@ class Attention:
 def _gather_excite(channels: int) -> nn.Module:
     """GatherExcite with timm's defaults, which timm 1.0.31 itself cannot build.
 
-    timm passes the device of the perceptron in the place of another argument.
+    timm passes the device to the perceptron in the position of another argument.
     """
     from timm.layers import ConvMlp, create_attn, make_divisible
 

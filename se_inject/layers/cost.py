@@ -1,4 +1,4 @@
-"""What one inserted block costs: parameters and MACs."""
+"""What one inserted block costs in parameters and MACs."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,10 +11,11 @@ from se_inject.layers.squeezes import SQUEEZES, Squeeze
 class SECost:
     """What one SE block adds. MACs are for one image; 1 MAC = 2 FLOPs.
 
-    ``layers`` are those of the two 1x1 convolutions, C*rd + rd*C (without a squeeze: at each
-    position; with a shift, C*rd + rd*2C); ``squeeze``, mean or maximum, and ``scale`` (a shift is
-    the sum of the same MAC) are one operation each an element of the map, C*H*W (video: C*T*H*W).
-    Biases, ReLU and the gate are not counted.
+    ``layers`` counts the two 1x1 convolutions: C*rd + rd*C, or C*rd + rd*2C with a shift. Without a
+    squeeze they run at each position, and the number is multiplied by that of the positions.
+    ``squeeze`` (the mean or the maximum) and ``scale`` each count one operation for every element
+    of the map: C*H*W, or C*T*H*W for video. The addition of a shift is part of the MAC of the
+    scale. Biases, ReLU and the gate are not counted.
     """
 
     params: int
@@ -41,7 +42,7 @@ def se_cost(
     Args:
         channels, bottleneck: C and rd.
         spaces: the (H, W) or (T, H, W) of the map, one for each call of the block in a forward.
-        squeeze, bias, shift: as of the block.
+        squeeze, bias, shift: the options of the block.
     """
     out = 2 * channels if shift else channels
     weights = (channels + out) * bottleneck
@@ -56,6 +57,6 @@ def se_cost(
 
 
 def sum_costs(costs: Iterable[SECost]) -> SECost:
-    """Column sums."""
+    """The sum of several costs, column by column."""
     columns = zip(*((c.params, c.layers, c.squeeze, c.scale) for c in costs), strict=True)
     return SECost(*(sum(column) for column in columns))

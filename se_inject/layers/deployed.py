@@ -1,4 +1,4 @@
-"""The SE block of a network that only runs: two matrix products, and a gate that may come early."""
+"""The SE block for inference: two matrix products, and a gate that can be computed early."""
 
 import torch
 from torch import Tensor, fx, nn
@@ -7,22 +7,23 @@ from se_inject.layers.layout import CONVOLUTIONS
 from se_inject.layers.scale_add import add, scale_add
 from se_inject.layers.squeeze_excite import SqueezeExcite
 
-fx.wrap("scale_add")  # for the reason that squeeze_excite gives
+fx.wrap("scale_add")  # squeeze_excite.py gives the reason
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class DeployedSE(nn.Module):
-    """An SE block with a mean over positions, for inference: equal up to rounding.
+    """An SE block for inference, whose outputs equal those of the original up to rounding.
 
     The layers are matrix products on the vectors [N, C], which take fewer steps than convolutions
-    of one position. Where the map comes from a 1x1 convolution, :meth:`excite` takes the input of
-    that convolution in place of its output: the mean over positions commutes with it, and its
-    weights are multiplied into ``fc1``. The gate is then computed before the convolution runs.
+    over one position. Where the map comes from a 1x1 convolution, :meth:`excite` can take the input
+    of that convolution instead of its output. The mean over positions commutes with the
+    convolution, so the weights of the convolution are multiplied into ``fc1``. The gate is then
+    computed before the convolution runs.
 
     Args:
         se: the SE block, with ``squeeze="avg"`` and channels first.
-        feed: the 1x1 convolution whose input :meth:`excite` is going to see.
+        feed: the 1x1 convolution whose input :meth:`excite` will see, or None if it sees the map.
     """
 
     def __init__(self, se: SqueezeExcite, feed: Convolution | None = None) -> None:
@@ -45,7 +46,7 @@ class DeployedSE(nn.Module):
         self.plain = plain
 
     def excite(self, x: Tensor) -> Tensor:
-        """The gate, such as [N, C, 1, 1], of the map, or of the input of the convolution before."""
+        """The gate, such as [N, C, 1, 1]. ``x`` is the map, or the input of ``feed``."""
         z = self.fc2(torch.relu(self.fc1(x.mean(self.space))))
         gate: Tensor = self.gate(z)
         for _ in self.space:
@@ -60,7 +61,7 @@ class DeployedSE(nn.Module):
         in_place: bool = False,
         gate: Tensor | None = None,
     ) -> Tensor:
-        """As :meth:`SqueezeExcite.forward`; ``gate`` is what :meth:`excite` gave before."""
+        """See :meth:`SqueezeExcite.forward`. ``gate`` may be what :meth:`excite` returned."""
         if gate is None:
             gate = self.excite(x)
         if residual is None:
@@ -74,7 +75,7 @@ class DeployedSE(nn.Module):
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    # The weights are replaced, and a layer on meta draws no random number for those it has.
+    # The layer is made on meta, where it draws no random numbers. Its weights are replaced anyway.
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
     if bias is not None:
@@ -83,7 +84,10 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _after(feed: Convolution, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The two layers in one: a 1x1 convolution, and then a layer of this weight and bias."""
+    """The weight and bias of one layer that replaces ``feed`` and the layer after it.
+
+    ``weight`` and ``bias`` are those of the layer after it.
+    """
     wide = weight.double()
     composed = (wide @ feed.weight.flatten(1).double()).to(weight.dtype)
     if feed.bias is None:

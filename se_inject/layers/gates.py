@@ -1,4 +1,4 @@
-"""The paper's gates (Table 12): a new gate is a new row, and its name in the ``Literal``."""
+"""The paper's gates (Table 12). A new gate needs a row here and its name in the ``Literal``."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Init = Literal["identity", "paper"]
 
 @dataclass(frozen=True)
 class GateFunctions:
-    """A gate as the paper writes it, and the form of it that is exactly 1 at 0.
+    """A gate as the paper writes it, and a second form of it that is exactly 1 at 0.
 
     The second form is the function ``identity``, or else ``factor`` times the first form. A factor
     is a power of two, so that multiplying by it loses no bit.
@@ -24,12 +24,12 @@ class GateFunctions:
 
     paper: Callable[[Tensor], Tensor]
     formulas: dict[Init, str]
-    maximum: dict[Init, float | None]  # that the gate can reach; None: there is no end
+    maximum: dict[Init, float | None]  # the largest value of the gate; None means unbounded
     identity: Callable[[Tensor], Tensor] | None = None
     factor: float | None = None
 
     def of(self, init: Init) -> Callable[[Tensor], Tensor]:
-        """The function for a start, without its factor."""
+        """The function for this ``init``, without its factor."""
         return self.identity if init == "identity" and self.identity else self.paper
 
 
@@ -87,10 +87,10 @@ GATES: dict[Gate, GateFunctions] = {
 
 
 class GateLayer(nn.Module):
-    """The gate of an SE block as a module, so that hooks can watch it; it has no parameters.
+    """The gate of an SE block as a module, so that hooks can watch it. It has no parameters.
 
-    A call returns what the branch is multiplied by, with the factor of the gate: ``2 * sigmoid(z)``
-    for a sigmoid that starts as the identity.
+    A call returns the numbers by which the branch is multiplied. They include the factor of the
+    gate: a sigmoid that starts as the identity returns ``2 * sigmoid(z)``.
 
     Args:
         name: a row of :data:`GATES`.
@@ -109,17 +109,17 @@ class GateLayer(nn.Module):
         self._choose()
 
     def _choose(self) -> None:
-        """Keep the function as an attribute, because TorchScript reads no table."""
+        """Keep the function as an attribute, because TorchScript cannot read the table."""
         self.function = GATES[self.name].of(self.init)
         self.factor = self.scale or 1.0
 
     @property
     def scale(self) -> float | None:
-        """The factor between this gate and the paper's; None where it is no multiple of that."""
+        """The factor between this gate and the paper's, or None if it is not a multiple of that."""
         return 1.0 if self.init == "paper" else GATES[self.name].factor
 
     def to_literal(self) -> None:
-        """Change to the gate as the paper writes it."""
+        """Switch to the gate as the paper writes it."""
         self.init = "paper"
         self._choose()
 

@@ -1,4 +1,4 @@
-"""Whether somebody looks at what a module returns: hooks of torch, or a tracer of torch.fx."""
+"""Whether anybody watches what a module returns: a hook of torch, or a tracer of torch.fx."""
 
 from typing import Any
 

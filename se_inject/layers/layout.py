@@ -1,6 +1,6 @@
-"""The kinds of feature maps, in one table, and the layouts in which their dims can lie.
+"""A table of the kinds of feature maps, and the layouts that say what each dim of a map is.
 
-A new kind of map is a new row of :data:`KINDS`.
+A new kind of map needs a new row in :data:`KINDS`.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from torch import nn
 class Kind:
     """Feature maps of one rank: which layers make them, and how people write their dims."""
 
-    rank: int  # of the tensor, with the batch
+    rank: int  # the number of dims of the tensor, the batch included
     convolution: type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]
     functions: frozenset[str]  # the torch functions that convolve such maps
-    axes: str  # of one item, channels first
+    axes: str  # the dims of one item, channels first
     channels_last: bool  # whether [N, *space, C] is such a map too; [N, L, C] are tokens
-    # Sizes to record with where nothing says which: a hand-written network for small inputs
-    # flattens to a fixed size and rejects the usual one.
+    # The input sizes to try, in this order, where nothing says which one is right. A hand-written
+    # network for small inputs flattens to a fixed size and rejects the usual one.
     spaces: tuple[tuple[int, ...], ...]
 
 
@@ -57,28 +57,31 @@ CONVOLUTIONS = tuple(kind.convolution for kind in KINDS.values())
 
 @dataclass(frozen=True)
 class Layout:
-    """Which dims of a feature map are which; dim 0 is the batch.
+    """Which dim of a feature map is which. Dim 0 is the batch.
 
     >>> Layout(4, 1).space, Layout(5, 1).space, Layout(4, 3).space, Layout(3, 1).space
     ((-2, -1), (-3, -2, -1), (-3, -2), (-1,))
     """
 
     ndim: int  # a key of KINDS
-    channel_dim: int  # 1: channels first, ndim - 1: channels last
+    channel_dim: int  # 1 means channels first, ndim - 1 means channels last
 
     @property
     def space(self) -> tuple[int, ...]:
-        """The dims that the squeeze averages over, from the end: a map without batch works too."""
+        """The dims that the squeeze averages over.
+
+        They are counted from the end, so that a map without a batch dim works too.
+        """
         return tuple(d - self.ndim for d in range(1, self.ndim) if d != self.channel_dim)
 
     @property
     def channels_last(self) -> bool:
-        """Whether Linear layers act on the channels."""
+        """Whether the channels are the last dim, on which Linear layers act."""
         return self.channel_dim == self.ndim - 1
 
     @property
     def is_map(self) -> bool:
-        """Whether a tensor that lies so is a feature map."""
+        """Whether a tensor with this layout is a feature map."""
         kind = KINDS.get(self.ndim)
         if kind is None:
             return False
@@ -98,9 +101,9 @@ def pointwise(
     *,
     zero: bool = False,
 ) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear:
-    """A layer over the channels alone: a convolution of size 1, or a Linear for channels last.
+    """Make a layer over the channels alone: a convolution of size 1, or a Linear for channels last.
 
-    With ``zero``, its parameters are 0 and no random number is drawn for them.
+    With ``zero``, its parameters are 0 and no random numbers are drawn for them.
     """
     if zero:
         layer = pointwise(layout, width_in, width_out, bias, "meta", dtype)
@@ -115,10 +118,10 @@ def pointwise(
 
 
 def first_convolution(model: nn.Module) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | None:
-    """The first convolution of a model, which tells the kind and the channels of its input."""
+    """The first convolution of a model. It tells the kind and the channels of the model's input."""
     return next((m for m in model.modules() if isinstance(m, CONVOLUTIONS)), None)
 
 
 def kind_of(convolution: nn.Module | None) -> Kind:
-    """The kind of map that a layer convolves; images where there is no layer to ask."""
+    """The kind of map that a convolution takes. Without a convolution, images are assumed."""
     return next((k for k in KINDS.values() if isinstance(convolution, k.convolution)), KINDS[4])

@@ -17,22 +17,22 @@ def scale_add(
     residual_first: bool = False,
     in_place: bool = False,
 ) -> Tensor:
-    """``residual + x * (factor * gate)``, never writing the product to memory.
+    """Compute ``residual + x * (factor * gate)`` without writing the product to memory.
 
     Args:
         residual, x: maps, such as [N, C, H, W].
-        gate: such as [N, C, 1, 1], broadcast to ``x``.
-        factor: a power of two, so that no rounding depends on where it is multiplied in.
-        residual_first: the sum replaces ``residual + x``; otherwise ``x + residual``. Where the two
-            differ in memory format, the sum has that of its first operand (and the product is
-            written after all).
-        in_place: the sum replaces ``x += residual``: it keeps the dtype of ``x``, and is written to
-            the memory of ``x`` as before where autograd needs none of it.
+        gate: such as [N, C, 1, 1]. It is broadcast to ``x``.
+        factor: a power of two, so that rounding does not depend on where it is multiplied in.
+        residual_first: whether the sum replaces ``residual + x`` and not ``x + residual``. If the
+            two maps differ in memory format, the sum has the format of its first operand, and the
+            product is written to memory after all.
+        in_place: whether the sum replaces ``x += residual``. Such a sum keeps the dtype of ``x``.
+            It is written to the memory of ``x`` as before, unless autograd needs that memory.
     """
     if x.stride() != residual.stride() or x.dtype != residual.dtype:
         product = x * times(gate, factor)
         return product.add_(residual) if in_place else add(product, residual, residual_first)
-    # TorchScript takes no autograd.Function. The question is public, though not in torch's __all__.
+    # TorchScript takes no autograd.Function. is_scripting is public but not in torch's __all__.
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return torch.addcmul(residual, x, gate, value=factor)
     return _scale_add(residual, x, gate, factor, in_place)
@@ -41,9 +41,9 @@ def scale_add(
 def add(
     product: Tensor, residual: Tensor, residual_first: bool = False, in_place: bool = False
 ) -> Tensor:
-    """The sum of a scaled map and its residual as a map of its own.
+    """The sum of a scaled map and its residual, in new memory.
 
-    Whoever holds the product, such as a hook, keeps it as it was. The flags are those of
+    The product is not overwritten, because a hook may hold it. The flags are those of
     :func:`scale_add`.
     """
     total = residual + product if residual_first else product + residual
@@ -53,10 +53,10 @@ def add(
 
 
 def _scale_add(residual: Tensor, x: Tensor, gate: Tensor, factor: float, in_place: bool) -> Tensor:
-    """The same for maps of one memory format and dtype."""
-    # A subclass of Tensor turns the output of a Function into a view, which nothing may change.
+    """The same for two maps that agree in memory format and dtype."""
+    # A subclass of Tensor turns the output of a Function into a view, which may not be changed.
     plain = type(residual) is Tensor and type(x) is Tensor and type(gate) is Tensor
-    # This name is public too, and TorchScript's tracer has no rule for a Function either.
+    # is_tracing is public too. TorchScript's tracer has no rule for a Function either.
     traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if not plain or torch.compiler.is_compiling() or traced or transforms_active():
         return torch.addcmul(residual, x, gate, value=factor)
@@ -75,10 +75,10 @@ def times(gate: Tensor, factor: float) -> Tensor:
 
 
 class _ScaleAdd(torch.autograd.Function):
-    """addcmul with a backward that needs one new map in place of three.
+    """``addcmul`` with a backward pass that needs one new map instead of three.
 
-    The gradient of ``x`` is written over the product that the gradient of the gate is summed up
-    from. Beside ``x`` only the gate is kept, which a sigmoid keeps anyway.
+    The gradient of the gate is the sum over a product, and the gradient of ``x`` is then written
+    over that product. Besides ``x`` only the gate is kept, and a sigmoid keeps that anyway.
     """
 
     @staticmethod
@@ -101,7 +101,7 @@ class _ScaleAdd(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[1]:
             s = times(gate, ctx.factor)
-            # In this order: compiled autograd traces the first and knows nothing of the others.
+            # The order matters: compiled autograd traces the first question but not the others.
             if (
                 torch.compiler.is_compiling()
                 or torch.is_grad_enabled()
@@ -121,8 +121,8 @@ class _ScaleAdd(torch.autograd.Function):
 
 
 def _without_autograd(*tensors: Tensor) -> bool:
-    """Whether neither autograd nor forward AD records: they have no rule for ``out=`` either."""
+    """Whether neither autograd nor forward AD records. Both have no rule for ``out=``."""
     if torch.is_grad_enabled():
         return False
-    unpack: Any = forward_ad.unpack_dual  # which torch gives no types
+    unpack: Any = forward_ad.unpack_dual  # torch declares no types for it
     return all(unpack(t).tangent is None for t in tensors)

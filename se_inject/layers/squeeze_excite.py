@@ -1,4 +1,4 @@
-"""The SE block: the only new ``nn.Module``."""
+"""The SE block as an ``nn.Module``."""
 
 from typing import Any, ClassVar
 
@@ -12,17 +12,17 @@ from se_inject.layers.layout import CONVOLUTIONS, IMAGES, Layout, pointwise
 from se_inject.layers.scale_add import add, scale_add, times
 from se_inject.layers.squeezes import SQUEEZES, Squeeze
 
-# symbolic_trace (of torchvision's create_feature_extractor, of quantization) takes scale_add for a
-# leaf: it asks for strides and dtypes, which the tracer does not know.
+# symbolic_trace (used by torchvision's create_feature_extractor and by quantization) takes
+# scale_add as a leaf, because it asks for strides and dtypes, which the tracer does not know.
 fx.wrap("scale_add")
 
 
 def bottleneck_width(channels: int, r: int, divisor: int = 8) -> int:
-    """Width of the SE bottleneck: ``channels / r`` rounded to a multiple of ``divisor``.
+    """The width of the SE bottleneck: ``channels / r`` rounded to a multiple of ``divisor``.
 
-    Rounds half up and is never below ``divisor``, as ``timm.layers.make_divisible(channels / r,
-    divisor, round_limit=0.)`` does, so that widths equal those of timm's SE networks.
-    ``divisor=1`` gives the paper's plain C/r (to the nearest integer, never below 1).
+    A half is rounded up, and the width is never below ``divisor``. The widths equal those of timm's
+    SE networks, which use ``timm.layers.make_divisible(channels / r, divisor, round_limit=0.)``.
+    ``divisor=1`` gives the paper's plain C/r, rounded to the nearest integer and never below 1.
 
     >>> bottleneck_width(256, 16), bottleneck_width(64, 16), bottleneck_width(64, 16, divisor=1)
     (16, 8, 4)
@@ -33,15 +33,17 @@ def bottleneck_width(channels: int, r: int, divisor: int = 8) -> int:
 class SqueezeExcite(nn.Module):
     """Squeeze-and-Excitation (Hu et al., arXiv 1709.01507, eq. 2 to 4) for maps [N, C, H, W].
 
-    squeeze ``z = mean of x over H, W``; excite ``s = gate(fc2(relu(fc1(z))))``; scale ``x * s``.
+    The block squeezes with ``z = mean of x over H, W``, excites with
+    ``s = gate(fc2(relu(fc1(z))))``, and scales the map to ``x * s``.
 
-    The children are named and shaped as in ``timm.layers.SEModule``: ``fc1`` [rd, C, 1, 1] and
-    ``fc2`` [C, rd, 1, 1], 1x1 convolutions with bias, so that timm's checkpoints fit. For video
-    maps [N, C, T, H, W] they are 1x1x1 convolutions, for channels-last maps [N, H, W, C] Linears.
+    The children are named and shaped as in ``timm.layers.SEModule``, so that timm's checkpoints
+    fit: ``fc1`` [rd, C, 1, 1] and ``fc2`` [C, rd, 1, 1] are 1x1 convolutions with bias. For video
+    maps [N, C, T, H, W] they are 1x1x1 convolutions, and for channels-last maps [N, H, W, C] they
+    are Linear layers.
 
-    ``init="identity"`` zeroes ``fc2``, so that it gives 0 whatever it sees, and takes a gate that
-    is exactly 1 there: a pretrained network computes what it did before. ``init="paper"`` is the
-    paper's formula over randomly initialised layers:
+    ``init="identity"`` sets the parameters of ``fc2`` to 0, so that ``fc2`` returns 0 for every
+    input, and uses a gate that is exactly 1 at 0. A pretrained network then computes what it did
+    before. ``init="paper"`` uses the paper's formula on randomly initialised layers:
 
     ============  ==================  ==================
     gate          ``"paper"``         ``"identity"``
@@ -52,28 +54,29 @@ class SqueezeExcite(nn.Module):
     hard_sigmoid  relu6(z + 3) / 6    relu6(z + 3) / 3
     ============  ==================  ==================
 
-    ``shift=True`` is SE with an additive bias, as chess networks such as Leela's have it: ``fc2``
-    [2C, rd, 1, 1] gives two numbers a channel, of which the first goes into the gate and the second
-    is added behind it, ``x * s + shift``. With ``init="identity"`` the shift is 0.
+    ``shift=True`` is SE with an additive bias, which chess networks such as Leela's have. ``fc2``
+    [2C, rd, 1, 1] then returns two numbers for each channel. The first goes into the gate, and the
+    second is added after the scaling: ``x * s + shift``. With ``init="identity"`` the shift starts
+    at 0.
 
-    At an addition the block gives the sum of branch and shortcut in one pass. Where hooks (of
-    Grad-CAM, Captum, ...) are on the block, it is called with the branch alone, and the shortcut is
-    added to what it returned: the hooks see branch x gate, as on ``timm.layers.SEModule``. Such a
-    sum rounds twice where the one pass may round once; while all gates are 1, both are equal to the
-    last bit. The gate has a module of its own, ``gate``, whose output hooks can watch.
+    At an addition the block computes the sum of branch and shortcut in one pass. If the block has
+    hooks (Grad-CAM and Captum use them), it is called with the branch alone, and the shortcut is
+    added to what it returns. The hooks then see branch x gate, as on ``timm.layers.SEModule``. This
+    sum rounds twice where the single pass may round once. While all gates are 1, both sums are
+    equal to the last bit. The gate is a module of its own, ``gate``, whose output hooks can watch.
 
     Args:
-        channels: C, the channels of the map.
+        channels: C, the number of channels of the map.
         bottleneck: rd, the width between the two layers (see :func:`bottleneck_width`).
-        layout: of the map; [N, C, H, W] by default.
-        squeeze: ``"avg"``; ``"max"``, the maximum over H, W (Table 11 of the paper); ``"none"``,
-            its NoSqueeze (Table 16): the two layers run at every position, and the gate
-            [N, C, H, W] differs from position to position.
+        layout: which dims of the map are which; [N, C, H, W] by default.
+        squeeze: ``"avg"`` takes the mean over H, W, and ``"max"`` the maximum (the paper's Table
+            11). ``"none"`` is the paper's NoSqueeze (Table 16): the two layers run at every
+            position, and the gate [N, C, H, W] differs from position to position.
         gate: a row of the table above (the paper's Table 12).
-        bias: of both layers; the paper's ablations have none.
+        bias: whether the two layers have biases. Those of the paper's ablations have none.
         init: a column of the table above.
-        shift: whether the block also adds a number to each channel, as said above.
-        device, dtype: of the new parameters.
+        shift: whether the block also adds a number to each channel, as described above.
+        device, dtype: where the new parameters are, and of which type.
     """
 
     __jit_unused_properties__: ClassVar[list[str]] = ["gate_scale", "init"]
@@ -99,7 +102,7 @@ class SqueezeExcite(nn.Module):
         self.shift = shift
         self.space = list(layout.space)
         self.fc1 = pointwise(layout, channels, bottleneck, bias, device, dtype)
-        # The identity start needs no random numbers, which cost more than the layer's memory does.
+        # The identity start needs no random numbers. Drawing them takes longer than making zeros.
         zero = init == "identity"
         out = 2 * channels if shift else channels
         self.fc2 = pointwise(layout, bottleneck, out, bias, device, dtype, zero=zero)
@@ -107,13 +110,13 @@ class SqueezeExcite(nn.Module):
         self.set_plain(False)
 
     def set_plain(self, plain: bool) -> None:
-        """Compute with mean, multiply and add from now on, or in one pass again.
+        """Compute with mean, multiply and add from now on, or switch back to the single pass.
 
         See :func:`se_inject.set_plain_ops`.
         """
         self.plain = plain
         kind = SQUEEZES[self.squeeze]
-        # The function is an attribute, because TorchScript reads no table.
+        # The function is an attribute, because TorchScript cannot read the table.
         self._squeeze = kind.plain if plain else kind.of
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,8 +124,8 @@ class SqueezeExcite(nn.Module):
         return {k: v for k, v in state.items() if k != "_squeeze"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A block that was pickled before there were variants does not say which one it is, and one
-        # that was pickled before its gate was a module holds the name of the gate.
+        # A block that was pickled before variants existed does not say which one it is. One that
+        # was pickled before the gate was a module holds the name of the gate.
         old: dict[str, Any] = {"squeeze": "avg", "gate": "sigmoid", "init": "identity"}
         state = old | {"plain": False, "shift": False} | state
         name, init = state.pop("gate"), state.pop("init")
@@ -132,7 +135,7 @@ class SqueezeExcite(nn.Module):
         self.set_plain(self.plain)
 
     def to_literal_gate(self) -> None:
-        """Change to the gate as the paper writes it; the parameters stay as they are."""
+        """Switch to the gate as the paper writes it. The parameters stay as they are."""
         self.gate.to_literal()
 
     @property
@@ -142,11 +145,11 @@ class SqueezeExcite(nn.Module):
 
     @property
     def gate_scale(self) -> float | None:
-        """The factor between this gate and the paper's; None where it is no multiple of that."""
+        """The factor between this gate and the paper's, or None if it is not a multiple of that."""
         return self.gate.scale
 
     def reset_parameters(self) -> None:
-        """Initialise the layers anew, as after ``to_empty()`` of a model that was built on meta."""
+        """Initialise the layers again, for instance after ``to_empty()`` of a model on meta."""
         self.fc1.reset_parameters()
         self.fc2.reset_parameters()
         if self.init == "identity":
@@ -160,14 +163,14 @@ class SqueezeExcite(nn.Module):
         residual_first: bool = False,
         in_place: bool = False,
     ) -> Tensor:
-        """As :meth:`forward`; where the call is watched, the shortcut is added outside of it."""
+        """Call :meth:`forward`. Where the call is watched, the shortcut is added outside of it."""
         scaled: Tensor
         if residual is None:
             scaled = super().__call__(x)
             return scaled
         if is_watched(self, x):
             scaled = super().__call__(x)
-            if isinstance(x, fx.Proxy) and in_place:  # A tracer knows no dtype to compare.
+            if isinstance(x, fx.Proxy) and in_place:  # A tracer knows no dtypes to compare.
                 return add(scaled, residual).type_as(scaled)
             return add(scaled, residual, residual_first, in_place)
         total: Tensor = super().__call__(x, residual, residual_first, in_place)
@@ -180,17 +183,17 @@ class SqueezeExcite(nn.Module):
         residual_first: bool = False,
         in_place: bool = False,
     ) -> Tensor:
-        """Scale the branch map ``x``, such as [N, C, H, W]; with ``residual``, also add it.
+        """Scale the branch map ``x``, such as [N, C, H, W], and add ``residual`` if it is given.
 
-        Returns ``x * s``, or ``residual + x * s`` in one pass (``torch.addcmul``), which never
-        writes ``x * s`` to memory. A shift goes onto the residual first. The flags
-        tell which sum is replaced: ``residual + x``, or ``x += residual``, which without autograd
-        is written to the memory of ``x`` as before.
-        Where the two maps differ in memory format, a sum has that of its first operand; where
-        they differ in dtype, one in place keeps it.
+        The result is ``x * s``, or ``residual + x * s`` in one pass (``torch.addcmul``) that does
+        not write ``x * s`` to memory. A shift is added to the residual first. The flags say which
+        sum the block replaces: ``residual_first`` means ``residual + x``, and ``in_place`` means
+        ``x += residual``, which without autograd is written to the memory of ``x`` as before. If
+        the two maps differ in memory format, the sum has the format of its first operand. If they
+        differ in dtype, a sum in place keeps the dtype of ``x``.
         """
         squeezed = self._squeeze(x, self.space)
-        # TorchScript knows no hooks. The question is public, though not in torch's __all__.
+        # TorchScript knows no hooks. is_scripting is public but not in torch's __all__.
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             z, shift = self.gate_and_shift(self.fc2(torch.relu(self.fc1(squeezed))))
             gate, factor = self.gate(z), 1.0
@@ -229,10 +232,10 @@ class SqueezeExcite(nn.Module):
         return z.view(*z.shape, *(1,) * len(self.space))
 
     def gate_and_shift(self, excited: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What ``fc2`` gives, taken apart: what the gate is of, and the shift if there is one."""
+        """Split the output of ``fc2`` into the input of the gate and the shift, if there is one."""
         if not self.shift:
             return excited, None
-        dim = -1 - len(self.space) if -1 in self.space else -1  # counted as the dims of the space
+        dim = -1 - len(self.space) if -1 in self.space else -1  # from the end, as in self.space
         c = self.channels
         return excited.narrow(dim, 0, c), excited.narrow(dim, c, c)
 
@@ -257,9 +260,10 @@ def _is_convolution_alone(layer: nn.Module, x: Any) -> bool:
 
 
 def _gate_and_factor(layer: GateLayer, z: Tensor) -> tuple[Tensor, float]:
-    """The gate of ``z`` and what it is still to be multiplied by.
+    """The gate of ``z``, and the factor by which it must still be multiplied.
 
-    The factor is left to the sum, where it costs nothing, unless somebody watches the gate.
+    The sum multiplies by the factor at no cost. If somebody watches the gate, the gate contains the
+    factor already and 1 is returned for it.
     """
     if is_watched(layer, z):
         return layer(z), 1.0

@@ -1,4 +1,4 @@
-"""The paper's squeezes (Tables 11, 16): a new one is a new row, and its name in the ``Literal``."""
+"""The paper's squeezes (Tables 11, 16). A new one needs a row and its name in the ``Literal``."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class SqueezeFunction:
 
 @fx.wrap
 def _sum_over_n(x: Tensor, space: list[int]) -> Tensor:
-    """The mean as sum / n: the gradient of a sum is a view, that of a mean fills a map.
+    """The mean as sum / n. The gradient of a sum is a view, while that of a mean fills a map.
 
     The dtype is named because CUDA's autocast would otherwise make the sum float32, and its
     gradient, cast back, would fill a map after all. The function is a leaf of
@@ -36,13 +36,13 @@ def _sum_over_n(x: Tensor, space: list[int]) -> Tensor:
     # Under jit.trace n is a tensor, and jit.script cannot name an overload.
     if torch.jit.is_scripting() or torch.jit.is_tracing():  # type: ignore
         return total / n
-    # For the operator / autograd would keep n as a tensor.
+    # With the operator /, autograd would keep n as a tensor.
     mean: Tensor = torch.ops.aten.div.Scalar(total, n)
     return mean
 
 
 def _mean(x: Tensor, space: list[int]) -> Tensor:
-    # fx takes a function for a leaf only where it is called by its global name.
+    # fx treats a function as a leaf only where it is called by its global name.
     return _sum_over_n(x, space)
 
 

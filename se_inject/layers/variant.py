@@ -12,7 +12,7 @@ from se_inject.layers.squeezes import Squeeze
 
 @dataclass(frozen=True)
 class Variant:
-    """Which SE block goes where: what a plan, an injected block and its checkpoint all say.
+    """Which SE block is inserted, and where. A plan, a block and its checkpoint all record this.
 
     Paper: the journal version of arXiv 1709.01507, section 6 (ablations).
     """
@@ -20,10 +20,10 @@ class Variant:
     placement: str = "standard"  # a key of sites.placements.PLACEMENTS (Tables 14, 15)
     squeeze: Squeeze = "avg"  # Table 11, Table 16
     gate: Gate = "sigmoid"  # Table 12
-    bias: bool = True  # whether the two layers have biases; in the paper's ablations they do not
+    bias: bool = True  # whether the two layers have biases; those of the paper's ablations do not
     init: Init = "identity"
     divisor: int = 8
-    shift: bool = False  # whether a number is added to each channel behind its gate
+    shift: bool = False  # whether a number is added to each channel after its gate
 
     def check(self) -> None:
         """Raise an :class:`ArgumentError` for a value that is not known."""
@@ -34,9 +34,10 @@ class Variant:
                 raise ArgumentError(f"{name}={value!r} is neither True nor False.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as JSON-ready data; ``shift`` only where there is one.
+        """The options as JSON-ready data. ``shift`` is a key only where the block has one.
 
-        Files of older versions and readers of the report know no shift.
+        Files of older versions do not have this key, and programs that read the report may not
+        know it.
         """
         data = asdict(self)
         if not self.shift:
@@ -44,7 +45,7 @@ class Variant:
         return data
 
     def differing(self) -> dict[str, Any]:
-        """The options that make other blocks than the standard one, or put them elsewhere."""
+        """The options that differ from those of the standard block at its standard place."""
         standard = Variant()
         names = ("placement", "squeeze", "gate", "bias", "shift")
         return {
@@ -55,10 +56,10 @@ class Variant:
 
 
 def check_known(name: str, value: Any, known: Sequence[str]) -> None:
-    """Raise an :class:`ArgumentError` unless ``value`` is one of the known ones."""
+    """Raise an :class:`ArgumentError` unless ``value`` is one of the ``known`` values."""
     if value not in known:
         *first, last = map(repr, known)
-        shown = reprlib.repr(value)  # a damaged file may bring a long one
+        shown = reprlib.repr(value)  # a damaged file may contain a very long value
         raise ArgumentError(f"{name}={shown} is not known; use {', '.join(first)} or {last}.")
 
 

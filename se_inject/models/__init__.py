@@ -1,4 +1,4 @@
-"""Base networks: built by name, their weights from files, and the size of their images.
+"""Base networks: how they are built by name, their weights in files, and the size of their images.
 
 Neighbours use ``load_model`` (names), ``load_weights`` (files) and ``input_size`` (sizes).
 """

@@ -1,4 +1,4 @@
-"""Weights of a whole network from a file."""
+"""Loads the weights of a whole network from a file."""
 
 import argparse
 from pathlib import Path
@@ -16,10 +16,12 @@ def _plain_name(key: Any) -> Any:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a whole ``state_dict`` from a ``.safetensors`` or a torch file; code is never run.
+    """Load a whole ``state_dict`` from a ``.safetensors`` file or a torch file.
+
+    Code in the file is never run.
 
     Raises:
-        CheckpointError: the file is damaged or holds other things, or does not fit the model.
+        CheckpointError: the file is damaged, holds something else, or does not fit the model.
     """
     try:
         if path.suffix == ".safetensors":
@@ -30,15 +32,16 @@ def load_weights(model: nn.Module, path: Path) -> None:
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file.") from None
-    except Exception as error:  # of two formats, many kinds
+    except Exception as error:  # the two formats raise many kinds of errors
         raise CheckpointError(
             f"{path} has no weights that can be read without running code ({first_line(error)})."
         ) from error
-    # As training scripts nest them; timm's average of the weights is what it validated.
+    # Training scripts nest the weights under these keys. timm's averaged weights come first,
+    # because they are the ones that it validated.
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if isinstance(state, dict):  # of a network that was compiled or trained by several processes
+    if isinstance(state, dict):  # the network may have been compiled or trained in parallel
         state = {_plain_name(key): value for key, value in state.items()}
     try:
         model.load_state_dict(state)

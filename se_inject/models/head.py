@@ -1,4 +1,4 @@
-"""The classifier of a network, whatever library the network is from."""
+"""The classifier of a network, whatever library the network comes from."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def head_of(network: nn.Module) -> nn.Module | None:
-    """The classifier: what timm says it is, else the last Linear; None where there is neither."""
+    """The classifier that timm names, or else the last Linear layer, or None without either."""
     head = _of_timm(network)
     if isinstance(head, nn.Module) and any(True for _ in head.parameters()):
         return head
@@ -14,9 +14,10 @@ def head_of(network: nn.Module) -> nn.Module | None:
 
 
 def num_classes_of(network: nn.Module) -> int | None:
-    """The outputs of the classifier that is there: users put another one in its place.
+    """The number of outputs of the network's present classifier, which users may have replaced.
 
-    Where the classifier does not say, what the network says; None where neither does.
+    If the classifier does not say, the ``num_classes`` of the network counts. None means that
+    neither of the two says.
     """
     head = _of_timm(network) if hasattr(network, "get_classifier") else head_of(network)
     width = getattr(head, "out_features", None)
@@ -24,7 +25,7 @@ def num_classes_of(network: nn.Module) -> int | None:
 
 
 def head_name(network: nn.Module) -> str | None:
-    """The name of a timm network's classifier among its modules; None for other networks."""
+    """The name of a timm network's classifier among its modules, or None for other networks."""
     head = _of_timm(network)
     return next((name for name, m in network.named_modules() if m is head), None)
 

@@ -29,21 +29,21 @@ def load_model(
 
     Args:
         name: a timm name (``resnet50``, ``resnet50.a1_in1k``, ``hf-hub:timm/resnet50.a1_in1k``),
-            ``torchvision/NAME``, or ``module:callable``, imported from the current directory
-            too and called without arguments. A bare name that timm does not know is looked for
-            in torchvision.
-        in_chans: input channels, for timm models; a callable builds what it builds.
-        num_classes: outputs of the classifier, for library models.
-        pretrained: with the weights of the tag, or the library's default ones; they may be
-            downloaded. A callable loads what it loads.
+            ``torchvision/NAME``, or ``module:callable``. The module of a callable may also be in
+            the current directory, and the callable is called without arguments. A bare name that
+            timm does not know is looked for in torchvision.
+        in_chans: the number of input channels, for timm models. A callable does not get it.
+        num_classes: the number of outputs of the classifier, for models of timm and torchvision.
+        pretrained: whether to load the weights of the tag, or the default weights of the library,
+            which may be downloaded. A callable does not get it and loads what it wants.
         drop_path: the rate of stochastic depth at the last block, for timm models.
-        meta: build on the meta device, without memory or random numbers (what a callable builds
-            goes there afterwards).
+        meta: whether to build the model on the meta device, without memory or random numbers. The
+            model of a callable is moved there after it is built.
 
     Raises:
-        UnknownModelError: nothing has that name (near names are shown), or it cannot be built.
-        ArgumentError: ``in_chans``, ``num_classes`` or ``drop_path`` for a model that cannot take
-            it.
+        UnknownModelError: nothing has that name (similar names are shown), or the model cannot be
+            built.
+        ArgumentError: the model cannot take ``in_chans``, ``num_classes`` or ``drop_path``.
     """
     options: dict[str, Any] = {
         "in_chans": in_chans,
@@ -52,7 +52,7 @@ def load_model(
         "drop_path": drop_path,
     }
     if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        # A user's builder may load weights or read them, which meta tensors cannot serve.
+        # A user's builder may load or read weights, which is impossible with meta tensors.
         if num_classes is not None:
             raise ArgumentError(
                 f"{name} is your own code. --num-classes is for models of timm and torchvision."
@@ -69,7 +69,7 @@ def load_model(
     except UnknownModelError as error:
         if not isinstance(error.__cause__, RuntimeError):
             raise
-    # timm's hybrids run their backbone on a tensor of zeros, which has to be on meta too.
+    # timm's hybrids run their backbone on a tensor of zeros, and that has to be on meta too.
     with torch.device("meta"):
         return _from_library(name, **options)
 
@@ -123,7 +123,7 @@ def _from_library(
         raise ArgumentError(f"{name} has no stochastic depth: leave out --drop-path.") from error
 
 
-# What initialisations do to a tensor in place; none changes its shape or dtype.
+# The in-place operations of initialisations. None of them changes the shape or dtype of a tensor.
 _FILLS = {
     *(torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.erfinv_, torch.Tensor.clamp_),
     *(torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.fill_, torch.Tensor.zero_),
@@ -131,11 +131,11 @@ _FILLS = {
 
 
 class ParametersOnMeta(TorchFunctionMode):
-    """Allocate on meta what layers allocate for their parameters (``torch.empty``).
+    """Allocate the parameters of layers on meta, wherever layers call ``torch.empty``.
 
-    ``torch.device("meta")`` would do so for every tensor, and builders that compute on tensors
-    (torchvision's RegNets their widths) would fail. Filling a tensor that holds no values is left
-    out: PyTorch would check shapes for each step of a truncated normal, in Python.
+    ``torch.device("meta")`` would put every tensor there. Builders that compute with tensors would
+    then fail, as torchvision's RegNets do with their widths. Filling a meta tensor is skipped,
+    because PyTorch would check shapes in Python for each step of a truncated normal.
     """
 
     def __torch_function__(
@@ -171,7 +171,8 @@ def _from_torchvision(
         raise ArgumentError(
             f"torchvision's {name} takes 3 input channels. --in-chans is for models of timm."
         )
-    # Whatever the library would fetch by default (a detector's backbone) is not wanted here.
+    # The library would fetch some weights by default, such as a detector's backbone. They are not
+    # wanted here.
     options: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
     if _takes(name, "weights_backbone"):
         options["weights_backbone"] = None

@@ -8,16 +8,17 @@ from torch import nn
 from se_inject.errors import ArgumentError
 from se_inject.layers.layout import first_convolution, kind_of
 
-_LARGEST = 2**40  # elements; a plan needs no memory for them, and torch cannot count much further
+_LARGEST = 2**40  # elements: a plan needs no memory, but torch cannot count much further
 
 
 def input_size(
     name: str, model: nn.Module, img_size: int | None, in_chans: int | None
 ) -> tuple[int, ...] | None:
-    """[C, H, W] of the images to plan with; [C, T, H, W] of video, [C, L] of sequences.
+    """The size of one input to plan with: [C, H, W], or [C, T, H, W] (video), or [C, L] (sequence).
 
-    A library model's own size, with ``img_size`` as its sides and ``in_chans`` as its channels
-    where given; None where nothing is known or given, and the planner finds out.
+    It is the size that the library's model was made for. ``img_size`` replaces its sides and
+    ``in_chans`` its channels. The result is None if nothing is known and nothing is given, and then
+    the planner finds a size.
     """
     size = _trained_size(name, model)
     if size is None and img_size is None and in_chans is None:

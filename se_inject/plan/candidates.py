@@ -1,4 +1,4 @@
-"""Model -> every site that an SE block could take, and every other addition with its reason."""
+"""Model -> every site that could take an SE block, and every other addition with its reason."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ from se_inject.sites.scaled import ScaledMap
 
 @dataclass(frozen=True)
 class Candidate:
-    """A site that a block has, in its eval graph and in its train graph."""
+    """A site of a block, in its eval graph and in its train graph."""
 
     block: str
     in_eval: ScaledMap
@@ -42,7 +42,7 @@ class Candidates:
         skipped: Iterable[Skipped],
         blocks: Mapping[str, TracedBlock],
     ) -> "Candidates":
-        """These and more."""
+        """These candidates and more of them."""
         return Candidates(
             self.trace,
             (*self.found, *found),
@@ -61,21 +61,21 @@ def find_candidates(
 
     Args:
         modules: all modules of the model by name.
-        injection: only its placement counts, and whether it has an ``se_layer``, which takes
-            nothing but [N, C, H, W].
-        example_input: as in :func:`se_inject.plan_se`.
+        injection: only the placement counts, and whether there is an ``se_layer``, which takes
+            maps [N, C, H, W] only.
+        example_input: the same as for :func:`se_inject.plan_se`.
     """
     candidates = _find(model, modules, injection, example_input, follow=False)
     if candidates is None or any(
         entry.reason == Reason.CHANNELS_UNKNOWN for entry in candidates.skipped
     ):
-        # The blocks before may show what is wanted; following them takes longer.
+        # The blocks that ran before may show what is missing. Following them takes longer.
         candidates = _find(model, modules, injection, example_input, follow=True)
     assert candidates is not None
     return candidates
 
 
-_GUESSED = "what it calls where the values of tensors are other than false or 0"
+_GUESSED = "the code that it runs where the value of a tensor is not false or 0"
 
 
 def _find(
@@ -86,7 +86,10 @@ def _find(
     *,
     follow: bool,
 ) -> Candidates | None:
-    """All candidates; None where a block asks what its maps went through before its additions."""
+    """All candidates, or None if a block can be judged only with ``follow``.
+
+    Such a block needs to know what its inputs went through before it was called.
+    """
     injected = [name for name, module in modules.items() if edit_of(module)]
     skipped = [Skipped(name, Reason.INJECTED) for name in injected]
     found: list[Candidate] = []
@@ -117,7 +120,7 @@ def _find(
 def _sites_of(
     block: TracedBlock, module: nn.Module, placement: Placement, images_only: bool
 ) -> tuple[list[Candidate], list[Skipped]] | None:
-    """The sites of a block, and its other additions; None as in :func:`_find`."""
+    """The sites of a block, and its other additions. None means the same as in :func:`_find`."""
     how = (module, placement, block.adders, block.pasts)
     in_eval = find_sites(block.eval.graph, block.eval.calls, *how)
     if in_eval.asks_past:
@@ -149,7 +152,7 @@ GIVES_OTHER = (
 
 
 def _position(site: ScaledMap) -> tuple[str, int]:
-    """What tells sites of one block apart in both of its graphs."""
+    """A description of a site by which the two graphs of its block are compared."""
     return str(site.source.target), site.channels
 
 
@@ -161,7 +164,7 @@ def _untraced(block: UntracedBlock, module: nn.Module) -> list[Skipped]:
             skipped.append(Skipped(block.name, Reason.GATED, block.why))
             continue
         kind = KINDS.get(len(shape))
-        # Without a graph nobody knows which dim holds the channels; the layers tell what is meant.
+        # Without a graph nobody knows which dim holds the channels. The layers give a hint.
         tokens = (
             kind is not None
             and not kind.channels_last

@@ -1,4 +1,4 @@
-"""Arguments and models that are refused before anything else is done."""
+"""Refuses arguments and models that cannot work, before anything else is done."""
 
 import contextlib
 import operator
@@ -72,7 +72,7 @@ def check_model(model: Any) -> None:
         )
     try:
         named = list(model.named_modules())
-    except TypeError as error:  # a module that cannot be hashed, which torch itself has to do
+    except TypeError as error:  # a module cannot be hashed, which torch itself has to do
         raise UnsupportedModelError(
             f"the modules of {type(model).__name__} cannot be listed ({first_line(error)})."
         ) from error
@@ -103,9 +103,9 @@ def check_model(model: Any) -> None:
 def refusing_faults_of_the_model() -> Iterator[None]:
     """Turn an error that the model's own Python raises into an :class:`UnsupportedModelError`.
 
-    A class may answer what every module is asked (``modules()``, ``parameters()``, ``__class__``,
-    attributes) with an error. An error that was raised in no file of the model goes through: it
-    is a fault of ours.
+    A class may raise an error when it is asked for what every module has (``modules()``,
+    ``parameters()``, ``__class__``, attributes). If no file of the model raised the error, it is a
+    fault of se_inject and is passed on.
     """
     try:
         yield

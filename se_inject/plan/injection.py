@@ -1,4 +1,4 @@
-"""The options of an injection, each of them once: its default and the help of the command line."""
+"""The options of an injection. Each is written once, with its default and its help text."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ Ratio = int | Mapping[str, int]
 
 
 def option(default: Any, text: str, **command_line: Any) -> Any:
-    """A field of a dataclass of options.
+    """Make a field of a dataclass of options.
 
     Args:
-        default: its value where nobody gives one.
-        text: the help of the command line: a full sentence with the unit.
-        command_line: what else ``typer.Option`` takes (metavar, min, max, show_default), ``panel``
-            for the part of the help, ``argument=True`` for what has no name before it, ``alias``
-            for a name that it had once.
+        default: the value if nobody gives one.
+        text: the help on the command line, in full sentences and with the unit.
+        command_line: other arguments of ``typer.Option`` (metavar, min, max, show_default), and
+            three of our own: ``panel`` names the part of the help, ``argument=True`` makes a
+            positional argument, and ``alias`` is a name that the option had once.
     """
     return dataclasses.field(default=default, metadata={"help": text, **command_line})
 
@@ -35,10 +35,10 @@ _PANEL = "The SE blocks"
 
 @dataclass(frozen=True, kw_only=True)
 class Injection:
-    """What goes where. Commands, plans, exports and fine-tuning runs hand this one object on.
+    """What is inserted, and where. Commands, plans, exports and fine-tuning pass this object on.
 
-    The fields are explained in :func:`se_inject.plan_se`. They are given by name, so that a class
-    that inherits them (the settings of a fine-tuning run) has its own ones first.
+    :func:`se_inject.plan_se` explains the fields. They are given by name, so that a class that
+    inherits them (the settings of a fine-tuning run) can have its own fields first.
     """
 
     r: Ratio = option(
@@ -122,17 +122,17 @@ class Injection:
 
     @property
     def variant(self) -> Variant:
-        """The SE block, and where at an addition it goes."""
+        """Which SE block is inserted, and where at an addition it goes."""
         return Variant(
             self.placement, self.squeeze, self.gate, self.bias, self.init, self.divisor, self.shift
         )
 
     @property
     def se_layer(self) -> SELayer | None:
-        """What goes in in place of SE blocks: ``channels -> nn.Module``.
+        """What makes the layers in place of SE blocks: ``channels -> nn.Module``.
 
-        Layers of timm begin as the identity where ``init`` says so. A user's own callable says
-        itself how its layers begin.
+        Layers of timm begin as the identity if ``init`` says so. A user's own callable decides how
+        its layers begin.
         """
         layer = Attention(self.attention) if isinstance(self.attention, str) else self.attention
         if isinstance(layer, Attention) and self.init == "identity":

@@ -1,4 +1,4 @@
-"""What a user's ``se_layer`` costs, found out by running it on meta tensors."""
+"""Finds out what a user's ``se_layer`` costs by running it on meta tensors."""
 
 from collections.abc import Sequence
 
@@ -16,11 +16,11 @@ from se_inject.layers.identity_start import without_start
 def layer_cost(
     se_layer: SELayer, channels: int, dtype: torch.dtype, spaces: Sequence[Sequence[int]]
 ) -> SECost:
-    """What a user's layer adds: its parameters, and what the flop counter sees of it.
+    """What a user's layer adds: its parameters, and the MACs that the flop counter counts.
 
     Args:
         se_layer: ``channels -> nn.Module``.
-        channels, dtype: of the map.
+        channels, dtype: the channels and the dtype of the map.
         spaces: the (H, W) of the map, one for each call of the block in a forward.
 
     Raises:
@@ -34,13 +34,13 @@ def layer_cost(
             layer = se_layer(channels)
     except SEInjectError:
         raise
-    except Exception as error:  # a user's code
+    except Exception as error:  # the user's code may raise anything
         raise ArgumentError(_fault(text, error)) from error
     if not isinstance(layer, nn.Module):
         raise ArgumentError(f"{text} returned {type(layer).__name__}. It must return an nn.Module.")
-    # A copy is run: the layer itself may be in use elsewhere. It is in eval mode because a norm in
-    # it may want more than one image in train mode.
-    layer = meta_copy(layer)  # in eval mode
+    # A copy is run, because the layer itself may be in use elsewhere. The copy is in eval mode,
+    # because in train mode a norm may need more than one image.
+    layer = meta_copy(layer)
     layer.to(dtype)
     macs = 0
     for space in spaces:
@@ -48,7 +48,7 @@ def layer_cost(
         try:
             out, count = run_and_count(layer, (x,), {})
             shape = tuple(out.shape)
-        except Exception as error:  # a user's code
+        except Exception as error:  # the user's code may raise anything
             raise ArgumentError(_fault(f"{text} on a map {list(x.shape)}", error)) from error
         if shape != tuple(x.shape):
             raise ArgumentError(

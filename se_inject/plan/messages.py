@@ -1,4 +1,4 @@
-"""What the user is told of a plan: why there is no site, and what deserves a warning."""
+"""What the user is told about a plan: why there is no site, and what deserves a warning."""
 
 import warnings
 from collections import Counter
@@ -13,12 +13,12 @@ from se_inject.plan.candidates import Candidate
 from se_inject.plan.injection import Injection
 from se_inject.reasons import UNIT_REASONS, Reason, Skipped
 
-# Warnings point at the line that called plan_se or inject_se: past this file and make_plan.
+# Warnings point at the line that called plan_se, which is three calls above this file.
 _CALLER = 4
 
 
 def no_site_message(model: nn.Module, skipped: Sequence[Skipped], injection: Injection) -> str:
-    """Why a model has no site: each reason with its number of additions and an example."""
+    """Why a model has no site: each reason with an example and the number of its additions."""
     kind = type(model).__name__
     injected = [s.block for s in skipped if s.reason == Reason.INJECTED]
     if injected:
@@ -44,7 +44,7 @@ def no_site_message(model: nn.Module, skipped: Sequence[Skipped], injection: Inj
 
 
 def kind_of_blocks(found: Sequence[Candidate], skipped: Sequence[Skipped]) -> str:
-    """What the blocks of a plan are, for an error about a glob that matches none of them."""
+    """What the blocks of a plan are called in an error about a glob that matches none of them."""
     units = any(candidate.in_eval.kind == "unit" for candidate in found)
     units = units or any(entry.reason in UNIT_REASONS for entry in skipped)
     additions = any(candidate.in_eval.kind == "residual" for candidate in found)
@@ -55,7 +55,7 @@ def kind_of_blocks(found: Sequence[Candidate], skipped: Sequence[Skipped]) -> st
 
 
 def warn_of_gaps(trace: Trace) -> None:
-    """Say what of the forward the recording did not see."""
+    """Warn about the parts of the forward that the recording did not see."""
     if trace.stopped and trace.missed:
         warnings.warn(
             f"{trace.stopped}: blocks that would run after that are not planned.",
@@ -70,10 +70,10 @@ def warn_of_gaps(trace: Trace) -> None:
 
 
 def gaps_message(blocks: int, skipped: Sequence[Skipped]) -> str | None:
-    """How many blocks that look residual cannot be served, and why; None where there are none.
+    """How many blocks that look residual get no SE block, and why. None means that there are none.
 
     Args:
-        blocks: how many are served.
+        blocks: how many blocks get one.
     """
     gaps = {
         s.block: s.reason for s in reversed(skipped) if Reason(s.reason).is_gap and s.looks_residual
@@ -88,7 +88,7 @@ def gaps_message(blocks: int, skipped: Sequence[Skipped]) -> str | None:
 
 
 def warn_of_floor(sites: Sequence[Site], divisor: int) -> None:
-    """Say that ``r`` has no effect, where every bottleneck has the least width."""
+    """Warn that ``r`` has no effect, if it is larger than the channels of every block."""
     if all(site.bottleneck and site.r > site.channels for site in sites):
         site = max(sites, key=lambda site: site.channels)
         warnings.warn(

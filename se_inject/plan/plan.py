@@ -1,4 +1,4 @@
-"""What would be injected into one model: sites, skipped additions, and how to carry it out."""
+"""What would be injected into one model: its sites, its skipped additions, and ``apply``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,32 +33,33 @@ class Plan:
     r: Ratio
     where: Where
     variant: Variant
-    se_layer: SELayer | None  # in place of the SE block: of the variant only the placement counts
+    se_layer: SELayer | None  # if it is given, only the placement of the variant counts
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
-    gaps: str | None  # in one line, which blocks that look residual could not be served
-    example: Arguments = field(repr=False, compare=False)  # what the recorded forward was given
+    gaps: str | None  # one line about the blocks that look residual but get no SE block
+    example: Arguments = field(repr=False, compare=False)  # the arguments of the recorded forward
     blocks: Mapping[str, TracedBlock] = field(repr=False, compare=False)
-    modules: Mapping[str, nn.Module] = field(repr=False, compare=False)  # that have a site
+    modules: Mapping[str, nn.Module] = field(repr=False, compare=False)  # those that have a site
 
     @property
     def input_size(self) -> list[int]:
-        """Of one image: [C, H, W] (of the first tensor that the forward takes)."""
+        """The size of one image, [C, H, W], in the first tensor that the forward takes."""
         return item_size(self.example)
 
     @property
     def added(self) -> SECost:
-        """Parameters and MACs of all sites together."""
+        """The parameters and MACs that all sites together add."""
         return sum_costs(site.cost for site in self.sites)
 
     @modes_kept
     def apply(self) -> nn.Module:
         """Insert the SE blocks into the model, in place, and return it.
 
-        Where the weights are real, one block of each kind is tried on a copy first.
+        If the weights are real, a copy of one block of each kind is tried first.
 
         Raises:
-            UnsupportedModelError: a block would compute something else, or was replaced since.
+            UnsupportedModelError: a block would compute something else, does not take its SE block,
+                or was replaced after the plan was made.
         """
         verify(self.sites, self.modules, self.blocks, self.variant)
         return insert(
@@ -73,7 +74,7 @@ class Plan:
         )
 
     def withdraw(self) -> None:
-        """Take out what :meth:`apply` put in, and no SE block that was there before."""
+        """Take out what :meth:`apply` inserted. SE blocks that were there before stay."""
         withdraw(self.modules)
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,7 +97,7 @@ class Plan:
 
 
 def layer_name(se_layer: SELayer) -> str:
-    """The name of timm's attention, or of a user's function or class."""
+    """The name of an attention layer of timm, or of a user's function or class."""
     se_layer = without_start(se_layer) or se_layer
     name = getattr(se_layer, "name", None) or getattr(se_layer, "__name__", None)
     return name if isinstance(name, str) else type(se_layer).__name__

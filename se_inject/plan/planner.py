@@ -1,6 +1,6 @@
-"""Which sites get what: reduction ratio, include and exclude; what is skipped and why.
+"""Decides which sites get an SE block, with which reduction ratio, and why others are skipped.
 
-A plan is made on a copy of the model on meta tensors; nothing here changes the model.
+A plan is made on a copy of the model on meta tensors. Nothing here changes the model.
 """
 
 import itertools
@@ -61,62 +61,70 @@ def plan_se(
     se_layer: SELayer | None = None,
     strict: bool = False,
 ) -> Plan:
-    """Find the sites of ``model`` and say what SE blocks they would get.
+    """Find the sites of ``model`` and report which SE blocks they would get.
 
-    A dry run: the model is neither run nor changed, whatever it is on (meta included).
+    This is a dry run. The model is neither run nor changed, and it may be on any device, even meta.
 
     Args:
-        model: any CNN, built from any library or by hand; 4-D channels-first maps.
-        r: reduction ratio C / rd of the SE bottleneck, one for all blocks or a mapping of globs
-            on block names, first match wins: ``{"layer4.*": 32, "*": 16}``.
+        model: any CNN, from a library or written by hand. Its maps may be [N, C, H, W] or
+            [N, H, W, C], video [N, C, T, H, W], or sequences [N, C, L].
+        r: the reduction ratio C / rd of the SE bottleneck. A number holds for all blocks. A mapping
+            gives a number for each glob on block names, and the first glob that matches a block
+            counts: ``{"layer4.*": 32, "*": 16}``.
         where: which maps get an SE block:
 
-            - ``"residual"``: the residual branches, before their additions;
-            - ``"units"``: also the units that end without an addition: the concatenation of an
-              Inception module, the new maps of a dense layer, the branch of a split block; and
-              in a network that has none of these, each convolution's activation (as in SE-VGG);
-            - ``"auto"``: the residual branches; units only where the forward adds no two maps but
-              those that a block can fold into one convolution (RepVGG).
-        example_input: what the forward takes: a tensor [N, C, H, W], a tuple of positional or a
-            dict of keyword arguments. By default images of the size that the model's
-            ``pretrained_cfg`` says, or 224 (then a few other sizes).
-        include, exclude: glob or globs on block names ("layer4.*"); exclude wins.
+            - ``"residual"``: the residual branches, before their additions.
+            - ``"units"``: also the units that end without an addition. These ends are the
+              concatenation of an Inception module, the new maps of a dense layer, and the branch of
+              a split block. A network with neither these nor residual branches has its units in
+              each convolution with its activation (as in SE-VGG).
+            - ``"auto"``: the residual branches. The units get SE blocks only if the forward adds no
+              two maps, except in sums that a block can fold into one convolution (RepVGG).
+        example_input: the input of the forward. It is a tensor such as [N, C, H, W], a tuple of
+            positional arguments or a dict of keyword arguments. The default is an input of the size
+            in the model's ``pretrained_cfg``. If that says nothing, 224 x 224 and then a few other
+            sizes are tried (for video and sequences, sizes that are usual there).
+        include, exclude: one glob or several globs on block names, such as ``"layer4.*"``. Where
+            both match a block, ``exclude`` wins.
         placement: where at a residual addition the SE block goes (the paper's Tables 14, 15):
 
-            - ``"standard"``: on the branch, before the addition;
-            - ``"pre"``: on what the branch reads; the shortcut keeps the map as it was;
-            - ``"post"``: behind the addition and, where one follows, its activation;
-            - ``"identity"``: on the shortcut;
-            - ``"3x3"``: on the branch, behind its last spatial convolution and norm; behind the
-              activation too where that convolution is depthwise, as MobileNetV3 has it.
+            - ``"standard"``: on the branch, before the addition.
+            - ``"pre"``: on the map that the branch reads. The shortcut keeps the map as it was.
+            - ``"post"``: after the addition and, if an activation follows, after that too.
+            - ``"identity"``: on the shortcut.
+            - ``"3x3"``: on the branch, after its last spatial convolution and norm. If that
+              convolution is depthwise, the SE block goes after the activation too, as in
+              MobileNetV3.
 
-            Which additions are residual is the same for all; where a placement makes no sense,
-            ``Plan.skipped`` has the reason. Units take ``"standard"`` only.
-        squeeze: ``"avg"``, ``"max"``, or ``"none"``: the two layers at every position (Table 16).
-        gate: ``"sigmoid"``, ``"tanh"``, ``"relu"`` or ``"hard_sigmoid"`` (Table 12); formulas in
-            :class:`SqueezeExcite`.
-        bias: whether the two layers have biases; those of the paper's ablations have none.
-        shift: whether the block also adds a number to each channel behind its gate, ``x * s +
-            shift``: SE with an additive bias, as chess networks have it.
-        init: ``"identity"`` keeps the function of the model to the last bit at the start, with
-            every squeeze and gate; ``"paper"`` is the literal gate over random layers, to train
-            from scratch.
-        divisor: the bottleneck width is a multiple of this, and at least this (timm's
-            ``rd_divisor``; 8 there too).
-        se_layer: ``channels -> nn.Module`` in place of SE: a layer from [N, C, H, W] to the same
-            shape. Whether the function is preserved is then up to that layer (an
-            :class:`IdentityStart` around it preserves it); r, squeeze, gate, bias, shift and init
-            are not for it.
-        strict: a block that looks residual and cannot be served is an error; otherwise
-            ``Plan.skipped`` has the reason, and :func:`inject_se` warns.
+            The placement does not change which additions are residual. If it makes no sense at an
+            addition, ``Plan.skipped`` has the reason. Units take ``"standard"`` only.
+        squeeze: ``"avg"`` takes the mean of each channel, and ``"max"`` its maximum. With
+            ``"none"``, the two layers run at every position (Table 16).
+        gate: ``"sigmoid"``, ``"tanh"``, ``"relu"`` or ``"hard_sigmoid"`` (Table 12). The formulas
+            are in :class:`SqueezeExcite`.
+        bias: whether the two layers have biases. Those of the paper's ablations have none.
+        shift: whether the block also adds a number to each channel after its gate,
+            ``x * s + shift``. This is SE with an additive bias, which chess networks have.
+        init: ``"identity"`` keeps the outputs of the model equal to the last bit at the start, with
+            every squeeze and gate. ``"paper"`` uses the gate as the paper writes it and random
+            layers, to train from scratch.
+        divisor: the width of the bottleneck is a multiple of this number and never smaller (timm's
+            ``rd_divisor``, which is 8 too).
+        se_layer: a function ``channels -> nn.Module``. The layers that it makes are inserted in
+            place of SE blocks. Each must turn a map [N, C, H, W] into a map of the same shape. The
+            layer decides whether the model keeps its outputs; inside an :class:`IdentityStart` it
+            keeps them. ``squeeze``, ``gate``, ``bias`` and ``shift`` cannot be combined with a
+            layer of your own, and ``r``, ``divisor`` and ``init`` have no effect on it.
+        strict: whether it is an error if a block that looks residual cannot get an SE block.
+            Otherwise ``Plan.skipped`` has the reason, and :func:`inject_se` warns.
 
     Raises:
-        ArgumentError: an argument cannot work, or a glob matches no block.
-        UnsupportedModelError: the model is compiled, scripted or wrapped for distributed runs; or,
-            with ``strict``, a block that looks residual cannot be served.
+        ArgumentError: an argument has a value that cannot work, or a glob matches no block.
+        UnsupportedModelError: the model is compiled, scripted, quantized or wrapped for distributed
+            runs, or its own code fails when it is asked for its modules.
         ForwardError: the forward fails on the example input.
-        NoSiteError: there is no residual addition, and no unit where those are wanted, that can
-            take an SE block; or with ``strict`` one that cannot.
+        NoSiteError: no residual addition can take an SE block, and no unit can where units are
+            wanted. With ``strict``, also if a block that looks residual cannot take one.
     """
     injection = Injection(
         r=r,
@@ -137,7 +145,7 @@ def plan_se(
 
 
 def make_plan(model: nn.Module, injection: Injection, example_input: Any = None) -> Plan:
-    """:func:`plan_se` with its options in one object."""
+    """Do the same as :func:`plan_se`, with its options in one object."""
     check_injection(injection)
     with refusing_faults_of_the_model():
         check_model(model)
@@ -201,7 +209,7 @@ def _make_site(
     r: int,
     injection: Injection,
 ) -> Site:
-    """The SE block of one site; ``number`` counts the sites of its block, from 1."""
+    """The SE block of one site. ``number`` counts the sites of its block from 1."""
     in_eval = candidate.in_eval
     variant, se_layer = injection.variant, injection.se_layer
     channels = in_eval.channels
@@ -237,10 +245,10 @@ def _make_site(
 
 
 def _free_name(module: nn.Module, number: int) -> str:
-    """``se``, or ``se2`` for the second site of a block; ``se_inject`` where that is taken.
+    """A free attribute: ``se``, or ``se2`` for a block's second site, or else ``se_inject``.
 
-    timm's blocks have the attribute already: None on the instance is free to use, a module is
-    not, and an attribute of the class would hide the child.
+    timm's blocks have an attribute ``se`` already. If it is None on the instance, it is free. If it
+    is a module, it is not free. An attribute of the class would hide the child.
     """
     suffix = "" if number == 1 else str(number)
     stems = itertools.chain(("se", "se_inject"), (f"se_inject_{i}_" for i in itertools.count(1)))
@@ -257,6 +265,6 @@ def _free_name(module: nn.Module, number: int) -> str:
 def _is_free(module: nn.Module, name: str) -> bool:
     try:
         return getattr(module, name, None) is None
-    except Exception as error:  # whatever a foreign __getattr__ may raise: the name is not free
+    except Exception as error:  # a foreign __getattr__ may raise anything; the name is not free
         raise_interruption(error)
         return False

@@ -10,10 +10,10 @@ from se_inject.plan.injection import Ratio
 def ratios_of(
     wanted: Sequence[str], names: Sequence[str], r: Ratio, what: str = "block with an addition"
 ) -> dict[str, int]:
-    """The reduction ratio of each wanted block; of a mapping, the first glob that matches counts.
+    """The reduction ratio of each wanted block. In a mapping, the first glob that matches counts.
 
     Raises:
-        ArgumentError: a glob matches no name, or none of them matches a wanted block.
+        ArgumentError: a glob matches no name, or no glob matches a wanted block.
     """
     if not isinstance(r, Mapping):
         return dict.fromkeys(wanted, r)

@@ -1,4 +1,4 @@
-"""A plan as rich tables."""
+"""Shows a plan as tables of rich."""
 
 import re
 from collections import Counter
@@ -16,11 +16,11 @@ from se_inject.layers.layout import KINDS
 from se_inject.names import plural
 from se_inject.reasons import UNIT_REASONS, Reason, Skipped
 
-# How the block that is the model itself, whose name is empty, is shown.
+# The block that is the model itself has an empty name. This is shown in its place.
 MODEL_ITSELF = "(model)"
 
 
-# More sites than this are shown stage by stage.
+# If there are more sites than this, they are shown stage by stage.
 _MANY = 24
 
 
@@ -33,12 +33,12 @@ def plan_table(sites: Sequence[Site], skipped: Sequence[Skipped]) -> RenderableT
 
 
 def site_table(sites: Sequence[Site], *, by_stage: bool = True) -> Table:
-    """One row a site, or one a stage where there are many; the footer sums the columns."""
+    """One row for each site, or for each stage if there are many. The footer sums the columns."""
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, show_edge=False, padding=0)
     total = sum_costs(site.cost for site in sites)
     grouped = by_stage and len(sites) > _MANY
     rows = _stages(sites) if grouped else [[site] for site in sites]
-    # Where 80 columns are too few, long block names are folded, never the figures.
+    # If the terminal is too narrow, long block names are folded, but figures never are.
     table.add_column("block", plural(len(sites), "site"), overflow="fold", min_width=8)
     axes = dict.fromkeys(KINDS[site.layout.ndim].axes for site in sites)
     table.add_column(f"map\n{', '.join(axes)}", no_wrap=True)
@@ -62,16 +62,16 @@ def site_table(sites: Sequence[Site], *, by_stage: bool = True) -> Table:
 
 
 def _stages(sites: Sequence[Site]) -> list[list[Site]]:
-    """Runs of sites with the same map and bottleneck."""
+    """Runs of sites that have the same map, bottleneck and kind."""
     runs = groupby(sites, key=lambda site: (site.shape, site.bottleneck, site.kind))
     return [list(run) for _, run in runs]
 
 
 def _label(sites: Sequence[Site]) -> str:
-    """``layer3.0``, or ``layer3.0…22 ×23`` for a run; the part that differs is shown.
+    """The label of a row: ``layer3.0``, or ``layer3.0…22 ×23`` for a run of sites.
 
-    A unit is shown with where its SE block is: ``unit: after features.2``, where that scales what
-    the block returns, or ``unit: in stage2.0``.
+    The label of a unit says where its SE block is. It is ``unit: after features.2`` if the SE block
+    scales what the block returns, and otherwise ``unit: in stage2.0``.
     """
     names = _names(sites)
     if sites[0].kind == "residual":
@@ -94,7 +94,7 @@ def _names(sites: Sequence[Site]) -> str:
 
 
 def skipped_table(skipped: Sequence[Skipped], *, verbose: bool = False) -> Table:
-    """The additions and units that get no SE block: counted by reason, or each of them."""
+    """The additions and units that get no SE block: counted by reason, or (verbose) one by one."""
     table = Table(box=None, pad_edge=False, title_justify="left", title_style="bold")
     units = sum(entry.reason in UNIT_REASONS for entry in skipped)
     additions = sum(entry.reason != Reason.NOT_REACHED for entry in skipped) - units

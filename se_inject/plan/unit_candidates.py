@@ -1,4 +1,4 @@
-"""Model -> the units that an SE block could take, beside or in place of residual branches."""
+"""Model -> the units that could take an SE block, beside or in place of residual branches."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,15 +20,15 @@ from se_inject.sites.scaled import UnitSite
 from se_inject.sites.unit_point import Unit
 from se_inject.sites.units import find_units, unit_site
 
-# Under where="auto", a network with no other entries than these has units in place of branches.
+# With where="auto", a network takes its units if all its skipped additions have these reasons.
 _NO_RESIDUAL = {Reason.REPARAMETERISABLE, Reason.INJECTED}
-# Additions of these kinds are no residual ones: units may be looked for beside them.
+# Additions with these reasons are not residual, so units may be looked for beside them.
 _NOT_RESIDUAL = {*_NO_RESIDUAL, Reason.FUSION, Reason.NO_CONVOLUTION, Reason.TOKENS}
 _NOT_RESIDUAL |= {Reason.NO_MAP, Reason.HIDDEN, Reason.NOT_REACHED}
 
 
 def with_units(model: nn.Module, residual: Candidates, injection: Injection) -> Candidates:
-    """The residual candidates, and the units that ``injection.where`` asks for beside them."""
+    """The residual candidates, and the units if ``injection.where`` asks for them."""
     if not _are_wanted(residual, injection):
         return residual
 
@@ -47,7 +47,7 @@ def _beside(
     modules = dict(twin.named_modules())
     try:
         history = record_history(twin, residual.trace.example, device)
-    except Exception as error:  # whatever a foreign forward may raise
+    except Exception as error:  # a foreign forward may raise anything
         raise_interruption(error)
         why = f"{type(error).__name__}: {first_line(error)}"
         return residual.plus([], [Skipped("", Reason.NOT_REACHED, why)], {})
@@ -87,7 +87,7 @@ def _find(
         if isinstance(made, Skipped):
             skipped.append(made)
         elif made.block in injected or made in candidates:
-            continue  # a block that is called twice is scaled once
+            continue  # a block that is called twice gets one SE block
         elif injection.se_layer is not None and made.in_eval.layout != IMAGES:
             skipped.append(Skipped(made.block, Reason.LAYOUT))
         else:
@@ -99,7 +99,7 @@ def _find(
 
 
 def _candidate(history: History, traces: HistoryBlocks, unit: Unit) -> Candidate | Skipped:
-    """The site of a unit in the first of its calls that has one."""
+    """The site of a unit in the first of its calls that has one, or why none of them has one."""
     skipped: Skipped | None = None
     for number in unit.calls:
         call = history.calls[number]

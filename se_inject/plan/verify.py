@@ -1,7 +1,7 @@
-"""A check on real tensors before a model is edited: each kind of block computes what it did.
+"""Checks on real tensors, before a model is edited, that each kind of block computes what it did.
 
-Plans are made on meta tensors, which have no values, so a forward that asks for something that only
-a real tensor has would go unnoticed. Here a copy of the block runs before and after the edit.
+Plans are made on meta tensors, which have no values. If a forward asks for something that only a
+real tensor has, the plan does not notice. Here a copy of the block runs before and after the edit.
 """
 
 import dataclasses
@@ -21,10 +21,9 @@ from se_inject.layers.variant import Variant
 from se_inject.names import block_label
 from se_inject.torch_private import pytree
 
-# A block with more numbers than this is not copied, and a larger map is made smaller first.
-_MOST_WEIGHTS = 20_000_000
-_LARGEST_MAP = 200_000
-_SMALL_SIDE = 8
+_MOST_WEIGHTS = 20_000_000  # a block that holds more numbers than this is not copied
+_LARGEST_MAP = 200_000  # inputs with more numbers than this are tried in a small size only
+_SMALL_SIDE = 8  # the longest side of a map in the small size
 
 
 def verify(
@@ -35,9 +34,9 @@ def verify(
 ) -> None:
     """Compare each kind of block before and after its edit, on copies and to the bit.
 
-    Blocks are of one kind if they have the same class, graphs that say the same and children of
-    the same classes. The smallest block of a kind is tried, since its trial is the cheapest. The SE
-    blocks of the trial begin at a factor of 1, whatever is going to be inserted.
+    Blocks are of one kind if they have the same class, equal graphs, and children of the same
+    classes. The smallest block of a kind is tried, because its trial is the cheapest. In the trial
+    every gate is 1, whatever will be inserted.
 
     Raises:
         UnsupportedModelError: a block would compute something else.
@@ -48,7 +47,7 @@ def verify(
     said: dict[int, Hashable] = {}  # by the id of a graph, which many blocks share
     smallest: dict[Hashable, tuple[int, str]] = {}
     for name, own in by_block.items():
-        # An activation alone has no tensors; its SE block is made where the model is.
+        # A block that is one activation has no tensors. Its SE block is made where the model is.
         size = None if own[0].device.type == "meta" else _weights_of(modules[name])
         if size is None or size > _MOST_WEIGHTS:
             continue
@@ -65,13 +64,13 @@ def verify(
 
 
 def _weights_of(module: nn.Module) -> int | None:
-    """How many numbers a block holds; None where it has no values at all (on meta)."""
+    """How many numbers a block holds, or None if any of its tensors is on meta."""
     tensors = [*module.parameters(), *module.buffers()]
     return None if any(t.is_meta for t in tensors) else sum(t.numel() for t in tensors)
 
 
 def _kind_of(module: nn.Module, block: TracedBlock, said: dict[int, Hashable]) -> Hashable:
-    """Equal for blocks of which one trial says what it says of the others."""
+    """A key that is equal for blocks of one kind, so that one trial is enough for all of them."""
     for graph in (block.eval.graph, block.train.graph):
         if id(graph) not in said:
             said[id(graph)] = tuple(
@@ -83,14 +82,14 @@ def _kind_of(module: nn.Module, block: TracedBlock, said: dict[int, Hashable]) -
 
 
 def _is_kept(module: nn.Module, sites: list[Site], block: TracedBlock, variant: Variant) -> bool:
-    """Whether the outputs stay equal; also where this cannot be tried."""
+    """Whether the outputs stay equal. This is also assumed where it cannot be tried."""
     device = sites[0].device
     own = [] if device.type == "cpu" else [device]
     numbers = torch.get_rng_state()
     try:
         with torch.random.fork_rng(own, device_type="cuda" if not own else device.type):
             return _stays_equal(module, sites, block, variant, device)
-    except BaseException:  # it may have come before fork_rng put them back
+    except BaseException:  # it may have come before fork_rng put the random state back
         torch.set_rng_state(numbers)
         raise
 
@@ -98,8 +97,8 @@ def _is_kept(module: nn.Module, sites: list[Site], block: TracedBlock, variant: 
 def _seed(device: torch.device) -> None:
     """Seed the random numbers of the CPU and of one device, and no others.
 
-    ``torch.manual_seed`` would seed CUDA as soon as somebody begins to use it, long after the user
-    has chosen a seed.
+    ``torch.manual_seed`` would also seed CUDA at its first use. That may be long after the user has
+    chosen a seed.
     """
     torch.default_generator.manual_seed(0)
     if device.type == "cuda":
@@ -123,8 +122,8 @@ def _stays_equal(
             copied = copy_without_hooks(module)
             before = _outputs(copied, inputs, training, device)
             if before is None:
-                continue  # it rejects maps of this size
-            # In train mode the first forward has moved the statistics of that copy.
+                continue  # the block rejects maps of this size
+            # In train mode the first forward has changed the running statistics of the copy.
             edited = copy_without_hooks(module) if training else copied
             if edited is None or not _inject(edited, sites, block, variant):
                 break
@@ -136,7 +135,7 @@ def _stays_equal(
 
 
 def _inject(module: nn.Module, sites: list[Site], block: TracedBlock, variant: Variant) -> bool:
-    """Edit a copy of a block; False where that fails, as the edit itself will say."""
+    """Edit a copy of a block. False means that this failed; the edit itself will say why."""
     try:
         _insert(module, sites, block, variant)
     except SEInjectError:
@@ -147,11 +146,11 @@ def _inject(module: nn.Module, sites: list[Site], block: TracedBlock, variant: V
 def _insert(module: nn.Module, sites: list[Site], block: TracedBlock, variant: Variant) -> None:
     insert(
         module,
-        # A user's layer has no bottleneck; an SE block stands for it in the check.
+        # A user's layer has no bottleneck. In this check an SE block stands in for it.
         [dataclasses.replace(site, block="", bottleneck=site.bottleneck or 8) for site in sites],
         {"": module},
         {"": block},
-        where="residual",  # no matter which: nothing is saved of this copy
+        where="residual",  # any value does, because this copy is never saved
         variant=dataclasses.replace(variant, init="identity"),
         se_layer=None,
         example=block.example,
@@ -159,7 +158,7 @@ def _insert(module: nn.Module, sites: list[Site], block: TracedBlock, variant: V
 
 
 def _examples(example: Arguments) -> Iterator[Arguments]:
-    """The recorded call with small maps, and as it was if that is small itself."""
+    """Yield the recorded call with small maps, and then as it was, unless it is too large."""
     tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor)]
     side = max((size for t in tensors if t.dim() >= 3 for size in t.shape[2:]), default=0)
     if side > _SMALL_SIDE:
@@ -176,7 +175,7 @@ def _examples(example: Arguments) -> Iterator[Arguments]:
 
 
 def _real(example: Arguments, device: torch.device) -> Arguments:
-    # Not on the default device of the user, which a generator of the CPU does not fit.
+    # The user's default device may be another one, and the generator fits the CPU only.
     generator = torch.Generator().manual_seed(0)
 
     def real(value: Any) -> Any:
@@ -193,7 +192,7 @@ def _real(example: Arguments, device: torch.device) -> Arguments:
 def _outputs(
     module: nn.Module | None, inputs: Arguments, training: bool, device: torch.device
 ) -> list[Any] | None:
-    """What a copy of a block returns; None where it fails, as it does on too small maps."""
+    """What a copy of a block returns, or None if it fails, as it may on maps that are too small."""
     if module is None:
         return None
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, inputs)
@@ -202,7 +201,7 @@ def _outputs(
         try:
             module.train(training)
             output = module(*args, **kwargs)
-        except Exception:  # a foreign forward, on maps that it was not made for
+        except Exception:  # a foreign forward runs on maps that it was not made for
             return None
     return pytree.tree_leaves((output, args, kwargs))
 

@@ -1,4 +1,4 @@
-"""What a plan costs and shows: counts, latency, the printed report, pictures, the zoo's coverage.
+"""Reports on a plan: counts, latency, the printed report, pictures, and the zoo's coverage.
 
 The command line uses ``count_costs`` (count), ``measure_latency`` (latency), ``print_report`` and
 ``report_dict`` (summary), ``block_code`` (code), ``plot_costs`` and ``time_sites`` (plot),

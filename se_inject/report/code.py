@@ -1,4 +1,4 @@
-"""The forward of one block as Python, before and after the injection."""
+"""Shows the forward of one block as Python code, before and after the injection."""
 
 import re
 
@@ -18,7 +18,7 @@ from se_inject.plan.table import MODEL_ITSELF
 def block_code(plan: Plan, block: str) -> RenderableType:
     """The forward of one block as Python, before and after the injection.
 
-    Both modes are shown where the forward reads ``self.training``.
+    If the forward reads ``self.training``, both modes are shown.
 
     Raises:
         ArgumentError: the plan has no site in a block of that name.
@@ -56,7 +56,7 @@ def _python(code: str) -> Syntax:
 
 
 def _source(graph: fx.Graph) -> str:
-    """The code of a graph, without checks of flags and fx's notes on what is freed where."""
+    """The code of a graph, without the checks of flags and without fx's notes on freed values."""
     lines = graph.python_code("self").src.splitlines()
     shown = (line for line in lines if line.strip() and "_expect(" not in line)
     return "\n".join(re.sub(r";  (\w+ = )+None$", "", line) for line in shown)

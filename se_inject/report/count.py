@@ -1,9 +1,9 @@
-"""Parameters and MACs of the whole network, before and after.
+"""Counts the parameters and MACs of the whole network, before and after the injection.
 
-What is counted. A MAC is one multiply-accumulate; 1 MAC = 2 FLOPs, and what the papers call
-GFLOPs are GMACs. The base network: what ``torch.utils.flop_counter`` counts (convolutions and
-matrix products; no pooling, norm, activation or addition), halved, for one image in eval mode.
-The added blocks: see :class:`se_inject.layers.squeeze_excite.SECost`.
+A MAC is one multiply-accumulate. 1 MAC = 2 FLOPs, and the papers' GFLOPs are GMACs. For the base
+network, ``torch.utils.flop_counter`` counts the FLOPs of one image in eval mode, and half of them
+are the MACs. It counts convolutions and matrix products, but no pooling, norm, activation or
+addition. :class:`se_inject.layers.cost.SECost` says what is counted for the added blocks.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from se_inject.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters, and MACs for one image (None where the forward cannot run on meta tensors)."""
+    """Parameters, and the MACs for one image (None if the forward cannot run on meta tensors)."""
 
     params: int
     macs: int | None
@@ -31,7 +31,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a planned injection: the base network, the SE blocks, and both together."""
+    """The costs of a planned injection: the base network, the SE blocks, and both together."""
 
     base: Count
     added: Count
@@ -47,7 +47,7 @@ def count_costs(plan: Plan) -> Costs:
 
 
 def count_model(model: nn.Module, example: Arguments) -> Count:
-    """Count one model on meta tensors; it is not run and not changed.
+    """Count one model on meta tensors. The model itself is neither run nor changed.
 
     Args:
         model: any module.
@@ -55,13 +55,13 @@ def count_model(model: nn.Module, example: Arguments) -> Count:
     """
     params = sum(p.numel() for p in model.parameters())
     args, kwargs = example
-    # A list of single images [C, H, W] is a batch too, but a detector's stops before its end.
+    # A list of single images [C, H, W] is a batch too, but a detector's forward stops early.
     batch = batch_size(example)
     twin = meta_copy(model)
     try:
         _, macs = run_and_count(twin, args, kwargs)
     except Exception as error:
-        if needs_values(error):  # The plan has warned of it.
+        if needs_values(error):  # The plan has warned about this.
             return Count(params, None)
         raise
     return Count(params, macs // batch)

@@ -1,4 +1,4 @@
-"""The coverage of the zoo as a table and as a page of the documentation."""
+"""Shows the coverage of the zoo as a table and as a page of the documentation."""
 
 import statistics
 from collections import Counter
@@ -31,7 +31,7 @@ _SHORT = {
 
 
 def coverage_table(rows: Sequence[Family]) -> Table:
-    """One row a family."""
+    """The table, with one row for each family."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), show_footer=True)
     total = _total(rows)
     for header, footer in zip(_HEADERS, _cells(total), strict=True):
@@ -50,7 +50,7 @@ def coverage_table(rows: Sequence[Family]) -> Table:
 
 
 def coverage_markdown(surveys: Sequence[Survey], command: str, seconds: float) -> str:
-    """The table, what failed, and how all of it was made, as a page of the documentation."""
+    """A page of the documentation: the table, the failures, and how all of this was made."""
     rows = families(surveys)
     lines = [
         "# Coverage",
@@ -75,7 +75,7 @@ def coverage_markdown(surveys: Sequence[Survey], command: str, seconds: float) -
 
 
 def failures(surveys: Sequence[Survey]) -> list[str]:
-    """A line for each model that could not be planned; no residual site is no failure."""
+    """A line for each model that could not be planned. A model without sites is no failure."""
     failed = sorted((s for s in surveys if s.error), key=lambda s: s.model)
     return [f"- {s.model}: {' '.join(str(s.error).split())}" for s in failed] or ["None."]
 

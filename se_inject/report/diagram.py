@@ -1,4 +1,4 @@
-"""One block before and after the injection, as boxes and arrows."""
+"""Draws one block before and after the injection, as boxes and arrows."""
 
 import shutil
 import subprocess
@@ -17,19 +17,19 @@ from se_inject.names import near_names
 from se_inject.plan.plan import Plan, layer_name
 from se_inject.plan.table import MODEL_ITSELF
 
-# Boxes of one graph: name -> (label, whether it is new), and the arrows between them.
+# The boxes of one graph, name -> (label, whether it is new), and the arrows between them.
 Boxes = tuple[dict[str, tuple[str, bool]], list[tuple[str, str]]]
 _NEW, _OLD = "#f4b183", "#dbe5f1"
 
 
 def draw_block(plan: Plan, block: str, path: Path) -> Path:
-    """Draw the forward of one block, in eval mode, before and after; SE blocks are orange.
+    """Draw the forward of one block in eval mode, before and after. SE blocks are orange.
 
-    Graphviz's ``dot`` draws it where it is installed, and matplotlib otherwise. Children that are
-    ``nn.Identity`` do nothing and are left out.
+    Graphviz's ``dot`` draws the picture if it is installed, and matplotlib otherwise. Children that
+    are ``nn.Identity`` do nothing and are left out.
 
     Args:
-        path: ends in .svg or .png.
+        path: the picture. The name ends in .svg or .png.
 
     Raises:
         ArgumentError: the block gets no SE block, or the path ends in something else.
@@ -59,14 +59,14 @@ def draw_block(plan: Plan, block: str, path: Path) -> Path:
 
 
 def dot_source(parts: dict[str, Boxes]) -> str:
-    """The graphs, one above the other, in the language of graphviz."""
+    """The graphs in the language of graphviz, one above the other."""
     lines = [
         "digraph {",
         "rankdir=LR nodesep=0.15 ranksep=0.22 fontname=Helvetica",
         'node [shape=box style="filled,rounded" fontname=Helvetica fontsize=11 margin="0.06,0.04"'
         " width=0.3]",
     ]
-    # From left to right graphviz stacks the clusters upwards: the last one written is on top.
+    # When graphs run from left to right, graphviz puts the cluster that is written last on top.
     for number, (title, (boxes, arrows)) in reversed(list(enumerate(parts.items()))):
         lines += [f"subgraph cluster_{number} {{", f"label={_quoted(title)} color=gray"]
         for name, (label, new) in boxes.items():
@@ -79,9 +79,9 @@ def dot_source(parts: dict[str, Boxes]) -> str:
 
 
 def _inserted(plan: Plan, site: Site) -> tuple[str, ...]:
-    """What the box of an inserted layer says: its kind, what it computes, and a sum at an addition.
+    """The lines in the box of an inserted layer: its kind, what it computes, and its addition.
 
-    The last line is for boxes with two inputs alone.
+    The last line is shown only in boxes with two inputs.
     """
     if plan.se_layer is not None:
         return layer_name(plan.se_layer), ""
@@ -98,7 +98,7 @@ def _inserted(plan: Plan, site: Site) -> tuple[str, ...]:
 
 
 def _boxes(graph: fx.Graph, module: nn.Module, new: dict[str, tuple[str, ...]]) -> Boxes:
-    """What leads from the inputs to the output; checks of flags beside it are left out."""
+    """The boxes on the way from the inputs to the output, without the checks of flags."""
     output = next(node for node in graph.nodes if node.op == "output")
     wanted = {output}
     for node in reversed(graph.nodes):
@@ -188,7 +188,7 @@ def _by_matplotlib(parts: dict[str, Boxes], path: Path) -> Path:
                 "shrinkB": 2,
             }
             style |= {"patchA": patches[start], "patchB": patches[end]}
-            if y2 - y1 > 1:  # past the boxes between: sideways, down, and back
+            if y2 - y1 > 1:  # the arrow goes around the boxes in between: sideways, down, and back
                 beside = x1 + 0.5 if x1 == x2 else x1
                 axes.plot([x1, beside, beside], [y1, y1, y2], color="0.3", linewidth=1, zorder=0)
                 begin = (beside, y2)
@@ -198,10 +198,13 @@ def _by_matplotlib(parts: dict[str, Boxes], path: Path) -> Path:
 
 
 def _rows(boxes: Boxes) -> dict[str, tuple[int, int]]:
-    """Row and column of each box: below all that leads to it, the longest chain to the left."""
+    """The row and column of each box. A box is below all boxes that lead to it.
+
+    In each row, the first box of the graph is on the left.
+    """
     names, arrows = boxes
     row = dict.fromkeys(names, 0)
-    for start, end in arrows:  # they are in the order of the graph
+    for start, end in arrows:  # the arrows are in the order of the graph
         row[end] = max(row[end], row[start] + 1)
     taken: dict[int, int] = {}
     places = {}

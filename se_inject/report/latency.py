@@ -1,7 +1,7 @@
-"""Latency of a network before and after the injection, measured side by side.
+"""Measures the latency of a network before and after the injection, side by side.
 
-Parameters and MACs say little about speed: an SE block adds hardly any arithmetic, but it reads
-every branch map once more, and its small layers wait on one another.
+Parameters and MACs say little about speed. An SE block adds hardly any arithmetic, but it reads
+every branch map once more, and its small layers wait for one another.
 """
 
 import copy
@@ -19,8 +19,8 @@ from se_inject.graph.recording.call import Arguments
 from se_inject.plan.plan import Plan
 from se_inject.torch_private import pytree
 
-# Both networks take turns until the first two are reached, or the last two: a slow network has to
-# run seven times all the same.
+# Both networks take turns until the first two numbers are both reached, or the next two. A slow
+# network still runs one round to warm up and three rounds that are timed.
 _MIN_ROUNDS = 9
 _MIN_SECONDS = 4.0
 _FEWEST_ROUNDS = 3
@@ -31,13 +31,13 @@ _WARM_UP = 3
 
 @dataclass(frozen=True)
 class Latency:
-    """Of one forward in inference, without and with the SE blocks.
+    """The latency of one forward in inference, without and with the SE blocks.
 
-    ``overhead`` has the quartiles, over the rounds, of after / before - 1 within one round.
+    Each round gives a ratio, after / before - 1. ``overhead`` has the quartiles of these ratios.
     """
 
     device: str
-    threads: int | None  # None: not on the CPU
+    threads: int | None  # None on devices other than the CPU
     batch_size: int
     before_ms: float
     after_ms: float
@@ -56,8 +56,8 @@ def check_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()  # meta has no values, and nothing to measure
-    except Exception as error:  # each backend has its own kind
+        torch.empty(1, device=device).item()  # fails on meta, where there is nothing to measure
+    except Exception as error:  # each backend has its own kind of error
         raise ArgumentError(
             f"--device {name} cannot be used here ({str(error).splitlines()[0]})."
         ) from error
@@ -70,13 +70,13 @@ def measure_latency(
     """Run a planned model without and with its SE blocks in turns, in eval mode, and time both.
 
     Args:
-        plan: of a model with weights on a real device. That model stays as it is: what runs are
-            copies. The input is random numbers in the shapes that the plan was made with.
-        batch_size: images in the input; tensors without a batch dim keep their shape.
-        device: where to run.
+        plan: the plan of a model with weights on a real device. The model stays as it is, because
+            copies run. The input is random, in the shapes that the plan was made with.
+        batch_size: the number of images in the input. Tensors without a batch dim keep their shape.
+        device: the device to run on.
 
     Raises:
-        BenchmarkError: one of the two cannot run there, or not on that input.
+        BenchmarkError: one of the two cannot run on this device or on this input.
     """
     before = copy.deepcopy(plan.model)
     plan.apply()
@@ -98,12 +98,12 @@ def compare_latency(
     """Run two networks in turns, in eval mode, and time both.
 
     Args:
-        before, after: they are moved to ``device`` and stay there, in eval mode.
-        arguments: of the forward, on meta; what runs are random numbers in these shapes.
-        batch_size, device: as of :func:`measure_latency`.
+        before, after: the networks. They are moved to ``device`` and stay there, in eval mode.
+        arguments: the arguments of the forward, on meta. The input is random in these shapes.
+        batch_size, device: the same as for :func:`measure_latency`.
 
     Raises:
-        BenchmarkError: one of the two cannot run there, or not on that input.
+        BenchmarkError: one of the two cannot run on this device or on this input.
     """
     device = torch.device(device)
 
@@ -128,7 +128,7 @@ def compare_latency(
                 seconds(before), seconds(after)
                 if time.perf_counter() - start > _MIN_SECONDS:
                     break
-        except Exception as error:  # whatever a foreign forward may raise
+        except Exception as error:  # a foreign forward may raise anything
             raise BenchmarkError(
                 f"a forward at batch size {batch_size} on {device} failed"
                 f" ({type(error).__name__}: {first_line(error)}).\n"
@@ -141,7 +141,7 @@ def compare_latency(
                 break
             if len(pairs) >= _FEWEST_ROUNDS and spent > _MAX_SECONDS:
                 break
-            if len(pairs) % 2:  # neither always comes first
+            if len(pairs) % 2:  # the order alternates, so that neither always comes first
                 second, first = seconds(after), seconds(before)
             else:
                 first, second = seconds(before), seconds(after)
@@ -161,7 +161,7 @@ def compare_latency(
 def _random_like(
     tensor: Tensor, planned: int | None, batch_size: int, device: torch.device
 ) -> Tensor:
-    """Random numbers in the shape of ``tensor``, with another batch size where it has a batch."""
+    """Random numbers in the shape of ``tensor``, with a new batch size if it has a batch dim."""
     shape = list(tensor.shape)
     if shape and shape[0] == planned:
         shape[0] = batch_size

@@ -1,4 +1,4 @@
-"""A plan as bars: what the SE block of each block adds in parameters, MACs and time."""
+"""Draws a plan as bars: the parameters, MACs and time that each SE block adds."""
 
 import statistics
 import time
@@ -17,16 +17,15 @@ from se_inject.sites.scaled import ResidualSite
 
 _ROUNDS = 15
 _SUFFIXES = (".svg", ".png")
-# Rows whose names can be read; of more blocks, every second or third has its name.
-_NAMES = 60
+_NAMES = 60  # if there are more blocks than this, only every second or third name is shown
 
 
 def plot_costs(plan: Plan, path: Path, milliseconds: dict[str, float] | None = None) -> Path:
     """Write a bar chart with a row for each SE block of a plan.
 
     Args:
-        path: ends in .svg or .png.
-        milliseconds: of :func:`time_sites`, for a third panel.
+        path: the chart. The name ends in .svg or .png.
+        milliseconds: the result of :func:`time_sites`, which is shown in a third panel.
 
     Raises:
         ArgumentError: the path ends in something else.
@@ -60,10 +59,11 @@ def plot_costs(plan: Plan, path: Path, milliseconds: dict[str, float] | None = N
 def time_sites(
     plan: Plan, *, batch_size: int = 1, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
-    """The median milliseconds of each planned SE block by itself, on random maps.
+    """The median time of each planned SE block by itself, in milliseconds, on random maps.
 
-    Where it takes over an addition, the time of that addition is taken off. The sum over the blocks
-    is no latency of the network, in which maps may still be in the cache.
+    If the SE block takes over an addition, the time of that addition is subtracted. The sum over
+    all blocks is not the latency that SE adds to the network, because there the maps may still be
+    in the cache.
     """
     device = torch.device(device)
     with torch.inference_mode():
@@ -99,7 +99,7 @@ def _time(site: Site, plan: Plan, batch_size: int, device: torch.device) -> floa
 
 
 def layer_dtype(layer: nn.Module) -> torch.dtype:
-    """Of its parameters; float32 if it has none."""
+    """The dtype of a layer's parameters, or float32 if it has none."""
     return next((p.dtype for p in layer.parameters()), torch.float32)
 
 

@@ -23,12 +23,12 @@ from se_inject.report.latency import Latency, compare_latency
 
 @dataclass(frozen=True)
 class Savings:
-    """Of one network before and after some of its SE blocks were folded or taken out."""
+    """The costs of one network before and after some of its SE blocks were folded or removed."""
 
     before: Count
     after: Count
-    blocks: tuple[int, int]  # SE blocks before and after
-    latency: Latency | None  # None: not measured
+    blocks: tuple[int, int]  # the number of SE blocks before and after
+    latency: Latency | None  # None if it was not measured
 
     def __str__(self) -> str:
         params = self.before.params - self.after.params
@@ -46,7 +46,7 @@ class Savings:
         return f"{said}."
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready data; ``latency`` is a key of it only where it was measured."""
+        """JSON-ready data. It has the key ``latency`` only if the latency was measured."""
         data = {
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
@@ -66,9 +66,10 @@ def measure_savings(
     """Compare an injected network with a copy of it that has fewer SE blocks.
 
     Args:
-        before, after: such as ``copy.deepcopy(model)`` made before ``fold_se(model, ...)``, and
-            the model. They stay as they are.
-        benchmark: whether to measure the latency too, of copies, on ``device``.
+        before, after: for example, a ``copy.deepcopy(model)`` made before ``fold_se(model, ...)``,
+            and the model. They stay as they are.
+        benchmark: whether to measure the latency too. Copies run on ``device``.
+        batch_size, device: the same as for :func:`se_inject.report.latency.measure_latency`.
 
     Raises:
         NoSiteError: ``before`` has no SE block.
@@ -87,10 +88,10 @@ def measure_savings(
 
 
 def example_of(model: nn.Module) -> Arguments:
-    """What the forward of an injected model was recorded with, on meta.
+    """The arguments with which the forward of an injected model was recorded, on meta.
 
     Raises:
-        NoSiteError: it has no SE block.
+        NoSiteError: the model has no SE block.
     """
     for module in model.modules():
         if edit := edit_of(module):
@@ -99,7 +100,7 @@ def example_of(model: nn.Module) -> Arguments:
 
 
 def count_injected(model: nn.Module, example: Arguments) -> Count:
-    """Count a network with SE blocks as the report counts them: with squeeze and scale."""
+    """Count a network with SE blocks as the report does, with their squeeze and scale."""
     base = meta_copy(model)
     restore(base)
     plain = count_model(base, example)
@@ -121,7 +122,7 @@ def count_injected(model: nn.Module, example: Arguments) -> Count:
     for layer, seen in spaces.items():
         cost = se_cost(layer.channels, layer.bottleneck, seen, squeeze=layer.squeeze)
         se_macs += cost.squeeze + cost.scale
-    # The layers of the SE blocks are among what is counted in the whole network.
+    # The count of the whole network includes the layers of the SE blocks already.
     return Count(params, whole // batch_size_of(example) + se_macs)
 
 

@@ -1,4 +1,4 @@
-"""Plan + cost -> rich tables and JSON; no torch maths."""
+"""Shows a plan and its costs as tables of rich and as JSON. Nothing is computed here."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -26,10 +26,11 @@ def print_report(
     """Print everything that ``se-inject MODEL`` says.
 
     Args:
-        console: where to; tables are fitted to its width.
-        name: the model, as the user wrote it.
+        console: where the report is printed. Tables are fitted to its width.
+        name: the name of the model, as the user wrote it.
         latency: what ``--benchmark`` measured.
-        verbose: one row a site however many there are, and every skipped addition.
+        verbose: whether to print a row for each site, however many there are, and to list every
+            skipped addition.
     """
     print_table(console, site_table(plan.sites, by_stage=not verbose))
     if plan.skipped:
@@ -37,7 +38,7 @@ def print_report(
         console.print()
     timed = () if latency is None else _latency_lines(latency)
     for line in (summary(name, costs), *_notes(plan, costs), *timed):
-        # Not broken: a terminal wraps it, and a pipe gets one line to search in.
+        # The line is not broken here. A terminal wraps it, and a pipe gets one line to search in.
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -46,7 +47,7 @@ def report_dict(
 ) -> dict[str, Any]:
     """The report as JSON-ready data, with the keys that scripts rely on.
 
-    ``latency`` is a key of it only where it was measured.
+    It has the key ``latency`` only if the latency was measured.
     """
     data = plan.to_dict()
     report = {
@@ -84,12 +85,16 @@ def summary(name: str, costs: Costs) -> str:
 def _notes(plan: Plan, costs: Costs) -> Iterable[str]:
     size = "×".join(map(str, plan.input_size))
     if costs.base.macs is None or costs.augmented.macs is None:
-        yield f"For one image of {size}; the base MACs cannot be counted without running it."
+        yield (
+            f"For one image of {size}, these are the added MACs. Those of the base cannot be"
+            " counted without running the network."
+        )
     else:
         unit, letter = _unit(2 * costs.augmented.macs)
         yield (
-            f"For one image of {size}; in FLOPs"
-            f" {2 * costs.base.macs / unit:.3f} → {2 * costs.augmented.macs / unit:.3f} {letter}."
+            f"For one image of {size}, the MACs are"
+            f" {2 * costs.base.macs / unit:.3f} → {2 * costs.augmented.macs / unit:.3f}"
+            f" {letter}FLOPs."
         )
         yield "1 MAC = 2 FLOPs; the papers' GFLOPs are GMACs."
     if plan.where == "auto" and any(site.kind == "unit" for site in plan.sites):
@@ -99,7 +104,7 @@ def _notes(plan: Plan, costs: Costs) -> Iterable[str]:
         )
     if options := plan.variant.differing():
         said = ", ".join(f"{name}={value}" for name, value in options.items())
-        whose = "A variant" if plan.variant.shift else "The paper's variant"  # which has no shift
+        whose = "A variant" if plan.variant.shift else "The paper's variant"  # it has no shift
         yield f"{whose} with {said}."
     if plan.se_layer is not None:
         name = layer_name(plan.se_layer)
@@ -148,6 +153,3 @@ def _millions(value: int) -> str:
 
 def _percent(part: int, whole: int, digits: int) -> str:
     return f"{100 * part / whole:.{digits}f}" if whole else "∞"
-
-
-# --- --show ------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""Every model of timm and torchvision -> what could be injected: the coverage table.
+"""Plans every model of timm and torchvision, for the coverage table.
 
-Each model is built on the meta device, planned and injected there; nothing is downloaded or run.
+Each model is built on the meta device, and planned and injected there. Nothing is downloaded, and
+no forward runs on real tensors.
 """
 
 import fnmatch
@@ -29,11 +30,11 @@ class Survey:
     """What planning one model gave."""
 
     model: str
-    family: str  # the library's file: "timm resnet"
+    family: str  # the library and its file, such as "timm resnet"
     sites: int
-    units: int = 0  # of the sites
+    units: int = 0  # how many of the sites are units
     skipped: Counter[str] = field(default_factory=Counter)  # additions and units by reason
-    error: str | None = None  # why it could not be planned; None also where there is no site
+    error: str | None = None  # why the model could not be planned; no site is no error
     build_seconds: float = 0.0
     inject_seconds: float = 0.0
 
@@ -54,7 +55,7 @@ def model_names(library: Library = "all", pattern: str = "*") -> list[str]:
 
 
 def family_of(name: str) -> str:
-    """The library and the file of it that builds a model."""
+    """The library that builds a model, and the file in it."""
     if name.startswith("torchvision/"):
         from torchvision.models import get_model_builder
 
@@ -72,7 +73,7 @@ def survey(name: str, where: Where = "auto") -> Survey:
     built = start
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the libraries, about their models
+            warnings.simplefilter("ignore")  # the libraries warn about their own models
             model = load_model(name, meta=True)
             built = time.perf_counter()
             plan: Plan | NoSiteError = _plan(model, where)
@@ -81,7 +82,7 @@ def survey(name: str, where: Where = "auto") -> Survey:
         error = None
     except SEInjectError as failure:
         plan, error = NoSiteError(str(failure)), str(failure)
-    except Exception as failure:  # a fault of ours: the table must show it, not end at it
+    except Exception as failure:  # a fault of se_inject, which the table must show
         plan, error = NoSiteError(str(failure)), f"{type(failure).__name__}: {failure}"
     return Survey(
         name,
@@ -104,7 +105,7 @@ def _plan(model: Any, where: Where) -> Plan | NoSiteError:
 
 def survey_all(names: Sequence[str], workers: int, where: Where = "auto") -> Iterator[Survey]:
     """Survey many models in parallel processes, in the order in which they finish."""
-    # Not forked: the parent has the threads of a progress bar.
+    # The workers are not forked, because the parent has the threads of a progress bar.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         futures = [pool.submit(survey, name, where) for name in names]
@@ -124,7 +125,7 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """End a worker whose parent was killed: it would wait for its next model for ever."""
+    """End a worker whose parent was killed. It would wait for its next model for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -139,9 +140,9 @@ class Family:
     models: int
     injectable: int
     sites: int
-    units: int  # of the sites
+    units: int  # how many of the sites are units
     skipped: Counter[str]
-    failed: int
+    failed: int  # how many models could not be planned
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,7 +150,7 @@ class Family:
 
 
 def families(surveys: Iterable[Survey]) -> list[Family]:
-    """Surveys summed by family, in the order of their names."""
+    """The surveys summed by family, with the families in alphabetical order."""
     rows: dict[str, list[Survey]] = {}
     for entry in surveys:
         rows.setdefault(entry.family, []).append(entry)
@@ -166,6 +167,3 @@ def families(surveys: Iterable[Survey]) -> list[Family]:
         )
         for name, entries in sorted(rows.items())
     ]
-
-
-# --- the table ---------------------------------------------------------------------------------

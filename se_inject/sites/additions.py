@@ -1,4 +1,4 @@
-"""Which nodes of a block graph add two maps, what they add, and what reads that."""
+"""Which nodes of a block graph add two maps, and what they add."""
 
 from torch import fx
 
@@ -7,13 +7,13 @@ from se_inject.sites.flow import Flow, Step
 
 
 def addition(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node, Op] | None:
-    """The operands, if the node itself adds two maps computed from the inputs."""
+    """The two operands and the operation, if the node itself adds maps computed from the inputs."""
     ops = flow.facts[node].ops if node in flow.facts else ()
     op = next((op for op in ops if op.adds_maps), None)
     others = [o for o in ops if o is not op and not (op and op.stacked and o.name == "stack")]
     if op is None or others or "out" in node.kwargs:
         return None
-    if node.op == "call_module":  # one that only adds what it is given
+    if node.op == "call_module":  # the child has to be one that only adds its inputs
         operands = [i for i in node.all_input_nodes if flow.facts[i].value is not None]
         if str(node.target) not in flow.adders or len(operands) != 2:
             return None
@@ -43,7 +43,7 @@ def operands(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def reader_of(flow: Flow, node: fx.Node) -> fx.Node:
-    """What reads the operands of an addition: itself, or the stack that it adds up."""
+    """The node that reads the operands of an addition: itself, or the stack that it sums."""
     a, b = operands(flow, node)
     if a in node.all_input_nodes and b in node.all_input_nodes:
         return node

@@ -42,7 +42,7 @@ def _judge(flow: UnitFlow, activation: int, found: Found) -> None:
         return
     depthwise = all(flow.events[x].op.is_depthwise for x in convolutions)
     if depthwise and _feeds_pointwise(flow, end):
-        return  # the first half of a separable pair, whose end is the unit's
+        return  # this is the first half of a separable pair, and the unit ends with the second
     later = flow.events[end + 1 :]
     if not any(e.op.is_convolution or e.op.name in ("linear", "matmul") for e in later):
         skip(Reason.NOTHING_LEARNS)
@@ -59,7 +59,7 @@ def _judge(flow: UnitFlow, activation: int, found: Found) -> None:
 
 
 def _end_of_activation(flow: UnitFlow, activation: int, base: int) -> int:
-    """``x * sigmoid(x)`` ends with the product."""
+    """The event that ends an activation, which for ``x * sigmoid(x)`` is the product."""
     products = [
         x
         for x in flow.readers.get(activation, [])
@@ -96,7 +96,7 @@ def _has_one_position(flow: UnitFlow, v: int) -> bool:
 
 
 def _is_squeezed(flow: UnitFlow, convolutions: list[int]) -> bool:
-    """Whether the convolutions read one position too, as those of a gate or a classifier do."""
+    """Whether the convolutions read one position too, as in a gate or a classifier."""
     sources = [s for x in convolutions for s in flow.events[x].sources]
     return all(s < 0 or _has_one_position(flow, s) for s in sources)
 
@@ -104,11 +104,11 @@ def _is_squeezed(flow: UnitFlow, convolutions: list[int]) -> bool:
 def _feeds_pointwise(flow: UnitFlow, v: int) -> bool:
     """Whether a convolution that mixes channels, or a gate, reads the map next."""
     readers = flow.readers.get(v, [])
-    for _ in range(8):  # past gates, pads and permutations
+    for _ in range(8):  # this steps over gates, pads and permutations
         if len(readers) == 1 and not flow.events[readers[0]].op.is_convolution:
             readers = flow.readers.get(readers[0], [])
     ops = [flow.events[x].op for x in readers]
-    # A re-parameterisable block reads it by several convolutions, depthwise ones among them.
+    # A re-parameterisable block reads the map with several convolutions, some of them depthwise.
     return any(op.gates or (op.is_convolution and not op.is_depthwise) for op in ops)
 
 
@@ -118,10 +118,11 @@ def _reads_gated(flow: UnitFlow, convolutions: list[int]) -> bool:
 
 
 def _place(flow: UnitFlow, convolution: int, end: int) -> Unit | None:
-    """In the graph that has both, or in the activation where that is a module of its own.
+    """Where the SE block goes: into the module that runs both, or into the activation's own module.
 
-    No child is added to an ``nn.Sequential``, which others iterate over, none to a block that can
-    fold itself, which would lose it, and none to the network itself if there is another way.
+    No child is added to an ``nn.Sequential``, because others iterate over it. None is added to a
+    block that can fold itself, because the block would lose it. The network itself gets a child
+    only if there is no other way.
     """
     outer = set(flow.history.callers(flow.events[convolution].call))
     callers = flow.history.callers(flow.events[end].call)
@@ -130,7 +131,7 @@ def _place(flow: UnitFlow, convolution: int, end: int) -> Unit | None:
     here = Unit((common,), end, convolution)
     if own and flow.calls[common].parent is not None:
         return here
-    for call in reversed(callers[: callers.index(common)]):  # the outermost child first
+    for call in reversed(callers[: callers.index(common)]):  # the outermost child comes first
         alone = not flow.is_container(call) and flow.once(call)
         if alone and end in flow.calls[call].outputs and not flow.calls[call].call.kwargs:
             return Unit((call,), end, convolution, leaf=True)

@@ -1,4 +1,4 @@
-"""Which sums are of parallel linear maps of one input, made to be folded into one convolution."""
+"""Finds sums of parallel linear maps of one input that are meant to be folded into one layer."""
 
 import functools
 import inspect
@@ -14,10 +14,10 @@ from se_inject.sites.flow import Flow, Step
 
 
 def collapses(module: nn.Module, flow: Flow, split_point: Step | None, node: fx.Node) -> bool:
-    """Whether an addition is of linear paths, and somebody means to fold them.
+    """Whether an addition sums linear paths that somebody means to fold.
 
-    Either the class of the block can fold itself, or the shape says it: RepVGG's three terms, of
-    which one is a bare norm of the input.
+    That is so if the class of the block can fold itself, or if the sum has the form of RepVGG's:
+    three terms or more, one of which is a bare norm of the input.
     """
     terms = _terms(flow, _outermost(flow, node))
     own = operands(flow, node)
@@ -38,7 +38,7 @@ def _is_linear(flow: Flow, split_point: Step | None, end: fx.Node) -> bool:
 
 
 def _outermost(flow: Flow, node: fx.Node) -> fx.Node:
-    """The last of a row of additions that ``node`` is in."""
+    """The last addition in the row of additions that ``node`` belongs to."""
     while True:
         readers = [n for n in node.users if n in flow.inputs and addition(flow, n) is not None]
         if len(readers) != 1 or len(node.users) != 1:
@@ -47,7 +47,7 @@ def _outermost(flow: Flow, node: fx.Node) -> fx.Node:
 
 
 def _terms(flow: Flow, node: fx.Node) -> list[fx.Node]:
-    """What a row of additions adds: ``a``, ``b`` and ``c`` of ``(a + b) + c``."""
+    """The terms that a row of additions adds: ``a``, ``b`` and ``c`` in ``(a + b) + c``."""
     added = addition(flow, node)
     if added is None or node not in flow.inputs:
         return [node]
@@ -55,7 +55,7 @@ def _terms(flow: Flow, node: fx.Node) -> list[fx.Node]:
 
 
 def _is_repvgg(paths: Sequence[Sequence[Op]]) -> bool:
-    """Convolutions with a norm each, and a norm alone, with nothing non-linear in between."""
+    """Whether all paths are linear, two or more have one convolution, and one is a bare norm."""
 
     def norms(ops: Sequence[Op]) -> bool:
         return any(op.name in CHANNELS_FIRST_NORM for op in ops)
@@ -67,8 +67,8 @@ def _is_repvgg(paths: Sequence[Sequence[Op]]) -> bool:
     return any(bare) and max(convolutions) == 1 and convolutions.count(1) >= 2
 
 
-# What such methods are called, in a dozen libraries; fuse_model is torch's name for fusing a
-# convolution with its own norm and activation before quantization.
+# The names of such methods in a dozen libraries. fuse_model is not one of them, because torch uses
+# it for fusing a convolution with its own norm and activation before quantization.
 _NAME = re.compile(
     r"re_?param|deploy|equivalent|(^|_)(fuse|fuses|fold|merge|collapse|absorb|slim)(_|$)"
     r"|(^|_)convert|convert$|(fuse|fold|merge|collapse)_?(kernel|conv|branch|bn|norm|weight|repvgg)"
@@ -78,8 +78,8 @@ _NOT_FOLDING = re.compile(r"fuse_model|fuse_modules|^convert_sync|split|unfold|^
 
 @functools.cache
 def folds(cls: Any) -> bool:
-    """Whether a method of a class folds its convolutions, by its name or by what it does."""
-    # What the forward itself calls (``self.merge(shortcut, branch)``) computes maps.
+    """Whether a method of a class folds its convolutions, judged by its name or by its code."""
+    # A method that the forward itself calls (``self.merge(shortcut, branch)``) computes maps.
     called = getattr(getattr(cls.forward, "__code__", None), "co_names", ())
     for base in cls.__mro__:
         if base is nn.Module or base.__module__.startswith("torch.nn."):
@@ -95,7 +95,7 @@ def folds(cls: Any) -> bool:
 
 
 def _folds_kernels(function: object) -> bool:
-    """Whether a function computes a kernel from the weights of layers, to stand in for them."""
+    """Whether a function computes a kernel from the weights of layers that it then replaces."""
     try:
         text = inspect.getsource(function)  # type: ignore[arg-type]
     except (OSError, TypeError):

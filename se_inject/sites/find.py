@@ -1,4 +1,4 @@
-"""Block graph -> residual sites, and every other addition with its reason; reads only."""
+"""Block graph -> residual sites, and every other addition with its reason. It only reads."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from se_inject.sites.scaled import ResidualSite
 
 @dataclass(frozen=True)
 class Rejection:
-    """An addition of two maps that is no site."""
+    """An addition of two maps that is not a site."""
 
     addition: fx.Node
     reason: Reason
@@ -32,8 +32,8 @@ class Sites:
 
     sites: list[ResidualSite]
     rejected: list[Rejection]
-    # Whether what the inputs of the block went through before the call would tell more: an
-    # addition's operands come from different ones, or a branch is multiplied by one of them.
+    # Whether it would help to know what the inputs of the block went through before the call. That
+    # is so if the operands of an addition come from different inputs, or an input scales a branch.
     asks_past: bool
 
 
@@ -48,14 +48,14 @@ def find_sites(
     """The residual sites of one block graph, and every other addition of two maps.
 
     Args:
-        graph: the block's own forward, every child a leaf.
-        calls: what each node computed, one mapping a recorded call.
-        module: the block; only asked whether it has a method that folds its convolutions.
-        placement: where at a residual addition the SE block goes; which additions are residual is
-            the same for all.
-        adders: children that only add what they are given; their calls are additions.
-        pasts: where the tensors that the block was given come from, one sequence a call; asked
-            only where ``Sites.asks_past`` says so.
+        graph: the block's own forward, in which every child is a leaf.
+        calls: what each node computed, with one mapping for each recorded call.
+        module: the block. It is only asked whether it has a method that folds its convolutions.
+        placement: where at a residual addition the SE block goes. It does not change which
+            additions are residual.
+        adders: the children that only add their inputs. Their calls are additions.
+        pasts: where the tensors that the block was given come from, with one sequence for each
+            call. They are needed only if ``Sites.asks_past`` is true without them.
     """
     flow = Flow(graph, calls[0], adders=adders)
     additions = [n for n in graph.nodes if addition(flow, n) is not None]
@@ -70,7 +70,7 @@ def find_sites(
             shapes[node] = judged if first else _agreed(shapes[node], judged)
             flows[node] = whole
     for node in additions:
-        # ``x + a(x) + b(x)``: neither addition has the whole branch on one side.
+        # In ``x + a(x) + b(x)`` neither addition has the whole branch on one side.
         for part in operands(flow, node):
             inner = shapes.get(part)
             same_split_point = (
@@ -112,7 +112,7 @@ def _is_split_by_caller(flow: Flow, node: fx.Node) -> bool:
 
 
 def _agreed(one: Residual | Reason, other: Residual | Reason) -> Residual | Reason:
-    """The verdict on an addition in two calls of its block: one that holds in both."""
+    """The verdict on an addition that holds in two calls of its block."""
     if isinstance(one, Reason):
         return one
     if isinstance(other, Reason):
@@ -169,7 +169,7 @@ def _site(
 
 
 def _channel_dim(flow: Flow, point: Point) -> int | None:
-    """Of the source: known there, or from maps like it, or from the layer that reads it."""
+    """The channel dim of the source, known there, from a map like it, or from its reader."""
     for node in (point.source, *point.alike):
         if (known := flow.facts[node].channel_dim) is not None:
             return known
@@ -181,14 +181,14 @@ def _channel_dim(flow: Flow, point: Point) -> int | None:
 
 
 def _is_scaled_by_input(flow: Flow, branch: fx.Node) -> bool:
-    """Whether a map is multiplied by what another input of the block gives, perhaps a gate."""
+    """Whether a map is multiplied by what comes from another input of the block, perhaps a gate."""
     value = flow.facts[branch].value
     inputs = {v.number for facts in flow.facts.values() if (v := facts.value)} - {None}
     if value is None or len(inputs) < 2:
         return False
     origins: dict[Value, frozenset[int | None]] = {}
     stack = [value]
-    while stack:  # depth first: a value is left when its inputs are known
+    while stack:  # depth first: a value leaves the stack when its inputs are known
         current = stack[-1]
         if waiting := [v for v in current.inputs if v not in origins]:
             stack += waiting

@@ -8,8 +8,9 @@ from se_inject.graph.facts import NodeFacts
 from se_inject.graph.operations.ops import MATRIX_PRODUCT, Op
 from se_inject.graph.operations.value import Value
 
-# A step of the flow: a node of the block graph, or a value that no node of it stands for (what a
-# child with several outputs computed on the way, and what an argument went through before).
+# A step of the flow is a node of the block graph, or a value that no node stands for. Such values
+# are those that a child with several outputs computed on the way, and those that an argument went
+# through before the block was called.
 Step = fx.Node | Value
 Past = Sequence[Value | None]
 
@@ -20,11 +21,11 @@ class Flow:
     Args:
         graph: the block's own forward.
         facts: what each node computed.
-        past: where each tensor that the block was given comes from; by default the flow begins
+        past: where each tensor that the block was given comes from. By default the flow begins
             with the block.
-        adders: the children that only add what they are given: their calls are additions.
-        root: follow only what is computed from this step. Whatever else the block was given (a
-            time, a mask, a style) then counts as a parameter does.
+        adders: the children that only add their inputs. Their calls are additions.
+        root: if it is given, only what is computed from this step is followed. Everything else that
+            the block was given (a time, a mask, a style) then counts like a parameter.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Flow:
         self.facts = facts
         self.past = past
         self.root = root
-        self.order: dict[Step, int] = {}  # inputs before what is computed from them
+        self.order: dict[Step, int] = {}  # a step comes after the inputs that it is computed from
         self.inputs: dict[Step, list[Step]] = {}
         self.passed: dict[Step, tuple[Op, ...]] = {}  # what ran between a step and its inputs
         # Immediate dominators; None is the common root of all inputs.
@@ -51,7 +52,7 @@ class Flow:
         self._sources: dict[Step, int] = {}
         self._rooted: dict[Step, Flow] = {}
         self._owner: dict[Value, fx.Node] = {}
-        # What an attribute holds may have been put there in another call.
+        # An attribute is left out, because its value may come from another call.
         nodes = [n for n in graph.nodes if n.op not in ("output", "get_attr")]
         for node in nodes:
             if (value := facts[node].value) is not None:
@@ -62,7 +63,7 @@ class Flow:
         self._position = {node: i for i, node in enumerate(graph.nodes)}
 
     def _visit(self, end: Step) -> None:
-        """Add a step, after all that it is computed from."""
+        """Add a step after everything that it is computed from."""
         stack = [end]
         while stack:
             step = stack[-1]
@@ -99,15 +100,15 @@ class Flow:
             self._enlarged.add(step)
 
     def _before(self, step: Step) -> tuple[list[Step], tuple[Op, ...], bool]:
-        """The inputs of a step, what ran since, and whether all that came of it was enlarged.
+        """The inputs of a step, the operations since then, and whether all paths enlarge maps.
 
-        What a child does on the way to its one output is one step. Values of a child that returns
-        several are steps of their own.
+        Everything that a child does on the way to its one output is one step. If a child returns
+        several outputs, its values are steps of their own.
         """
         value = step if isinstance(step, Value) else self.facts[step].value
         assert value is not None
         owner = self._owner.get(value)
-        if isinstance(step, fx.Node) and owner is not step:  # an identity
+        if isinstance(step, fx.Node) and owner is not step:  # the step is an identity
             return [self._named(value, step)], (), False
         if value.number is not None and self.past is not None and isinstance(step, fx.Node):
             before = self.past[value.number]
@@ -122,7 +123,7 @@ class Flow:
         ran: dict[int, Op] = {}
 
         stack = [value]
-        while stack:  # depth first: a value is left when its inputs are known
+        while stack:  # depth first: a value leaves the stack when its inputs are known
             current = stack[-1]
             inner = []
             for v in current.inputs:
@@ -139,12 +140,12 @@ class Flow:
             all_of = len(inner) == len(current.inputs) and all(seen[v] for v in inner)
             enlarges = current.op is not None and current.op.enlarges
             seen[current] = enlarges or (bool(inner) and all_of)
-        # Attention at a lower resolution, brought back to its own, is no decoder.
+        # Attention at a lower resolution that is brought back to the full one is not a decoder.
         attends = any(op.name in MATRIX_PRODUCT for op in ran.values())
         return list(found), tuple(ran.values()), seen[value] and not attends
 
     def _named(self, value: Value, reader: fx.Node) -> Step:
-        """The node that has a value: where identities pass it on, the one that is read."""
+        """The node that has a value. If identities pass the value on, it is the one being read."""
         alike = (n for n in reader.all_input_nodes if n.op != "get_attr")
         named = next((n for n in alike if self.facts[n].value is value), None)
         return self._owner.get(value, value) if named is None else named
@@ -160,7 +161,7 @@ class Flow:
         return self._rooted[root]
 
     def meet(self, a: Step | None, b: Step | None) -> Step | None:
-        """The nearest node that dominates both; None for the block inputs together."""
+        """The nearest step that dominates both. None stands for all block inputs together."""
         while a is not b:
             if a is None or b is None:
                 return None
@@ -171,17 +172,17 @@ class Flow:
         return a
 
     def dominates(self, a: Step, b: Step | None) -> bool:
-        """Whether every path from the block inputs to ``b`` passes ``a``."""
+        """Whether every path from the block inputs to ``b`` passes through ``a``."""
         while b is not None and b is not a:
             b = self.dominator[b]
         return b is a
 
     def reaches(self, a: Step, b: Step) -> bool:
-        """Whether ``b`` is computed from ``a``, or is ``a``."""
+        """Whether ``b`` is computed from ``a``, or is ``a`` itself."""
         return bool(self._sources[b] >> self.order[a] & 1)
 
     def between(self, split_point: Step | None, end: Step) -> list[Step]:
-        """The steps on the paths from the split_point (left out) to ``end`` (included)."""
+        """The steps on the paths from the split point (not included) to ``end`` (included)."""
         seen: set[Step] = set()
         stack = [end]
         while stack:
@@ -196,7 +197,7 @@ class Flow:
             yield from self.passed[step]
 
     def enlarged(self, split_point: Step | None, end: Step) -> bool:
-        """Whether every path from the split_point to ``end`` passes what enlarges maps."""
+        """Whether every path from the split point to ``end`` has a step that enlarges maps."""
         enlarged: dict[Step, bool] = {}
         for step in self.between(split_point, end):
             inputs = [enlarged.get(i, False) for i in self.inputs[step]]
@@ -204,7 +205,7 @@ class Flow:
         return enlarged.get(end, False)
 
     def depth(self, split_point: Step | None, end: Step) -> int:
-        """Most convolutions and Linears that a path from the split_point to ``end`` passes."""
+        """The most convolutions and Linears that a path from the split point to ``end`` has."""
         deepest: dict[Step, int] = {}
         for node in self.between(split_point, end):
             before = max((deepest.get(i, 0) for i in self.inputs[node]), default=0)
@@ -214,7 +215,7 @@ class Flow:
     def next_step(
         self, node: fx.Node, wanted: Callable[[Sequence[Op]], bool], *, permuted: bool = False
     ) -> fx.Node | None:
-        """The step that follows, if it is a wanted one; over identities (and permutations)."""
+        """The next step if it is wanted, past identities (and permutations, with ``permuted``)."""
         while len(node.users) == 1:
             (node,) = node.users
             if len(self.inputs.get(node, ())) != 1 or self.facts[node].shape is None:
@@ -227,10 +228,11 @@ class Flow:
         return None
 
     def keeps_input(self, split_point: Step | None, end: Step) -> bool:
-        """Whether a term of ``end`` is the split_point itself, through no convolution or Linear.
+        """Whether a term of ``end`` is the split point itself, without a convolution or Linear.
 
-        Where paths are added or concatenated, all must pass one; where they are multiplied, a
-        gate that is computed from the split_point leaves nothing of it in the product.
+        Where paths are added or concatenated, each of them must have such a layer. Where they are
+        multiplied, one is enough: a gate that is computed from the split point leaves nothing of it
+        in the product.
         """
         kept: dict[Step, bool] = {}
         for node in self.between(split_point, end):

@@ -1,4 +1,4 @@
-"""Which sums bring two paths together: of a decoder, or of two paths of a stage (CSP)."""
+"""Finds sums that bring two paths together, as in a decoder or in a stage with two paths (CSP)."""
 
 from torch import fx
 
@@ -8,7 +8,7 @@ from se_inject.sites.flow import Flow, Step
 
 
 def is_decoded(flow: Flow, split_point: Step | None, a: fx.Node, b: fx.Node) -> bool:
-    """Whether one operand alone comes from a smaller map (a pyramid, an hourglass, a U-Net)."""
+    """Whether only one operand comes from a smaller map (a pyramid, an hourglass, a U-Net)."""
     return flow.enlarged(split_point, a) != flow.enlarged(split_point, b)
 
 
@@ -17,8 +17,8 @@ def is_second_path(
 ) -> bool:
     """Whether a projected operand is a path of its own, as in the sums of CSP stages.
 
-    A shortcut's projection has no activation behind it, and a branch beside one does not end in
-    several residual units on a projection of its own.
+    The projection of a shortcut has no activation after it. The branch beside it does not consist
+    of several residual units on a projection of its own.
     """
     ops = list(flow.ops(flow.between(split_point, shortcut)))
     last = max((i for i, op in enumerate(ops) if op.is_convolution), default=None)
@@ -28,9 +28,9 @@ def is_second_path(
 
 
 def _is_stage(flow: Flow, branch: fx.Node) -> bool:
-    """Whether a path is a 1x1 convolution and then two units or more that add an identity.
+    """Whether a path is a 1x1 convolution and then two or more units that add an identity.
 
-    A row of units on the split point itself (RoR's stages) is a branch.
+    A row of units on the split point itself, as in RoR's stages, is a branch.
     """
     value, units = flow.facts[branch].value, 0
     while value is not None and (op := value.op) is not None:
@@ -58,7 +58,7 @@ def _convolves(value: Value, source: Value) -> bool:
 
 
 def _past(value: Value, end: Value | None) -> set[Value]:
-    """What a value was computed from, itself among it, but not what lies before ``end``."""
+    """The values that a value was computed from, itself included, back to ``end`` (left out)."""
     seen: set[Value] = set()
     stack = [value]
     while stack:

@@ -17,8 +17,8 @@ def find_joins(flow: UnitFlow, residual: Set[str]) -> Found:
     """The units that end at a join.
 
     Args:
-        residual: the blocks that have residual additions; a join in, around or beside one of those
-            is no unit.
+        residual: the blocks that have residual additions. A join in, around or beside one of them
+            is not a unit.
     """
     joins = _joins_by_call(flow)
     units: list[tuple[int, Unit | Reason]] = []  # each with the call that is the whole unit
@@ -85,7 +85,7 @@ def _units_of(
 
 
 def _is_part(flow: UnitFlow, join: int, joins: list[int], start: int) -> bool:
-    """Whether a later join takes this one in beside maps that did not pass it."""
+    """Whether a later join takes this one in, beside maps that did not pass through it."""
     return any(
         k > join
         and join in flow.back(k, start)
@@ -95,7 +95,7 @@ def _is_part(flow: UnitFlow, join: int, joins: list[int], start: int) -> bool:
 
 
 def _same_origin(flow: UnitFlow, new: Set[int], kept: Set[int], start: int, stop: Set[int]) -> bool:
-    """Whether one new map was made from what is kept beside it; a U-Net's skip was not."""
+    """Whether the one new map was made from the maps kept beside it. In a U-Net it was not."""
     (branch,) = new
     origin = flow.entries(branch, start, stop)
     return bool(kept) and all(k != UNKNOWN and flow.entries(k, start, stop) & origin for k in kept)
@@ -104,7 +104,7 @@ def _same_origin(flow: UnitFlow, new: Set[int], kept: Set[int], start: int, stop
 def _caller_that_goes_on(
     flow: UnitFlow, call: int, join: int, joins: dict[int, list[int]]
 ) -> int | None:
-    """The caller, where its own forward goes on with a convolution and joins nothing else."""
+    """The caller, if its own forward goes on with a convolution and joins nothing else."""
     caller = flow.calls[call].parent
     if caller is None or flow.calls[caller].parent is None or flow.is_container(caller):
         return None
@@ -121,7 +121,7 @@ def _caller_that_goes_on(
 
 
 def _at_output(flow: UnitFlow, call: int, join: int, first: int) -> Unit | Reason:
-    """On the output of a module that goes on after its join, before dropout or layer scale."""
+    """A unit at the output of a module that goes on after its join, before dropout and scales."""
     start = flow.calls[call].start
     outputs = {
         v
@@ -143,7 +143,7 @@ def _at_join(
     first: int,
     stop: Set[int],
 ) -> list[Unit]:
-    """On the one new map, on each of the new maps beside a kept one, or on the concatenation."""
+    """A unit on the one new map, on each new map beside a kept one, or on the concatenation."""
     start = flow.calls[call].start
     if len(new) == 1:
         (branch,) = new
@@ -163,7 +163,7 @@ def _is_unpooled(flow: UnitFlow, v: int, start: int, stop: Set[int]) -> bool:
 
 
 def _is_projection(flow: UnitFlow, short: int, long: int, start: int, stop: Set[int]) -> bool:
-    """A shorter straight path with at most one convolution that mixes channels."""
+    """Whether ``short`` is a shorter, straight path on which at most one layer mixes channels."""
     path = flow.back(short, start, stop)
     straight = all(len(set(flow.events[x].sources)) <= 1 for x in path)
     shorter = flow.depth(short, start, stop) < flow.depth(long, start, stop)
@@ -171,7 +171,7 @@ def _is_projection(flow: UnitFlow, short: int, long: int, start: int, stop: Set[
 
 
 def _in_the_child_that_makes_it(flow: UnitFlow, call: int, v: int) -> Unit:
-    """A new map of a dense block: in its own layer, before dropout, or else in the block."""
+    """A unit on a new map of a dense block: in the map's own layer, or else in the block."""
     for child, record in enumerate(flow.calls):
         layer = record.parent == call and bool(flow.module(child)._modules)
         if layer and record.outputs == (v,) and not flow.is_container(child) and flow.once(child):

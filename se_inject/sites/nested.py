@@ -1,4 +1,4 @@
-"""Additions beside additions: which is a part of another's branch, or of a cell that joins sums."""
+"""Finds additions that are part of another one's branch, or of a cell that joins several sums."""
 
 from torch import fx
 
@@ -15,9 +15,10 @@ def is_inner(
 ) -> bool:
     """Whether an addition is a part of another's branch rather than a residual unit in it.
 
-    Units in a row under a long skip (a network in one forward) stay sites of their own: the
-    whole branch passes each of them. Res2Net's inner additions see a part of the channels only,
-    and in ``a + b + x`` the first sum has the split_point of the second and nothing follows it.
+    Units in a row under a long skip (a network in one forward) stay sites of their own, because the
+    whole branch passes through each of them. Res2Net's inner additions see only a part of the
+    channels. In ``a + b + x`` both sums have the same split point, and no convolution follows the
+    first one.
     """
     flow = outer.flow
     if outer_node is node or not flow.reaches(node, outer.branch):
@@ -33,9 +34,9 @@ def is_inner(
 
 
 def is_sibling(flow: Flow, node: fx.Node, residual: Residual, other: fx.Node) -> bool:
-    """Whether the cell computes ``other`` beside ``node`` from the same split_point and joins both.
+    """Whether a cell computes ``other`` beside ``node`` from the same split point and joins both.
 
-    NASNet's cells concatenate five such sums: none of them is the trunk of the network.
+    NASNet's cells concatenate five such sums, and none of them is the trunk of the network.
     """
     if flow.reaches(node, other) or flow.reaches(other, node):
         return False

@@ -1,4 +1,4 @@
-"""Where at a residual addition the SE block goes, for each placement of the paper."""
+"""Where the SE block goes at a residual addition, for each placement of the paper."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ Placement = Literal["standard", "pre", "post", "identity", "3x3"]
 
 @dataclass(frozen=True)
 class Point:
-    """The map that the SE block reads, and what reads its output in place of the map."""
+    """The map that the SE block reads, and the nodes that read its output in place of the map."""
 
     source: fx.Node
     readers: tuple[fx.Node, ...]
-    alike: tuple[fx.Node, ...] = ()  # maps whose dims are those of the source
+    alike: tuple[fx.Node, ...] = ()  # maps whose dims mean the same as those of the source
     fused: bool = False
 
 
@@ -30,19 +30,19 @@ def _before_addition(flow: Flow, node: fx.Node, residual: Residual) -> Point | R
     """standard: on the branch, before stochastic depth, dropout, layer scale and gains."""
     reader, *chain = _tail(flow, node, residual)
     branch = chain[0]
-    # ``x += F(x)`` changes the caller's x; only the addition itself can go on doing so.
+    # ``x += F(x)`` changes the caller's x. Only the addition itself can go on doing so.
     mutates_shortcut = is_in_place(node) and node.args[0] is residual.shortcut
     for step in {node, reader}:
-        # Who reads ``out`` after ``out += x`` reads the sum; after the SE block it would not.
+        # After ``out += x``, a node that reads ``out`` reads the sum. With SE it would not.
         if is_in_place(step) and step.args[0] in chain and read_again(flow, step):
             return Reason.SHARED_IN_PLACE
-    # What stands between branch and addition moves no dim.
+    # Nothing between branch and addition moves a dim, so the shortcut's dims mean the same.
     fused = reader is node and not mutates_shortcut and _is_plain(flow, node)
     return Point(branch, (reader,), (residual.shortcut,), fused)
 
 
 def _tail(flow: Flow, node: fx.Node, residual: Residual) -> list[fx.Node]:
-    """What reads the branch map, the branch map itself, and what only drops or scales it."""
+    """The node that reads the branch map, the map itself, and the nodes that drop or scale it."""
     reader, chain = reader_of(flow, node), [residual.branch]
     while _is_tail(flow, chain[0]):
         reader = chain[0]
@@ -53,7 +53,7 @@ def _tail(flow: Flow, node: fx.Node, residual: Residual) -> list[fx.Node]:
 
 
 def _on_branch_input(flow: Flow, node: fx.Node, residual: Residual) -> Point | Reason:
-    """pre: on what the branch reads; the shortcut reads the map as it was."""
+    """pre: on the map that the branch reads. The shortcut reads the map as it was."""
     path = flow.between(residual.split_point, residual.branch)
     source = residual.split_point
     if not isinstance(source, fx.Node):  # the shortcut is another argument of the block
@@ -70,7 +70,7 @@ def _on_branch_input(flow: Flow, node: fx.Node, residual: Residual) -> Point | R
 
 
 def _after_addition(flow: Flow, node: fx.Node, residual: Residual) -> Point | Reason:
-    """post: behind the addition and, where one follows, its activation."""
+    """post: after the addition and, if an activation follows, after that too."""
     source = flow.next_step(node, _is_activation) or node
     return _separate(flow, Point(source, tuple(source.users), (residual.branch, residual.shortcut)))
 
@@ -81,10 +81,10 @@ def _on_shortcut(flow: Flow, node: fx.Node, residual: Residual) -> Point | Reaso
 
 
 def _after_spatial_convolution(flow: Flow, node: fx.Node, residual: Residual) -> Point | Reason:
-    """3x3: behind the branch's last spatial convolution and its norm.
+    """3x3: after the branch's last spatial convolution and its norm.
 
-    Behind the activation too, where the convolution is depthwise: there MobileNetV3 and
-    EfficientNet have it.
+    If the convolution is depthwise, the SE block goes after the activation too, as in MobileNetV3
+    and EfficientNet.
     """
     path = flow.between(residual.split_point, residual.branch)
     spatial = [n for n in path if any(op.is_spatial_convolution for op in flow.passed[n])]
@@ -129,31 +129,34 @@ PLACEMENTS: dict[Placement, PlacementRule] = {
 
 
 def _separate(flow: Flow, point: Point) -> Point | Reason:
-    """The point, unless the copy that the SE block makes would be seen."""
+    """The point, unless somebody would notice that the SE block makes a copy of the map."""
     if not point.readers or not separable(flow, point.source, point.readers):
         return Reason.SHARED_IN_PLACE
     return point
 
 
 def _is_norm(ops: Sequence[Op]) -> bool:
-    """Begins as a norm (an activation with a gain ends as one), perhaps with an activation."""
+    """Whether these begin with a norm, perhaps with an activation after it.
+
+    An activation with a gain only ends like a norm.
+    """
     first = next((op for op in ops if not op.is_permutation), None)
     plain = not any(op.adds_depth or op.joins for op in ops)
     return plain and first is not None and first.is_affine
 
 
 def _is_activation(ops: Sequence[Op]) -> bool:
-    """Alone, or made of products (``x * sigmoid(x)``, a gain)."""
+    """Whether these are an activation alone, perhaps with products (``x * sigmoid(x)``, a gain)."""
     named = any(op.is_activation for op in ops)
     return named and all(op.is_activation or op.is_product for op in ops)
 
 
 def _is_tail(flow: Flow, node: fx.Node) -> bool:
-    """Whether a node only drops or scales its one input, and so belongs behind the SE block."""
+    """Whether a node only drops or scales its one input, and so belongs after the SE block."""
     if node.op == "placeholder" or len(flow.inputs[node]) != 1:
         return False
     (source,) = flow.inputs[node]
-    # The SE block reads a node that this one reads; what a child did before is out of reach.
+    # The SE block has to read a node that this one reads. The inside of a child is out of reach.
     if not isinstance(source, fx.Node) or source not in node.all_input_nodes:
         return False
     facts = flow.facts[node]
@@ -162,13 +165,13 @@ def _is_tail(flow: Flow, node: fx.Node) -> bool:
 
 
 def _is_plain(flow: Flow, node: fx.Node) -> bool:
-    """Whether a node is an addition in so many words, which the SE block can take over."""
+    """Whether a node is a plain addition, which the SE block can take over."""
     added = addition(flow, node)
     return node.op != "call_module" and added is not None and added[2].name in ADD
 
 
 def _readers(flow: Flow, source: fx.Node, end: fx.Node) -> list[fx.Node]:
-    """What reads a node on the way to ``end``, lists of maps and the like among it."""
+    """The nodes that read a node on the way to ``end``, including lists of maps and the like."""
     before = {end}
     for node in sorted(flow.facts, key=flow.position, reverse=True):
         if before.intersection(node.users):

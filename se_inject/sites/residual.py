@@ -1,9 +1,9 @@
-"""Block graph -> residual sites; reads only.
+"""The rule that tells a residual addition from other additions. It only reads.
 
-A residual site is an addition ``out = F(x) + shortcut(x)`` of two maps of one shape, where the
-branch F passes at least one convolution and the shortcut is the identity or a short projection.
-The SE block goes on the branch, after its last convolution and norm and before stochastic depth,
-layer scale and skip gain, or where another placement of the paper has it.
+A residual addition is ``out = F(x) + shortcut(x)`` with two maps of one shape. The branch F has at
+least one convolution, and the shortcut is the identity or a short projection. The SE block goes on
+the branch, after its last convolution and norm and before stochastic depth, layer scale and skip
+gain. The other placements of the paper put it elsewhere.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def shape_verdict(flow: Flow, module: nn.Module, node: fx.Node) -> Residual | Re
     if len(op.shape) not in KINDS:
         return Reason.NO_MAP
     if a not in flow.dominator or b not in flow.dominator:
-        # An operand was kept on an attribute since another module ran.
+        # An operand was stored in an attribute when another module ran.
         return Reason.TOKENS if _adds_tokens(flow, node, ()) else Reason.FUSION
     verdicts = [_verdict_in(part, module, node, a, b) for part in _common_flows(flow, a, b)]
     return next((v for v in verdicts if isinstance(v, Residual)), verdicts[0])
@@ -49,8 +49,8 @@ def shape_verdict(flow: Flow, module: nn.Module, node: fx.Node) -> Residual | Re
 def _common_flows(flow: Flow, a: fx.Node, b: fx.Node) -> list[Flow]:
     """The parts of the flow in which both operands come from one step.
 
-    A second input (a time, a mask, a style) does not hide the one that both come from. Where they
-    come from different inputs, the caller has split the path, or there is no common step at all.
+    A second input (a time, a mask, a style) does not hide the one that both come from. If they come
+    from different inputs, the caller has split the path, or there is no common step at all.
     """
     if flow.meet(a, b) is not None:
         return [flow]
@@ -81,14 +81,15 @@ def _verdict_in(
     if not _is_shortcut(flow, split_point, shortcut):
         return Reason.FUSION
     if flow.keeps_input(split_point, branch):
-        return Reason.FUSION  # a part of the sum is the shortcut: the SE block would scale it
+        return Reason.FUSION  # the branch has the shortcut in it, and the SE block would scale it
     return Residual(split_point, branch, shortcut, flow)
 
 
 def _is_image(flow: Flow, split_point: Step | None, node: fx.Node, branch: fx.Node) -> bool:
     """Whether the sum is an image, as in super-resolution with its global residual.
 
-    Its channels are few, and the branch has more on the way. There are no features to weigh.
+    An image has at most three channels, while the branch has more on the way. There are no features
+    to weigh.
     """
     shape, channel_dim = flow.facts[node].shape or (), flow.facts[node].channel_dim
     if channel_dim != 1 or shape[1] > 3:
@@ -110,8 +111,8 @@ def _by_depth(
 def _is_deeper(flow: Flow, split_point: Step | None, branch: fx.Node, shortcut: fx.Node) -> bool:
     """Whether one operand is a branch beside the other.
 
-    A spatial convolution beside a 1x1 projection is one too: its siblings without a projection
-    are residual blocks.
+    A spatial convolution beside a 1x1 projection counts as a branch too, because its siblings
+    without a projection are residual blocks.
     """
     depths = [flow.depth(split_point, n) for n in (branch, shortcut)]
     if depths[0] != depths[1]:
@@ -125,10 +126,10 @@ def _is_deeper(flow: Flow, split_point: Step | None, branch: fx.Node, shortcut: 
 
 
 def _is_projection(flow: Flow, split_point: Step | None, end: fx.Node, branch: fx.Node) -> bool:
-    """Whether the path is one 1x1 convolution with nothing non-linear behind it.
+    """Whether the path is one 1x1 convolution with nothing non-linear after it.
 
-    Where the maps get smaller, it may see more than one position (MONAI's strided units), beside
-    a branch that has an activation.
+    If the maps get smaller and the branch has an activation, the convolution may also see more than
+    one position (as in MONAI's strided units).
     """
     ops = list(flow.ops(flow.between(split_point, end)))
     convolutions = [i for i, op in enumerate(ops) if op.is_convolution]
@@ -143,12 +144,12 @@ def _is_projection(flow: Flow, split_point: Step | None, end: fx.Node, branch: f
 
 
 def _bends(ops: Sequence[Op]) -> bool:
-    """Whether there is anything non-linear among these."""
+    """Whether any of these operations is non-linear."""
     return any(op.is_activation or op.is_product for op in ops)
 
 
 def _adds_tokens(flow: Flow, node: fx.Node, paths: Sequence[Step]) -> bool:
-    """Whether the sum is [N, L, C] of a transformer rather than [N, C, L] of Conv1d layers."""
+    """Whether the sum is the [N, L, C] of a transformer and not the [N, C, L] of Conv1d layers."""
     kind = KINDS[len(flow.facts[node].shape or ())]
     if kind.channels_last:
         return False
@@ -159,13 +160,16 @@ def _adds_tokens(flow: Flow, node: fx.Node, paths: Sequence[Step]) -> bool:
 
 
 def _is_shortcut(flow: Flow, split_point: Step | None, end: fx.Node) -> bool:
-    """The identity, or a straight path of at most two convolutions; pooling and norm allowed."""
+    """Whether a path is the identity, or straight with at most two convolutions.
+
+    Pooling and norms are allowed on it.
+    """
     path = flow.between(split_point, end)
     ops = list(flow.ops(path))
     straight = all(_is_straight(flow, split_point, step) for step in path)
     short = sum(op.is_convolution for op in ops) <= 2
-    # A shortcut that the caller computed (DLA) comes as it is; two inputs that are both
-    # convolved or resampled before they are added are fused (feature pyramids, NASNet's cells).
+    # A shortcut that the caller computed (as in DLA) is added as it is. If two inputs are both
+    # convolved or resampled before the addition, it is a fusion (feature pyramids, NASNet's cells).
     given = split_point is not None or not ops
     return straight and short and given
 
@@ -173,8 +177,8 @@ def _is_shortcut(flow: Flow, split_point: Step | None, end: fx.Node) -> bool:
 def _is_straight(flow: Flow, split_point: Step | None, step: Step) -> bool:
     """Whether a step brings no paths together.
 
-    More channels by a concatenation with zeros, or with the map itself in other form, is no join:
-    nothing on the paths to it has weights.
+    A concatenation with zeros, or with another form of the map itself, only adds channels. It is
+    not a join, because nothing on the paths to it has weights.
     """
     ops = flow.passed[step]
     joins = [op for op in ops if op.joins]

@@ -1,4 +1,4 @@
-"""The map in a block graph that an SE block scales, and the kinds of it."""
+"""The map in a block graph that an SE block scales, and its two kinds."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -16,16 +16,16 @@ Where = Literal["auto", "residual", "units"]
 
 @dataclass(frozen=True)
 class ScaledMap:
-    """Where a unit's transformation ends; a residual addition is one way to see it."""
+    """The map at which the transformation of a unit ends. A residual branch is such a unit too."""
 
     kind: ClassVar[SiteKind]
 
-    source: fx.Node  # the map to scale: the SE block reads it
-    readers: tuple[fx.Node, ...]  # what reads the scaled map in its place
+    source: fx.Node  # the map that the SE block reads and scales
+    readers: tuple[fx.Node, ...]  # the nodes that read the scaled map in its place
     channels: int
     layout: Layout
     dtype: torch.dtype
-    shapes: tuple[Shape, ...]  # of the map, one a recorded call
+    shapes: tuple[Shape, ...]  # the shape of the map in each recorded call
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class ResidualSite(ScaledMap):
 
     addition: fx.Node
     shortcut: fx.Node  # the operand of the addition that is not the branch
-    fused: bool  # the addition alone reads the branch: the SE block takes it over
-    shortcut_first: bool  # the sum has the memory format of its first operand
-    in_place: bool  # and keeps its dtype too
+    fused: bool  # whether the SE block takes over the addition, which alone reads the branch
+    shortcut_first: bool  # whether the shortcut is the first operand, which gives the memory format
+    in_place: bool  # whether the sum is in place, so that the first operand gives the dtype too
 
 
 @dataclass(frozen=True)

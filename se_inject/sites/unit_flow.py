@@ -1,4 +1,4 @@
-"""The data flow of a recorded forward: what a map was made from, since when and by what."""
+"""The data flow of a recorded forward: which events made a map, and from which other maps."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -14,10 +14,10 @@ NOTHING: frozenset[int] = frozenset()
 
 
 class UnitFlow:
-    """A history with the questions that the rules of units ask of it.
+    """A history that answers the questions of the rules for units.
 
-    ``start`` is always the first event of the call that is looked at: maps with lower numbers were
-    given to that call. Maps in ``stop`` are taken as given too.
+    ``start`` is always the first event of the call in question. Maps with lower numbers were given
+    to that call, and maps in ``stop`` are treated as given too.
     """
 
     def __init__(self, history: History, modules: Mapping[str, nn.Module]) -> None:
@@ -32,7 +32,7 @@ class UnitFlow:
                 self.readers.setdefault(source, []).append(number)
 
     def back(self, v: int, start: int, stop: Collection[int] = NOTHING) -> set[int]:
-        """The events since ``start`` that the map ``v`` was computed by."""
+        """The events since ``start`` by which the map ``v`` was computed."""
         seen: set[int] = set()
         stack = [v]
         while stack:
@@ -43,7 +43,7 @@ class UnitFlow:
         return seen
 
     def after(self, v: int, end: int) -> set[int]:
-        """The events before ``end`` that the map ``v`` flows into."""
+        """The events before ``end`` that use the map ``v``, directly or indirectly."""
         found = {v}
         for x in range(v + 1, end):
             if not found.isdisjoint(self.events[x].sources):
@@ -59,14 +59,14 @@ class UnitFlow:
         return {s for s in sources if s < start or s in stop}
 
     def dominates(self, a: int, b: int, start: int) -> bool:
-        """Whether all that ``b`` was computed from came through ``a``."""
+        """Whether everything that ``b`` was computed from came through ``a``."""
         return all(x == a for x in self.entries(b, start, {a}))
 
     def convolutions(self, events: Iterable[int]) -> list[int]:
         return [x for x in events if self.events[x].op.is_convolution]
 
     def depth(self, v: int, start: int, stop: Collection[int], *, mixing: bool = False) -> int:
-        """Most convolutions on a path to ``v``; ``mixing``: only those that mix channels."""
+        """The most convolutions on a path to ``v``; with ``mixing``, those that mix channels."""
         deepest: dict[int, int] = {}
         for x in sorted(self.back(v, start, stop)):
             op = self.events[x].op
@@ -76,7 +76,7 @@ class UnitFlow:
         return deepest.get(v, 0)
 
     def before_tail(self, v: int, start: int) -> int:
-        """The map that ``v`` is but for dropout or scales, which belong behind the SE block."""
+        """The map ``v`` before dropout and scales, which belong after the SE block."""
         while v >= start:
             event = self.events[v]
             if not (event.op.is_dropout or event.op.scales) or len(event.sources) != 1:
@@ -88,7 +88,7 @@ class UnitFlow:
         return v
 
     def is_map(self, v: int) -> bool:
-        """Whether ``v`` is a feature map of more than one position."""
+        """Whether ``v`` is a feature map with more than one position."""
         layout = layout_of(self.events[v])
         shape = self.events[v].op.shape
         return layout is not None and any(shape[d] > 1 for d in layout.space)
@@ -116,7 +116,10 @@ class UnitFlow:
 
 
 def layout_of(event: Event) -> Layout | None:
-    """The layout of the map that an event made, if it is one; 4-D and 5-D: channels first."""
+    """The layout of the feature map that an event made, or None if it made none.
+
+    If the channel dim is not known, 4-D and 5-D tensors are taken as channels first.
+    """
     ndim = len(event.op.shape)
     dim = event.channel_dim
     if dim is None:

@@ -21,8 +21,8 @@ def find_units(history: History, modules: Mapping[str, nn.Module], residual: Set
     """The units of a recorded forward, in the order in which they end.
 
     Args:
-        history: of a network without SE blocks of se_inject.
-        modules: all its modules by name.
+        history: the history of a network without SE blocks of se_inject.
+        modules: all modules of the network by name.
         residual: the blocks that have residual additions, which are units already.
     """
     flow = UnitFlow(history, modules)
@@ -41,8 +41,8 @@ def unit_site(
 ) -> UnitSite | Reason:
     """The end of a unit as a node of a block's graph.
 
-    The graph runs the same operations in the same order as the recorded call
-    (:mod:`se_inject.graph.trace` checks that), so that counting them finds the node.
+    The graph runs the same operations in the same order as the recorded call, which
+    :mod:`se_inject.graph.trace` checks. The node is therefore found by counting the operations.
     """
     facts = forward.calls[0]
     node = _node_of(facts, unit.end - call.start, call.end - call.start)
@@ -58,7 +58,8 @@ def unit_site(
     if dim is None or not (layout := Layout(len(own.shape), dim)).is_map:
         return Reason.CHANNELS_UNKNOWN
     readers = tuple(node.users)
-    # A plain activation in place is safe: the chain is straight, nobody else reads its input.
+    # A plain activation in place is safe, because the chain is straight and nobody else reads its
+    # input.
     if not unit.leaf and not separable(Flow(forward.graph, facts), node, readers):
         return Reason.SHARED_IN_PLACE
     shapes = tuple(shape for each in forward.calls if (shape := each[node].shape) is not None)
@@ -68,7 +69,7 @@ def unit_site(
 
 
 def _node_of(facts: Mapping[fx.Node, NodeFacts], number: int, total: int) -> fx.Node | Reason:
-    """The node in which operation ``number`` of ``total`` ran, as the last but what only scales."""
+    """The node in which operation ``number`` of ``total`` ran, if only scales follow in it."""
     done = 0
     found: fx.Node | Reason = Reason.HIDDEN
     for node, own in facts.items():

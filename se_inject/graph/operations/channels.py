@@ -1,4 +1,4 @@
-"""Which dim of a tensor holds the channels, followed through the functions of a forward."""
+"""Follows through the functions of a forward which dim of a tensor holds the channels."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def channel_dim_after(
     sources: Sequence[Known],
     out: Tensor,
 ) -> int | None:
-    """Which dim of the output of a function holds the channels; None where that is not known."""
+    """Which dim of the output of a function holds the channels, or None if that is not known."""
     if name in CONVOLUTION or name in CHANNELS_FIRST_NORM:
         return 1
     known = [s for s in sources if s.channel_dim is not None]
@@ -54,7 +54,7 @@ def _moved(
     source: Tensor,
     dim: int,
 ) -> int:
-    """Where ``dim`` goes: run the same permutation on a tensor whose sizes are all different."""
+    """Where a permutation moves ``dim``, found with a tensor whose sizes are all different."""
     probe = torch.empty(tuple(range(1, source.dim() + 1)), device="meta")
     args, kwargs = pytree.tree_map(lambda v: probe if v is source else v, (args, dict(kwargs)))
     return tuple(func(*args, **kwargs).shape).index(dim + 1)
@@ -63,7 +63,8 @@ def _moved(
 def _kept(source: Tensor, dim: int | None, out: Tensor) -> int | None:
     """Where ``dim`` is after a reshape, if nothing was merged with it or split from it.
 
-    Elements keep their order, so where all sizes up to a dim stay, or all from it on, it stays.
+    The elements keep their order. A dim is therefore kept if all sizes up to it stay the same, or
+    all sizes from it on.
     """
     assert dim is not None
     if source.shape[: dim + 1] == out.shape[: dim + 1]:

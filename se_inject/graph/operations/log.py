@@ -26,25 +26,25 @@ from se_inject.graph.operations.sums import REMEMBERED, Sum, operands, sum_of
 from se_inject.graph.operations.value import Known, Value
 from se_inject.torch_private import pytree, without_torch_functions
 
-# What a tensor without values says, so that a forward goes on after ``if x.mean() > 0``.
+# What a tensor without values answers, so that a forward goes on after ``if x.mean() > 0``.
 GUESSES: dict[Any, bool | int] = {Tensor.__bool__: False, Tensor.item: 0}
 
 
-# A loop that waits for another answer would wait for ever.
+# The limit on such answers, because a loop that waits for another answer would wait for ever.
 _MOST_GUESSES = 100
 
 
 class OpLog(TorchFunctionMode):
     """Logs the functions that run on live tensors and follows where their channels are.
 
-    Live is what is computed from the inputs, which are given with their channel dims (None: not
-    known); parameters, buffers and constants are not. The channel dim is known from convolutions
-    and batch or group norm (dim 1) and from Linear and layer norm (the last dim), and is followed
-    through what comes after them.
+    A tensor is live if it is computed from the inputs. Parameters, buffers and constants are not
+    live. The channel dim is known from convolutions and batch or group norms (dim 1), and from
+    Linear and layer norms (the last dim). It is followed through the functions after them.
 
     Args:
-        inputs: the tensors that the forward is given.
-        gates: those of them, by their places, that somebody before has computed as gates.
+        inputs: the tensors that the forward is given, each with its channel dim (None if that is
+            not known).
+        gates: those of the inputs that were computed as gates before, by their places.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class OpLog(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.ops: list[Op] = []
-        self.maker: Hashable = None  # whoever runs now: the values made meanwhile name it
+        self.maker: Hashable = None  # what runs now; the values that are made meanwhile name it
         self._guesses = 0
         self._live: dict[int, Known] = {}
         self._made: dict[int, tuple[Tensor, str, tuple[Any, ...], Mapping[str, Any]]] = {}
-        # What functions made of no live tensor, or of its shape alone (``new_empty``).
+        # The tensors that were made from no live tensor, or from its shape alone (``new_empty``).
         self._constants: dict[int, Tensor] = {}
         for number, (tensor, dim) in enumerate(inputs):
             if id(tensor) not in self._live:
@@ -68,12 +68,12 @@ class OpLog(TorchFunctionMode):
                 self._live[id(tensor)] = known
 
     def channel_dim(self, tensor: Tensor) -> int | None:
-        """Which dim of a live tensor holds the channels, if known."""
+        """Which dim of a live tensor holds the channels, if that is known."""
         known = self._live.get(id(tensor))
         return known.channel_dim if known else None
 
     def gate(self, tensor: Tensor) -> Known | None:
-        """What is known of a tensor that may be a gate, computed from a map; None of any other."""
+        """What is known about a tensor that may be a gate computed from a map, or else None."""
         known = self._live.get(id(tensor))
         return known if known and known.is_gate else None
 
@@ -85,11 +85,11 @@ class OpLog(TorchFunctionMode):
     def sum_of(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Sum | None:
-        """What ``func`` adds, if it adds two maps."""
+        """The sum that ``func`` makes, if it adds two maps."""
         return sum_of(_name_of(func, args, kwargs), args, kwargs, self._how)
 
     def remember(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
-        """Keep how a tensor was made that may be half of an addition in other words."""
+        """Remember how a tensor was made, if it may be half of an addition in other words."""
         name = _name_of(func, args, kwargs)
         if name in REMEMBERED and isinstance(out, Tensor):
             self._made[id(out)] = (out, name, args, kwargs)
@@ -102,7 +102,7 @@ class OpLog(TorchFunctionMode):
         """What a tensor without values answers.
 
         Raises:
-            RuntimeError: so often that a loop must be waiting for another answer.
+            RuntimeError: this was asked so often that a loop must be waiting for another answer.
         """
         self._guesses += 1
         if self._guesses > _MOST_GUESSES:
@@ -114,7 +114,7 @@ class OpLog(TorchFunctionMode):
         return isinstance(value, Tensor) and id(value) in self._live
 
     def ensure_followed(self, value: Any, inputs: Iterable[Any]) -> None:
-        """Mark what came out of a step that no torch function showed (an autograd.Function)."""
+        """Mark the output of a step as live, if no torch function showed it (autograd.Function)."""
         sources = [t for t in pytree.tree_leaves(list(inputs)) if self.is_live(t)]
         for tensor in pytree.tree_leaves(value):
             followed = self.is_live(tensor) or id(tensor) in self._constants
@@ -135,7 +135,7 @@ class OpLog(TorchFunctionMode):
         if func in GUESSES:
             return self.guess(func)
         out = func(*args, **kwargs)
-        # What is asked of the tensors here is no function of the forward, and is answered quicker.
+        # Questions to tensors in here are not functions of the forward. This also answers faster.
         with without_torch_functions():
             self._note(func, args, kwargs, out)
         return out
@@ -173,7 +173,7 @@ class OpLog(TorchFunctionMode):
             self._live[id(entry.tensor)] = entry
 
     def _write(self, target: Tensor, source: Any) -> None:
-        """A part of a tensor gets other content: from then on it is computed from both."""
+        """Note that a part of a tensor gets new content. It is then computed from both."""
         known = [self._live[id(t)] for t in (target, source) if self.is_live(t)]
         if known:
             op = Op("__setitem__", tuple(target.shape))
@@ -229,5 +229,5 @@ def _name_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
 
 
 def _enlarged(x: Tensor, out: Tensor) -> bool:
-    """Whether a map has more positions than the one that it was made of."""
+    """Whether a map has more positions than the map from which it was made."""
     return x.dim() >= 3 and out.shape[2:].numel() > x.shape[2:].numel()

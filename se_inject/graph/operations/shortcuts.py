@@ -1,8 +1,8 @@
-"""What functions of torch return on meta tensors, without the slow way that torch takes there.
+"""Makes the output of some torch functions on meta tensors faster than torch itself does.
 
-Many functions have no kernel of their own for meta tensors: torch runs a decomposition in Python
-for them, which takes up to two milliseconds (``hardswish``) and most of the time of a forward. The
-output of those below is like their input, so it is made directly.
+Many functions have no kernel of their own for meta tensors. For these, torch runs a decomposition
+in Python, which takes up to two milliseconds (``hardswish``) and most of the time of a forward. The
+output of the functions below is like their input, so it is made directly.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from torch import Tensor
 from se_inject.torch_private import without_torch_functions
 
 _NORMS = (F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm, F.rms_norm)
-# The place of the argument ``inplace``; -1 where there is none.
+# The place of the argument ``inplace``, or -1 if there is none.
 _LIKE_INPUT: dict[Any, int] = dict.fromkeys(_NORMS, -1)
 _LIKE_INPUT |= dict.fromkeys((F.relu, F.relu6, F.silu, F.mish, F.hardswish, F.hardsigmoid), 1)
 _LIKE_INPUT |= {F.selu: 1, F.leaky_relu: 2, F.elu: 2, F.celu: 2, F.hardtanh: 3}
@@ -28,12 +28,12 @@ _OF_TWO = {torch.add, torch.mul, Tensor.add, Tensor.mul, Tensor.__add__, Tensor.
 def shortcut(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Tensor | None:
-    """The output of a function on meta; None where torch has to say what it is."""
+    """The output of a function on meta, or None if torch has to compute it."""
     place = _LIKE_INPUT.get(func)
     if place is None:
         return _sum_or_product(*args) if func in _OF_TWO and len(args) == 2 and not kwargs else None
     x = args[0] if args else kwargs.get("input")
-    # What is asked of a tensor here must not come back as a function of the forward.
+    # Questions to a tensor in here must not count as functions of the forward.
     with without_torch_functions():
         if not isinstance(x, Tensor) or not (x.is_meta and x.is_floating_point()):
             return None
@@ -42,7 +42,7 @@ def shortcut(
 
 
 def _sum_or_product(a: Any, b: Any) -> Tensor | None:
-    """Of two maps of one shape, or of a map and its gate."""
+    """The sum or product of two maps of one shape, or of a map and its gate."""
     with without_torch_functions():
         if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_meta and b.is_meta):
             return None

@@ -1,4 +1,4 @@
-"""Which calls of torch functions add two maps, in whatever words."""
+"""Finds the calls of torch functions that add two maps, however they are written."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ class Sum:
     a: Tensor
     b: Tensor
     alpha: float = 1.0  # the factor of the second map
-    blended: bool = False  # no sum of two operands that a graph could show: lerp, index_add
-    stacked: bool = False  # by one function into one tensor, and added by the next
+    blended: bool = False  # not a sum of two operands that a graph could show: lerp, index_add
+    stacked: bool = False  # one function stacks the maps, and the next adds the items of the stack
 
 
-# The name and the arguments of the function that made a tensor, where it is one of REMEMBERED.
+# The name and the arguments of the function that made a tensor, if it is one of REMEMBERED.
 Made = Callable[[Tensor], tuple[str, tuple[Any, ...], Mapping[str, Any]] | None]
 REMEMBERED = NEGATE | {"stack"}
 
 
 def sum_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], made: Made) -> Sum | None:
-    """What a function adds, if it adds two maps.
+    """The sum that a function makes, if it adds two maps.
 
-    ``x - (-h)`` and ``torch.sub(x, h, alpha=-1)`` are additions in other words, and so are
+    ``x - (-h)`` and ``torch.sub(x, h, alpha=-1)`` are additions in other words. So are
     ``torch.addcmul(x, gamma, h)`` with a layer scale ``gamma`` and ``torch.stack([x, h]).sum(0)``.
-    A weighted mean of two maps (``lerp``) is no residual addition, but must not go unsaid.
+    A weighted mean of two maps (``lerp``) is not a residual addition, but it has to be reported.
     """
     a, b = operands(args, kwargs)
     if name in ADD:
@@ -59,7 +59,10 @@ def sum_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], made: Ma
 def _sum_of_stack(
     name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], made: Made
 ) -> Sum | None:
-    """``torch.stack([x, h]).sum(0)``; a mean of them, or more than two, is not served."""
+    """The sum of a stack, ``torch.stack([x, h]).sum(0)``.
+
+    If it is a mean, or if there are more than two maps, the sum counts as blended.
+    """
     if name not in ("sum", "mean", "nansum", "einsum"):
         return None
     stacks = [t for t in _flat(args, kwargs) if isinstance(t, Tensor) and made(t)]

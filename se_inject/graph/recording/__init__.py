@@ -2,7 +2,7 @@
 
 In the order of the flow: call (what one call of a module was given, added and returned), state
 (what a forward set on its module), recorder (the mode and hooks that watch), adders (modules that
-only add), missed (what a forward that stopped early has not shown), record (the whole recording),
-replay (recorded children answer in place of running again), and history, which has the operations
-of the whole forward in a row for the units.
+only add), missed (what a forward that stopped early did not show), record (the whole recording),
+replay (recorded children answer instead of running again), and history, which has all operations of
+the forward in one row, for the units.
 """

@@ -1,4 +1,4 @@
-"""Modules that do nothing but add two maps: their additions count as those of their callers."""
+"""Credits callers with the additions of modules that do nothing but add two maps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,10 +13,10 @@ def credit_callers(
 ) -> None:
     """Give the addition of a module that does nothing else (``self.add(branch, x)``) to its caller.
 
-    Its caller shows which operand is the branch. An ``nn.Sequential`` gets no child, so that what
-    it calls keeps its own addition.
+    The caller shows which operand is the branch. An ``nn.Sequential`` gets no child, so a module
+    that it calls keeps its own addition.
     """
-    for name in sorted(recorded, key=len, reverse=True):  # a module after the children in it
+    for name in sorted(recorded, key=len, reverse=True):  # a module comes after its children
         calls = recorded[name]
         callers = [call.caller for call in calls]
         if not all(map(_only_adds, calls)) or any(
@@ -36,7 +36,7 @@ def credit_callers(
 
 
 def _only_adds(call: Call) -> bool:
-    """Whether a call returned the sum of two maps that it was given, and added no others."""
+    """Whether a call returned the sum of two of its arguments, and added nothing else."""
     if len(call.sums) != 1:
         return False
     added, out = call.sums[0].what, call.sums[0].out

@@ -1,4 +1,4 @@
-"""One recorded call of a module, with what it added; and what a whole recording holds."""
+"""One recorded call of a module, with what it added, and the whole recording."""
 
 import functools
 from collections.abc import Hashable, Mapping, Sequence
@@ -23,12 +23,12 @@ class Added:
 
     what: Sum
     out: Any
-    # Where the two maps come from; None where the forward was not followed.
+    # Where the two maps come from. None if the forward was not followed.
     values: tuple[Value | None, Value | None]
 
     @property
     def is_gated(self) -> bool:
-        """Whether one of the two maps was gated since their ways parted."""
+        """Whether one of the two maps was gated after their paths parted."""
         a, b = (self._past(value) for value in self.values)
         return any(value.op is not None and value.op.gates for value in a ^ b)
 
@@ -50,19 +50,21 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    channel_dims: tuple[int | None, ...]  # of its tensors, where the forward has shown them
-    past: tuple[Value | None, ...] | None = None  # of its tensors, where the forward was followed
-    # Those of its tensors, by their places, that came as gates, where the forward was followed.
+    # The channel dims of the tensors in the arguments, as far as the forward has shown them.
+    channel_dims: tuple[int | None, ...]
+    # Where these tensors come from, if the forward was followed.
+    past: tuple[Value | None, ...] | None = None
+    # Those of these tensors that are gates, by their places, if the forward was followed.
     gates: dict[int, Known] = field(default_factory=dict)
     caller: "Call | None" = None
     sums: list["Added"] = field(default_factory=list)
-    adders: set[str] = field(default_factory=set)  # children that only add what they are given
+    adders: set[str] = field(default_factory=set)  # the children that only add their inputs
     additions: list[Shape] = field(default_factory=list)
-    output: Any = None
-    name: str = ""  # of the module
-    returned: Any = None  # the output itself, where ``output`` has new containers
-    sets: tuple[str, ...] = ()  # attributes that the forward set on its module
-    children: dict[str, list["Call"]] = field(default_factory=dict)  # calls that it made
+    output: Any = None  # the output in new containers
+    name: str = ""  # the name of the module
+    returned: Any = None  # the output itself
+    sets: tuple[str, ...] = ()  # the attributes that the forward set on its module
+    children: dict[str, list["Call"]] = field(default_factory=dict)  # the calls that it made
 
     def log(self) -> OpLog:
         """A fresh log that follows the tensors of this call."""
@@ -71,7 +73,7 @@ class Call:
 
     @functools.cached_property
     def signature(self) -> Hashable:
-        """Equal for calls that a graph cannot tell apart."""
+        """A key that is equal for calls that a graph cannot tell apart."""
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
         return (
             str(spec),
@@ -90,6 +92,6 @@ class Recording:
 
     calls: Mapping[str, Sequence[Call]]
     stopped: str | None
-    missed: tuple[str, ...]  # modules that could hold a block and did not run to their end then
-    guessed: tuple[str, ...]  # modules whose way depends on values: taken as false or 0
+    missed: tuple[str, ...]  # modules that may hold a block and then did not run to their end
+    guessed: tuple[str, ...]  # modules whose path depends on values, which count as false or 0
     example: Arguments

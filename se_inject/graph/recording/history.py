@@ -1,8 +1,9 @@
-"""A recorded forward as one history: its operations in order, and the module calls they ran in.
+"""Records a forward as a history: its operations in order, and the module calls that they ran in.
 
 The block graphs of :mod:`se_inject.graph.trace` end at the border of a block. A unit of a network
-without residual additions may cross that border (a convolution and its activation are two children
-of an ``nn.Sequential``), so units are found on the history, and their nodes in the block graphs.
+without residual additions may cross that border: a convolution and its activation can be two
+children of an ``nn.Sequential``. So units are found in the history, and then their nodes in the
+block graphs.
 """
 
 import functools
@@ -19,15 +20,15 @@ from se_inject.graph.operations.ops import JOIN, Op
 from se_inject.graph.recording.call import Arguments, Call
 from se_inject.graph.recording.recorder import Recorder
 
-# A map that no operation of the history made: what an autograd.Function returned, say.
+# A map that no operation of the history made, such as the output of an autograd.Function.
 UNKNOWN = -(10**9)
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One operation. Maps are named by the number of the event that made them.
+    """One operation. A map is named by the number of the event that made it.
 
-    What the forward was given has negative numbers.
+    The maps that the forward was given have negative numbers.
     """
 
     op: Op
@@ -39,7 +40,7 @@ class Event:
 
 @dataclass
 class ModuleCall:
-    """One call of a module: its events are those from ``start`` to before ``end``."""
+    """One call of a module. Its events have the numbers from ``start`` to ``end`` - 1."""
 
     name: str
     parent: int | None  # the number of the call that made this one
@@ -57,11 +58,11 @@ class History:
     calls: list[ModuleCall] = field(default_factory=list)
 
     def calls_of(self, name: str) -> Sequence[Call]:
-        """The calls of one module, as they are traced."""
+        """The recorded calls of one module, from which it can be traced."""
         return [call.call for call in self.calls if call.name == name]
 
     def callers(self, call: int | None) -> list[int]:
-        """A call and the calls that it ran in, the innermost first."""
+        """A call and the calls that it ran in, from the innermost to the outermost."""
         found = []
         while call is not None:
             found.append(call)
@@ -74,12 +75,12 @@ def record_history(twin: nn.Module, example: Arguments, device: torch.device) ->
 
     Args:
         twin: a :func:`se_inject.graph.copies.meta_copy` of the model.
-        example: what :func:`se_inject.graph.recording.record.record` found that the
-            forward accepts.
-        device: where the model is; what the forward asks of devices is answered so.
+        example: the arguments that the forward accepts, as found by
+            :func:`se_inject.graph.recording.record.record`.
+        device: the device that the model is on. If the forward asks for devices, it gets this one.
 
     Raises:
-        Exception: whatever the forward raises.
+        Exception: anything that the forward raises.
     """
     recorder = _HistoryRecorder(twin, example)
     args, kwargs = example
@@ -93,7 +94,7 @@ def record_history(twin: nn.Module, example: Arguments, device: torch.device) ->
 
 
 class _HistoryRecorder(Recorder):
-    """Numbers the operations, and the calls of all modules, plain layers included."""
+    """Numbers the operations and the calls of all modules, including plain layers."""
 
     def __init__(self, model: nn.Module, example: Arguments) -> None:
         super().__init__(model, example, True, True)
@@ -157,7 +158,7 @@ class _HistoryRecorder(Recorder):
         if op.name not in JOIN - {"stack"}:
             return ()
         if channel_dim is None and len(op.shape) >= 4:
-            channel_dim = 1  # 3-D tensors of which nothing is known are tokens
+            channel_dim = 1  # a 3-D tensor whose channel dim is not known counts as tokens
         axis = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
         maps = tensors_in(args[0] if args else kwargs["tensors"])
         if len(maps) < 2 or axis % len(op.shape) != channel_dim:

@@ -1,4 +1,4 @@
-"""What a forward that stopped early may not have shown."""
+"""Finds the modules that a forward may not have shown because it stopped early."""
 
 import ast
 import inspect
@@ -16,8 +16,8 @@ def missed_modules(
 ) -> Iterator[str]:
     """The modules that convolve maps and did not run to their end.
 
-    A detector stops while it picks boxes. Its heads take lists of maps, where a block takes one
-    map, and what would run after them convolves and adds nothing.
+    A detector stops while it picks boxes. Its heads take lists of maps, while a block takes one
+    map. The modules that would run after them convolve but add nothing.
     """
     for name, module in twin.named_modules():
         own_forward = not type(module).forward.__module__.startswith("torch.nn.")
@@ -34,7 +34,7 @@ def missed_modules(
 
 
 def _may_add(kind: type[nn.Module]) -> bool:
-    """Whether the source of a forward has an addition; True where there is no source to read."""
+    """Whether the source of a forward has an addition. Without a source, the answer is True."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
     except (OSError, TypeError, SyntaxError):

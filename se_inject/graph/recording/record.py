@@ -1,7 +1,7 @@
 """Model + example input -> how its modules are called, and which of them add maps.
 
-One forward of a copy of the model on meta tensors: no arithmetic, no memory, and the model itself
-is neither run nor changed.
+One forward of a copy of the model runs on meta tensors, without arithmetic and memory. The model
+itself is neither run nor changed.
 """
 
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ def record(
     Args:
         twin: a :func:`meta_copy` of the model.
         examples: (args, kwargs) on meta, as :func:`example_inputs` gives them.
-        device: where the model is; what the forward asks about devices is answered so.
-        follow: find out the channel dims of what modules are called with; it takes its time.
+        device: the device that the model is on. If the forward asks for devices, it gets this one.
+        follow: whether to find out the channel dims of the arguments of modules. This takes longer.
 
     Raises:
-        ForwardError: the forward fails on all examples, for another reason than that it needs
-            values where meta tensors have none; the message is of the one that got furthest.
+        ForwardError: the forward fails on all examples, and not because it needs values that meta
+            tensors do not have. The message is that of the attempt that got furthest.
     """
     failures: list[tuple[int, ForwardError]] = []
     for guesses in (True, False):
@@ -47,9 +47,9 @@ def record(
             except ForwardError as error:
                 failures.append((len(recorder.calls), error))
                 guessed = guessed or bool(recorder.guessed)
-        if not guessed:  # otherwise a guess may have led them all astray
+        if not guessed:  # otherwise a guess may have led all of them astray
             break
-    # The attempt that got furthest tells most: others failed at a guess of ours.
+    # The attempt that got furthest says most, because others failed at a guess of ours.
     raise max(failures, key=lambda failure: failure[0])[1]
 
 
@@ -65,7 +65,7 @@ def _record(
     try:
         with on_meta(device), recorder:
             twin(*args, **kwargs)
-    except Exception as error:  # whatever a foreign forward may raise
+    except Exception as error:  # a foreign forward may raise anything
         raise_interruption(error)
         where = recorder.failed
         reason = f"{type(error).__name__}: {first_line(error)}"

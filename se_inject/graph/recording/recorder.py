@@ -31,9 +31,9 @@ class Recorder(OpLog):
         self.hooks: list[RemovableHandle] = []
         for name, module in model.named_modules():
             if type(module).__module__.startswith("torch.nn.modules.") and not module._modules:
-                continue  # a plain layer: it adds no maps, and most modules are one
+                continue  # a plain layer, as most modules are, adds no maps
             enter = functools.partial(self._enter, name)
-            self.hooks += [  # past what a class may have made of these methods
+            self.hooks += [  # nn.Module registers them, as a class may have its own such methods
                 nn.Module.register_forward_pre_hook(module, enter, prepend=True, with_kwargs=True),
                 nn.Module.register_forward_hook(module, self._leave, always_call=True),
             ]

@@ -1,7 +1,7 @@
-"""Children that answer with what they returned in a recorded call, and do not run again.
+"""Lets children answer with what they returned in a recorded call, so that they do not run again.
 
-Blocks lie in blocks. If each ran all that is in it whenever it is looked at, a network would run as
-often as its blocks are deep.
+Blocks contain other blocks. If each block ran everything in it whenever it is looked at, a network
+would run as often as its blocks are nested.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ class Replay:
     Args:
         block: the block whose own forward runs.
         call: its recorded call.
-        log: gets one entry a call of a child, with what the child was given.
+        log: gets one entry for each call of a child, with the arguments of the child.
     """
 
     def __init__(self, block: nn.Module, call: Call, log: OpLog) -> None:
@@ -33,7 +33,7 @@ class Replay:
     def call_module(
         self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        """What a child returned; a layer of which no call was recorded runs, and an identity."""
+        """What a child returned. An identity runs, and so does a layer without a recorded call."""
         name = f"{self.call.name}.{self.paths.get(id(module), '')}".lstrip(".")
         recorded = next(self.answers.get(name, iter(())), None)
         if recorded is None or type(module) is nn.Identity:
@@ -53,12 +53,14 @@ class Replay:
 def output_of(
     call: Call, given: Sequence[Tensor], alias: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> Any:
-    """The output of a recorded call for new inputs; an input that came out again is that input.
+    """The output of a recorded call for new inputs.
+
+    Where the call returned one of its inputs, the new input takes its place.
 
     Args:
         call: the recorded call.
         given: the tensors in the new arguments.
-        alias: makes another tensor of each that the call made, so that it is nobody else's.
+        alias: makes a new tensor from each tensor that the call made, so that nobody else has it.
     """
     recorded = tensors_in((call.args, call.kwargs))
 

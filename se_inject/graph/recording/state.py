@@ -1,4 +1,4 @@
-"""What a forward changes on its own module: the attributes before and after a call."""
+"""What a forward changes on its own module, from the attributes before and after a call."""
 
 import functools
 from typing import Any
@@ -7,9 +7,10 @@ from torch import nn
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module, its parameters, buffers and children among them.
+    """The attributes of a module, including its parameters, buffers and children.
 
-    The values of cached properties are left out: reading one for the first time changes no state.
+    The values of cached properties are left out, because reading one for the first time changes no
+    state.
     """
     state = {**vars(module), **module._parameters, **module._buffers, **module._modules}
     kind: Any = type(module)
@@ -25,7 +26,7 @@ def _cached_properties(kind: Any) -> tuple[str, ...]:
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
-    """The names that are bound to another object than before."""
+    """The names that now stand for another object than before."""
     names = dict.fromkeys([*before, *after])
     missing = object()
     return tuple(

@@ -1,4 +1,4 @@
-"""The arguments of a traced forward: one placeholder a parameter, named as in the source."""
+"""The arguments of a traced forward: one placeholder for each parameter, named as in the source."""
 
 import inspect
 from typing import Any
@@ -16,7 +16,11 @@ from se_inject.graph.tracing.nodes import GraphBuilder, Made, node_made, rebuilt
 def placeholders(
     builder: GraphBuilder, root: nn.Module, call: Call
 ) -> tuple[list[Any], dict[str, Any]]:
-    """One placeholder a parameter, named and defaulted as in the source; what the forward gets."""
+    """Make a placeholder for each parameter, with its name and default in the source.
+
+    Returns:
+        the positional and the keyword arguments that the traced forward gets.
+    """
     forward: Any = type(root).forward
     positional: list[Any] = []
     keyword: dict[str, Any] = {}
@@ -49,8 +53,8 @@ def placeholders(
 def _given(builder: GraphBuilder, node: Made, value: Any, name: str) -> Any:
     """What the forward sees in place of an argument.
 
-    Flags and absent arguments decide which way the code goes, so they are themselves, and the
-    graph checks them; numbers and sizes stay open, so that other sizes work too.
+    Flags and absent arguments decide which path the code takes. So they stay as they are, and the
+    graph checks them. Numbers and sizes stay open, so that other sizes work too.
     """
     if value is None or isinstance(value, bool | str):
         builder.node_of("call_function", expect, (node_made(node), value, name))
@@ -76,7 +80,7 @@ def _expect_length(builder: GraphBuilder, node: fx.Node, value: Any, name: str) 
 
 
 def is_symbolic(value: Any) -> bool:
-    """A number, or a size made of numbers: it may differ from call to call."""
+    """Whether a value is a number, or a size made of numbers, which may differ between calls."""
     if isinstance(value, tuple | list):
         return all(map(is_symbolic, value))
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""One block and its recorded calls -> its graphs with facts, or in words why there are none."""
+"""One block and its recorded calls -> its graphs with facts, or the reason why it has none."""
 
 from collections.abc import Hashable, Sequence
 
@@ -21,7 +21,7 @@ from se_inject.graph.tracing.undisturbed import unchanged
 def trace_block(
     name: str, module: nn.Module, calls: Sequence[Call], device: torch.device
 ) -> tuple[TracedForward, TracedForward] | str:
-    """The eval and train graphs of a block, or in words why there are none."""
+    """The eval and train graphs of a block, or a text that says why there are none."""
     if "forward" in vars(module):
         return "its forward is replaced on the instance"
     if vars(module).get("qconfig") is not None:
@@ -44,7 +44,7 @@ def trace_block(
                 )
     except OtherNetworkError as error:
         return str(error)
-    except Exception as error:  # foreign Python runs on recorded values: anything may come
+    except Exception as error:  # foreign Python runs on recorded values and may raise anything
         raise_interruption(error)
         return _failed(error)
     try:
@@ -62,12 +62,12 @@ def trace_block(
         module.eval()
 
 
-# What an error of Python or torch says where code of theirs gets a value of the trace.
+# If code of Python or torch gets a value of the trace, the text of its error has one of these.
 _TRACED_KINDS = ("'Int'", "not Int", "Scalar", "Machine", "'Shape'")
 
 
 def _failed(error: Exception) -> str:
-    """What the forward was doing when it failed in the trace. The error itself would not help."""
+    """What the forward did when it failed in the trace. The text of the error would not help."""
     what = f"raises {type(error).__name__} on a copy that has no values"
     if any(kind in str(error) for kind in _TRACED_KINDS):
         what = "hands a size or a property of a tensor to code that takes plain numbers"
@@ -77,14 +77,14 @@ def _failed(error: Exception) -> str:
 def _graphs(
     name: str, module: nn.Module, call: Call, device: torch.device
 ) -> tuple[fx.Graph, fx.Graph]:
-    """The graphs in eval and train mode; one object if the forward reads no mode."""
+    """The graphs in eval and train mode. They are one object if the forward reads no mode."""
     own = {id(m) for m in module.modules()}
 
     def trace() -> tuple[fx.Graph, list[nn.Module]]:
         tracer = BlockTracer(name, call)
         with on_meta(device):
             graph = tracer.trace(module)
-        # A layer that the forward itself has made is in the mode in which it was made.
+        # A layer that the forward itself has made does not count. It keeps the mode it began in.
         return graph, [m for m in tracer.mode_readers if id(m) in own]
 
     in_eval, readers = trace()
@@ -98,7 +98,7 @@ def _graphs(
 
 
 def _flags(module: nn.Module, call: Call) -> Hashable:
-    """The arguments of a call that decide the way through the forward."""
+    """The arguments of a call that decide the path through the forward."""
     arguments = bind(type(module).forward, module, call)
     return tuple(
         (name, None if holds_tensor(v) or is_symbolic(v) else repr(v), holds_tensor(v))

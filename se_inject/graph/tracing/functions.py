@@ -1,10 +1,10 @@
-"""What the functions of torch are to a trace: a node of the graph, a question, or nothing."""
+"""What the functions of torch mean to a trace: a node of the graph, a question, or nothing."""
 
 import operator
 from collections.abc import Callable
 from typing import Any
 
-# Methods of Tensor that are operators in people's code, and read better so in a forward's text.
+# These methods of Tensor are operators in people's code, and are easier to read in that form.
 _OPERATORS: dict[str, Callable[..., Any]] = {
     **{n: getattr(operator, n) for n in ("add", "sub", "mul", "matmul", "neg", "pow")},
     **{f"{n}_": getattr(operator, f"i{n}") for n in ("add", "sub", "mul")},
@@ -22,8 +22,8 @@ PROPERTIES = {"device": "device", "dtype": "dtype", "layout": "memory layout"}
 PROPERTIES |= {"requires_grad": "gradient", "grad_fn": "gradient", "is_leaf": "gradient"}
 VALUES = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"}
 VALUES |= {"__contains__", "__array__", "equal", "allclose", "nonzero", "__complex__"}
-ASIDE = {"__repr__", "__format__", "__hash__", "__str__"}  # what a log message may need
-# Where how many parts come out may depend on a size.
+ASIDE = {"__repr__", "__format__", "__hash__", "__str__"}  # a log message may need these
+# The number of parts that these return may depend on a size.
 PARTS = {"split", "chunk", "tensor_split", "unbind", "hsplit", "vsplit", "dsplit", "unsafe_chunk"}
 
 

@@ -1,8 +1,9 @@
-"""Tensors made by their types, as in old code: ``torch.Tensor(n, c)``, ``torch.FloatTensor(n)``.
+"""Sees tensors that old code makes by types: ``torch.Tensor(n, c)``, ``torch.FloatTensor(n)``.
 
-No mode of torch sees such a call, and the types cannot be replaced: others ask ``isinstance`` of
-them. So the name ``torch`` in the module of the forward stands for something that hands out a
-function where such a type is called, and torch's own attribute in every other place and thread.
+No mode of torch sees such a call. The types themselves cannot be replaced, because others use them
+with ``isinstance``. So the name ``torch`` in the module of the forward is replaced by a stand-in.
+Where such a type is called, the stand-in returns a function. In every other place and thread it
+returns torch's own attribute.
 """
 
 import dis
@@ -40,8 +41,8 @@ def _made(tracer: Any, kind: Any, *args: Any, **kwargs: Any) -> Any:
 def _is_called(frame: types.FrameType) -> bool:
     """Whether the attribute that the frame reads is called.
 
-    What is done with it next begins at the same place of the source: a call does, and so does
-    another attribute (``torch.Tensor.add``).
+    The next instruction that uses the attribute begins at the same place of the source. It may be a
+    call, or it may read another attribute (``torch.Tensor.add``).
     """
     after = [i for i in dis.get_instructions(frame.f_code) if i.offset >= frame.f_lasti]
     start = after[0].positions
@@ -58,7 +59,7 @@ def _is_called(frame: types.FrameType) -> bool:
 
 
 def replacements(forward: Any) -> list[Replacement]:
-    """What stands for torch in the module that a forward is written in."""
+    """The stand-ins for torch in the module in which a forward is written."""
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__
     space = getattr(forward, "__globals__", {})

@@ -1,4 +1,4 @@
-"""Devices, dtypes and memory layouts of a trace."""
+"""The devices, dtypes and memory layouts of a trace."""
 
 import functools
 import operator
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class Machine(Traced):
-    """A device, a dtype or a memory layout: another one after the model was moved.
+    """A device, a dtype or a memory layout. After the model is moved, it is another one.
 
-    It may be handed on (``torch.zeros(n, device=x.device)``), and is read in every call. A forward
-    that takes its way by it is refused: a graph has only one way.
+    It may be handed on (``torch.zeros(n, device=x.device)``) and is read again in every call. A
+    forward that chooses its path by it is refused, because a graph has only one path.
     """
 
     __torch_function__: Any = classmethod(stray)
@@ -29,7 +29,7 @@ class Machine(Traced):
         super().__init__(tracer, node, value)
         self._what = what
 
-    # A property in this place is Python's way to answer isinstance; mypy knows an attribute only.
+    # Python answers isinstance by a property of this name, but mypy knows only an attribute.
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return type(self._value)
@@ -55,7 +55,7 @@ class Machine(Traced):
 
     def _compared(self, function: Callable[..., Any], other: object) -> Any:
         if self._what == "device" and type(other) is Machine and other._what == "device":
-            return self._tracer.apply(function, (self, other))  # they are moved together
+            return self._tracer.apply(function, (self, other))  # both are moved together
         return self._derived(function, (self, other), function(self._value, plain(other)))
 
     def _derived(self, function: Callable[..., Any], args: tuple[Any, ...], value: Any) -> Any:
@@ -65,6 +65,6 @@ class Machine(Traced):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        if name in ("is_floating_point", "is_complex"):  # moving a model changes neither
+        if name in ("is_floating_point", "is_complex"):  # moving a model changes neither of them
             return self._tracer.apply(getattr, (self, name))
         return self._derived(getattr, (self, name), getattr(self._value, name))

@@ -25,18 +25,18 @@ from se_inject.graph.tracing.values import Traced
 
 CHECKPOINT = "inject without checkpointing, and checkpoint the whole block from outside"
 
-Made = fx.Node | Callable[[], fx.Node]  # a node, or how to make it where somebody uses the value
+Made = fx.Node | Callable[[], fx.Node]  # a node, or a way to make it when somebody uses the value
 
 
 class GraphBuilder:
-    """The graph of one block while it is traced, and the tensors and values that it stands for."""
+    """The graph of one block while it is traced, and the tensors and values behind its nodes."""
 
     _root: nn.Module
     _forward: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.quiet = 0  # more than 0: what runs is not the forward's own
+        self.quiet = 0  # if it is more than 0, the code that runs is not the forward's own
         self.graph = fx.Graph()
         self.graph = fx.Graph()
         self._nodes: dict[int, tuple[Tensor, Made]] = {}
@@ -48,7 +48,7 @@ class GraphBuilder:
 
     @contextlib.contextmanager
     def quietly(self) -> Iterator[None]:
-        """What runs meanwhile is not the forward's own: no node is made of it, nothing watched."""
+        """Run code that is not the forward's own. It makes no nodes, and nothing is watched."""
         profile = sys.getprofile()
         self.quiet += 1
         try:
@@ -62,7 +62,7 @@ class GraphBuilder:
     def node_of(
         self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> fx.Node:
-        """A new node of the graph."""
+        """Add a new node to the graph."""
         arguments = self.argument(args), self.argument(dict(kwargs or {}))
         self._pending.clear()
         return self.graph.create_node(op, target, *arguments)
@@ -71,14 +71,14 @@ class GraphBuilder:
         return lambda: self.node_of("call_function", operator.getitem, (node, key))
 
     def apply(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any = None) -> Any:
-        """Call a function in the graph, and here with the recorded values."""
+        """Call a function in the graph, and also here with the recorded values."""
         kwargs = kwargs or {}
         node = self.node_of("call_function", function, args, kwargs)
         inputs = {id(t): t for t in all_leaves((args, kwargs)) if isinstance(t, Tensor)}
         with self.quietly():
             value = function(*plain(tuple(args)), **plain(dict(kwargs)))
             if isinstance(value, Tensor) and id(value) not in inputs:
-                value = value.to("meta")  # made by a type of tensors, which no mode sees
+                value = value.to("meta")  # a type of tensors made it, which no mode sees
         return self.wrapped(node, value, inputs)
 
     def wrapped(
@@ -87,9 +87,9 @@ class GraphBuilder:
         value: Any,
         inputs: Mapping[int, Tensor] | None = None,
     ) -> Any:
-        """What the forward sees of a node's value."""
+        """What the forward sees in place of a node's value."""
         if isinstance(value, Tensor):
-            # An in-place operation returns its input, which has a node of its own already.
+            # An in-place operation returns its input, which has its own node already.
             return self.register(node, self.alias(value) if id(value) in (inputs or {}) else value)
         if isinstance(value, torch.Size):
             return Shape.of(self, node, value)
@@ -116,12 +116,12 @@ class GraphBuilder:
         return tensor
 
     def alias(self, tensor: Tensor) -> Tensor:
-        """Another name of the same tensor, so that the two can have different nodes."""
+        """Another object for the same tensor, so that the two can have different nodes."""
         with self.quietly():
             return tensor.detach()
 
     def node_of_tensor(self, tensor: Tensor) -> fx.Node:
-        """Where a tensor comes from: another node, or an attribute of the block."""
+        """The node that a tensor comes from, which may read an attribute of the block."""
         known = self._nodes.get(id(tensor))
         if known is not None:
             node = known[1]
@@ -142,7 +142,7 @@ class GraphBuilder:
         return self._got[path]
 
     def argument(self, a: Any) -> Any:
-        """An argument of a node."""
+        """A value in the form in which it can be an argument of a node."""
         kind = type(a)
         if isinstance(a, fx.Node):
             return a
@@ -150,7 +150,7 @@ class GraphBuilder:
             return a.traced_node()
         if isinstance(a, Tensor):
             return self.node_of_tensor(a)
-        if isinstance(a, numpy.generic):  # the code of a graph is what its arguments print
+        if isinstance(a, numpy.generic):  # the code of a graph contains the repr of its arguments
             return a.item()
         if isinstance(a, tuple) and hasattr(a, "_fields"):
             return self.node_of("call_function", kind, tuple(a))
@@ -177,7 +177,7 @@ class GraphBuilder:
         )
 
     def _own(self, value: torch.device | torch.dtype) -> Any:
-        """A device or dtype that is an attribute of the block is read anew in every call."""
+        """A device or dtype. If it is an attribute of the block, every call reads it again."""
         names = self._forward.__code__.co_names
         for name, own in vars(self._root).items():
             if type(own) is type(value) and own == value and name in names:
@@ -190,7 +190,7 @@ class GraphBuilder:
 
     # --- questions -----------------------------------------------------------------------------
     def expect(self, node: fx.Node, value: Any) -> fx.Node:
-        """Have the graph check that a question has the recorded answer."""
+        """Let the graph check that a question has the recorded answer."""
         if node not in self._asked:
             question = question_of(node)
             self._asked[node] = self.node_of(
@@ -199,7 +199,10 @@ class GraphBuilder:
         return self._asked[node]
 
     def index(self, number: Int) -> int:
-        """The number where C code needs it; if a function of torch, the graph gives it the node."""
+        """The number itself, for C code that needs it.
+
+        If a function of torch needs it, the graph gives that function the node instead.
+        """
         value: int = number.recorded_value()
         if self.quiet:
             return value
@@ -211,7 +214,7 @@ class GraphBuilder:
         return value
 
     def _drop_pending(self, args: Any, kwargs: Any) -> None:
-        """The function that asked for indices is in the graph itself, with the nodes."""
+        """Drop the checks of numbers for which the function that asked now has the nodes."""
         given = {id(v) for v in all_leaves((args, kwargs))}
         for number, check in self._pending:
             if id(number) in given and not check.users:
@@ -220,14 +223,14 @@ class GraphBuilder:
         self._pending.clear()
 
     def refused(self, what: str, instead: str = "") -> OtherNetworkError:
-        """The error for what no graph can do, with the line of the forward that does it.
+        """The error for something that no graph can do, with the line of the forward that does it.
 
         Args:
             what: what the forward does.
             instead: what the user can do or write in its place.
         """
         frame = sys._getframe(1)
-        if in_checkpoint(frame):  # which asks a lot that is no question of the forward's
+        if in_checkpoint(frame):  # checkpointing asks many questions that the forward does not ask
             what, instead = "is checkpointed", CHECKPOINT
         return OtherNetworkError(f"its forward {what}{place_of(frame)}", instead)
 

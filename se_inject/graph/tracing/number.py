@@ -1,4 +1,4 @@
-"""Numbers and truth values of a trace: sizes, and what is computed from them."""
+"""The numbers and truth values of a trace: sizes, and everything computed from them."""
 
 import math
 import operator
@@ -19,10 +19,10 @@ class Number(Traced):
         self._tracer.expect(self.traced_node(), self._value)
         return self._value
 
-    # A property in this place is Python's way to answer isinstance; mypy knows an attribute only.
+    # Python answers isinstance by a property of this name, but mypy knows only an attribute.
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """``isinstance(h, int)`` is answered as for the number itself."""
+        """``isinstance(h, int)`` gets the same answer as for the number itself."""
         return type(self._value)
 
     def __bool__(self) -> bool:
@@ -46,7 +46,7 @@ class Number(Traced):
         return format(self._ask(), spec)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
-        """What NumPy computes with (``np.sqrt(h)``) is the number of the recorded call."""
+        """NumPy (``np.sqrt(h)``) computes with the number of the recorded call."""
         return numpy.asarray(self._ask(), dtype)
 
     def __repr__(self) -> str:
@@ -61,8 +61,8 @@ class Number(Traced):
 class Int(Number):
     """A whole number, such as a size.
 
-    Torch takes it in lists of sizes (``x.view(n, -1)``) through ``__index__``, and gives the
-    tracer's mode the object itself. A ``__torch_function__`` would be in the way of that.
+    In lists of sizes (``x.view(n, -1)``), torch reads it through ``__index__`` and gives the object
+    itself to the tracer's mode. A ``__torch_function__`` would prevent that.
     """
 
     def __index__(self) -> int:
@@ -84,7 +84,7 @@ def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reflected(function: Callable[..., Any], in_place: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Traced, other: Any) -> Any:
-        # ``x *= n`` of a tensor ends here too, since torch does not know the number.
+        # ``x *= n`` with a tensor x ends here too, because torch does not know the number.
         return self._tracer.apply(
             in_place if is_statement(sys._getframe(1)) else function, (other, self)
         )

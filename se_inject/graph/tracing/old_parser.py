@@ -1,8 +1,8 @@
-"""Devices and dtypes of a trace as arguments of torch's functions, where torch is old.
+"""Lets old versions of torch take the devices and dtypes of a trace as arguments.
 
-``x.device`` gives a stand-in in a trace. Newer versions of torch take a stand-in wherever they take
-a device or a dtype, and tell the tracer's mode. Older ones (2.6) refuse it before any mode sees the
-call. There, the functions that take one are replaced, and tell the tracer themselves.
+``x.device`` gives a stand-in in a trace. Newer versions of torch accept a stand-in wherever they
+take a device or a dtype, and tell the tracer's mode. Older versions (2.6) refuse it before any mode
+sees the call. With these, the functions that take one are replaced and tell the tracer themselves.
 """
 
 import functools
@@ -51,12 +51,12 @@ def _is_old() -> bool:
 
 
 def refused_by_torch(args: Any) -> bool:
-    """Whether a device or dtype of the trace is among the arguments, and torch would refuse it."""
+    """Whether the arguments include a device or dtype of the trace that torch would refuse."""
     return _is_old() and any(type(v) is Machine for v in all_leaves(args))
 
 
 def replacements() -> list[Replacement]:
-    """The functions and methods that take a device or a dtype; none where torch is newer."""
+    """Replacements for what takes a device or a dtype. With a newer torch there are none."""
     if not _is_old():
         return []
     owners: list[tuple[Any, str]] = [(torch, name) for name in (*_MAKERS, *_SUMS)]

@@ -1,7 +1,7 @@
-"""Functions of torch that are replaced for a moment, and only for the thread that plans.
+"""Replaces functions of torch for a moment, and only for the thread that plans.
 
-A replaced function asks whether its thread is the one that plans; for all others it is the
-original. Everything is put back whatever happens, a Ctrl-C at any line included.
+A replaced function asks whether its thread is the one that plans. For all other threads it is the
+original. Everything is put back whatever happens, even if a Ctrl-C comes at any line.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# Two threads must not replace functions at once: each would put back what the other had put there.
+# Two threads must not replace functions at once. Each would put back the other's replacement.
 LOCK = threading.RLock()
 
 _ABSENT = object()
@@ -53,12 +53,12 @@ def run_replaced(
     """Run ``body`` with the replacements in place.
 
     They are made under the lock, so that none takes another thread's replacement for the original.
-    This is no context manager, and the lock is not taken by ``with``: a Ctrl-C between
-    ``__enter__`` and the block, or before ``__exit__``, would leave the replacements behind, or
-    the lock held. Where the first putting back is interrupted, the second is not.
+    This is not a context manager, and no ``with`` takes the lock. A Ctrl-C between ``__enter__``
+    and the block, or before ``__exit__``, would leave the replacements in place or the lock held.
+    If an interruption stops the first attempt to put things back, a second one follows.
 
     Args:
-        put_back: what else is to be put back in the end; it has to be safe to repeat.
+        put_back: puts back everything else in the end. It has to be safe to repeat.
     """
     try:
         return _run_under_the_lock(replacements, body, put_back)
@@ -72,7 +72,7 @@ def _run_under_the_lock(
     body: Callable[[], T],
     put_back: Callable[[], None],
 ) -> T:
-    try:  # before the lock is taken: Python runs this line outside of any block
+    try:  # this comes before the lock is taken, so that no line between the two is unprotected
         LOCK.acquire()
         return _run(replacements, body, put_back)
     finally:
@@ -80,7 +80,7 @@ def _run_under_the_lock(
 
 
 def _release() -> None:
-    with contextlib.suppress(RuntimeError):  # this thread does not have it
+    with contextlib.suppress(RuntimeError):  # this thread may not have the lock
         LOCK.release()
 
 
@@ -114,9 +114,9 @@ def _run(
 def _close_contexts(error: BaseException | None) -> None:
     """Close the contexts that the frames of an interruption hold, before anything is put back.
 
-    A ``contextlib.contextmanager`` whose ``__exit__`` was interrupted ends only when its last frame
-    is forgotten. By then everything is put back, and what it does at its end (torch pushes a
-    function mode) would stay.
+    If the ``__exit__`` of a ``contextlib.contextmanager`` was interrupted, it ends only when its
+    last frame is forgotten. By then everything has been put back, and the effect of its last lines
+    (torch pushes a function mode) would stay.
     """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
@@ -124,7 +124,7 @@ def _close_contexts(error: BaseException | None) -> None:
 
 
 def in_this_thread(original: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
-    """``instead`` in the thread that calls this function now, and ``original`` in all others."""
+    """A function that is ``instead`` in the present thread, and ``original`` in all others."""
     thread = threading.get_ident()
 
     @functools.wraps(original)

@@ -1,8 +1,8 @@
 """What is replaced in torch while a model is planned.
 
 Planning runs the forwards of a copy of the model. A forward may hold on to the user's own modules
-(a function that was put in place of ``forward`` and closes over one); a call that reaches such a
-module goes to its copy, and a write to it stops the planning there.
+(if a function was put in place of ``forward`` and closes over one). A call that reaches such a
+module goes to its copy, and a write to such a module ends the planning of that block.
 """
 
 import math
@@ -24,8 +24,8 @@ from se_inject.torch_private import training_property, wrapped_functions
 
 def replacements() -> list[Replacement]:
     """Everything that is replaced while this thread plans."""
-    # Torch lists its own functions once and for all when these are asked first; the lists must not
-    # have a replaced function in them.
+    # Torch makes lists of its own functions when these are first called. The lists must not contain
+    # a replaced function.
     torch.overrides.is_tensor_method_or_property(torch.arange)
     with torch.device("meta"):
         torch.empty(0)
@@ -44,9 +44,9 @@ def replacements() -> list[Replacement]:
     return here + old_parser.replacements()
 
 
-# Functions that take a number and know none but Python's own.
+# These functions take only Python's own numbers.
 _TAKE_NUMBERS = ("arange", "full", "linspace")
-# Functions of numbers, such as sqrt(h * w) for a scale, which are the graph's too.
+# These are functions of numbers, such as sqrt(h * w) for a scale, and belong in the graph too.
 _OF_NUMBERS = ("sqrt", "exp", "log", "log2", "log10", "pow")
 
 _Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -70,7 +70,7 @@ def _module_call(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _scripted_call(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A TorchScript function is one node: no mode sees what runs in it."""
+    """A TorchScript function becomes one node, because no mode sees what runs in it."""
 
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
         tracer = THREAD.running()
@@ -88,7 +88,7 @@ def _scripted_call(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _variable(kind: Any, *args: Any, **kwargs: Any) -> Any:
-    """``Variable(x)`` of old code: another name of x, without its gradients."""
+    """``Variable(x)`` of old code, which is another name for x without its gradients."""
     if kind is not Variable or len(args) != 1 or any(kwargs.values()):
         if THREAD.running():
             raise THREAD.running().refused(
@@ -135,7 +135,7 @@ def _with_sizes(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _leaf_function(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that is to be one node, as ``torch.fx.wrap`` was told."""
+    """A function that becomes one node, because it was registered with ``torch.fx.wrap``."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         tracer = THREAD.running()

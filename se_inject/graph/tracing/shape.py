@@ -1,4 +1,4 @@
-"""The sizes of a tensor in a trace, and the recorded values of all that is traced."""
+"""The sizes of a tensor in a trace, and the recorded values of everything that is traced."""
 
 import math
 import operator
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Shape(tuple[Any, ...]):
-    """The sizes of a tensor: a tuple of :class:`Int` that is one node too."""
+    """The sizes of a tensor: a tuple of :class:`Int` that also has a node of its own."""
 
     _tracer: "GraphBuilder"
     _node: fx.Node | Callable[[], fx.Node]
@@ -34,7 +34,7 @@ class Shape(tuple[Any, ...]):
         shape._tracer, shape._node = tracer, node
         return shape
 
-    # A property in this place is Python's way to answer isinstance; mypy knows an attribute only.
+    # Python answers isinstance by a property of this name, but mypy knows only an attribute.
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return torch.Size
@@ -52,7 +52,7 @@ class Shape(tuple[Any, ...]):
         return tuple.__len__(self)
 
     def __iter__(self) -> Iterator[Any]:
-        if not is_unpacked(sys._getframe(1)):  # which fails by itself where the rank is another
+        if not is_unpacked(sys._getframe(1)):  # unpacking fails by itself if the rank is another
             len(self)
         return tuple.__iter__(self)
 
@@ -60,7 +60,7 @@ class Shape(tuple[Any, ...]):
         if isinstance(index, slice):
             return self._tracer.apply(operator.getitem, (self, index))
         index = operator.index(index)
-        if index < 0:  # counted from the end, as the forward says it
+        if index < 0:  # the graph counts from the end too, as the forward does
             return self._tracer.apply(operator.getitem, (self, index))
         return tuple.__getitem__(self, index)
 
@@ -84,7 +84,7 @@ class Shape(tuple[Any, ...]):
 
 
 def plain(value: Any) -> Any:
-    """The recorded value of a traced one; containers of them too."""
+    """The recorded value of a traced value, or of each one in a container."""
     kind = type(value)
     if issubclass(kind, Traced | Shape):
         return value.recorded_value()

@@ -1,9 +1,9 @@
-"""Traces the forward of one block, every child a leaf, into a ``torch.fx`` graph.
+"""Traces the forward of one block into a ``torch.fx`` graph, with every child as a leaf.
 
-The forward runs on meta tensors of the recorded shapes, under a mode that sees every function of
-torch that it calls and writes it into the graph. Tensors are real tensors here, so what Python
-asks about them is answered as ever; sizes and numbers are values of :mod:`.values`. Modes belong to
-one thread, so no other thread notices.
+The forward runs on meta tensors of the recorded shapes. A mode sees every function of torch that it
+calls and writes it into the graph. The tensors are real objects, so Python gets the usual answers
+about them. Sizes and numbers are values of :mod:`.values`. Modes belong to one thread, so no other
+thread notices.
 """
 
 import sys
@@ -39,7 +39,7 @@ from se_inject.graph.tracing.watch import watched
 
 
 class BlockTracer(GraphBuilder, TorchFunctionMode):
-    """Traces one module's own forward for one recorded call; every child is a leaf."""
+    """Traces one module's own forward for one recorded call, with every child as a leaf."""
 
     def __init__(self, name: str, call: Call) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
         self.mode_readers: list[nn.Module] = []
 
     def trace(self, root: nn.Module) -> fx.Graph:
-        """The graph of the root's forward in the mode that it is in."""
+        """The graph of the root's forward in its present mode (eval or train)."""
         self._root, self._held = root, Held(root)
         self._forward = type(root).forward
         for path, module in root.named_modules():
@@ -61,7 +61,7 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
 
         def run() -> Any:
             try:
-                # With gradients on, so that a forward that switches them off is seen.
+                # Gradients are on, so that a forward that switches them off is noticed.
                 with torch.enable_grad(), self:
                     THREAD.tracer = self
                     return watched(lambda: self._forward(root, *positional, **keyword))
@@ -145,7 +145,7 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
         return Machine(self, node, value, what)
 
     def _check_held(self, path: str) -> None:
-        """Refuse a forward that changes what a module holds: a graph would not do it."""
+        """Refuse a forward that changes what a module holds, because a graph would not do that."""
         if name := self._held.changed(path):
             raise OtherNetworkError(
                 f"its forward changes what self.{name} holds",
@@ -155,14 +155,15 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
     def call_module(
         self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        """A child's output, as it was recorded; a layer made in the forward is a part of it."""
+        """The recorded output of a child. A layer that the forward itself makes is part of it."""
         path = self._modules.get(id(module))
         if path is None:
             return original(module, *args, **kwargs)
         if not path:
             raise self.refused("calls itself")
         if path.endswith("activation_post_process") and type(module) is nn.Identity:
-            # Of a FloatFunctional, which FX quantization replaces by one that has no such child.
+            # This child belongs to a FloatFunctional. FX quantization replaces that by one without
+            # such a child.
             return args[0]
         node = self.node_of("call_module", path, args, kwargs)
         name = f"{self.name}.{path}".lstrip(".")
@@ -172,7 +173,7 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
             with self.quietly():
                 self._check_held(path)
                 value = original(module, *plain(tuple(args)), **plain(dict(kwargs)))
-                self._held.renew(path)  # its hooks may set attributes of it (weight norm)
+                self._held.renew(path)  # its hooks may set its attributes (weight norm)
         else:
             value = output_of(call, list(inputs.values()), self.alias)
         return self.wrapped(node, value, inputs)

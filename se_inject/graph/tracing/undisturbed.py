@@ -1,4 +1,4 @@
-"""Puts back what a traced forward has changed of its module, and refuses such a forward."""
+"""Puts back what a traced forward has changed on its module, and refuses such a forward."""
 
 import contextlib
 from collections.abc import Iterator

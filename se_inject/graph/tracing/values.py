@@ -1,8 +1,8 @@
 """What a traced forward sees in place of sizes, numbers and properties of tensors.
 
-Each value knows its node in the graph and what it was in the recorded call. Arithmetic on it goes
-into the graph, so that other sizes work. Where Python needs the value itself (``if h % 2``,
-``range(h)``, a key of a dict), it gets the recorded one, and the graph checks in every call that
+Each value knows its node in the graph, and the value in the recorded call. Arithmetic on it goes
+into the graph, so that other sizes work. If Python needs the value itself (``if h % 2``,
+``range(h)``, a key of a dict), it gets the recorded one. The graph then checks in every call that
 the answer is still the same.
 """
 
@@ -24,16 +24,19 @@ class Traced:
         self._tracer, self._node, self._value = tracer, node, value
 
     def traced_node(self) -> fx.Node:
-        """The node; made only where somebody uses the value."""
+        """The node. It is made only when somebody uses the value."""
         if not isinstance(self._node, fx.Node):
             self._node = self._node()
         return self._node
 
     def recorded_value(self) -> Any:
-        """What it was in the recorded call."""
+        """The value in the recorded call."""
         return self._value
 
 
 def stray(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    """Torch takes what has a ``__torch_function__`` as any argument; the tracer's mode is first."""
+    """Refuse a call that the tracer did not see. Where it traces, its mode sees the call first.
+
+    Torch accepts an object with a ``__torch_function__`` as any argument.
+    """
     raise TypeError(f"{func} is called out of the trace that its argument is from")

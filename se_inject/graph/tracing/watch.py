@@ -1,4 +1,4 @@
-"""Sees what a traced forward calls that no function mode of torch sees, and no graph can say."""
+"""Sees calls of a traced forward that no function mode of torch sees and no graph can express."""
 
 import sys
 import types
@@ -37,9 +37,9 @@ _MODES = {
 
 
 def watched(body: Callable[[], T]) -> T:
-    """Run ``body``; what it calls on the way may raise the tracer's refusal.
+    """Run ``body``, and refuse it if it calls something that no graph can express.
 
-    A profile function belongs to one thread, so nothing is replaced in torch for this.
+    A profile function watches the calls. It belongs to one thread, so nothing is replaced in torch.
     """
     before = sys.getprofile()
     try:
@@ -50,7 +50,7 @@ def watched(body: Callable[[], T]) -> T:
 
 
 def _see(frame: types.FrameType, event: str, argument: Any) -> None:
-    # It sees every call, so what most of them are not is asked first, and the tracer last.
+    # This sees every call, so the test that excludes most of them comes first, the tracer last.
     if event == "call":
         what = _FUNCTIONS.get(frame.f_code)
         if what is None and frame.f_code.co_filename == torch.utils.checkpoint.__file__:
@@ -64,7 +64,7 @@ def _see(frame: types.FrameType, event: str, argument: Any) -> None:
 
 
 def _of_builtin(frame: types.FrameType, function: Any) -> tuple[str, str] | None:
-    """What a frame does that calls a function written in C, and what the user can do instead."""
+    """What a frame does by calling a function written in C, and what the user can do instead."""
     owner = getattr(function, "__self__", None)
     if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
         if function.__name__ == "apply":
@@ -75,7 +75,7 @@ def _of_builtin(frame: types.FrameType, function: Any) -> tuple[str, str] | None
     if is_of_torch(frame):
         return None  # torch asks for its own purposes
     if function is isinstance:
-        # Such a type has a device and a dtype in it, and a copy on meta is of none of them.
+        # Such a type contains a device and a dtype, and a copy on meta has none of these types.
         if LEGACY_TYPES.isdisjoint(frame.f_code.co_names):
             return None
         return (
@@ -88,5 +88,5 @@ def _of_builtin(frame: types.FrameType, function: Any) -> tuple[str, str] | None
 def _mode_of(function: Any) -> str | None:
     try:
         return _MODES.get(function)
-    except TypeError:  # a bound method of what cannot be hashed
+    except TypeError:  # it is a bound method of an object that cannot be hashed
         return None

@@ -1,6 +1,7 @@
-"""An injected network as one that only runs: fewer operations, equal outputs up to rounding.
+"""Makes a network for inference: fewer operations, and outputs that are equal up to rounding.
 
 Neighbours use ``optimize.optimize_for_inference`` (public), and ``optimize.optimized_copy``, which
-says what was done too. One step of it is one file: ``norms`` (into the convolutions before them),
-``constant`` (gates that are the same for every image), ``squeeze`` (before the last convolution).
+also says what was done. Each step is one file: ``norms`` folds norms into the convolutions before
+them, ``constant`` folds gates that are the same for every image, and ``squeeze`` moves the squeeze
+before the last convolution.
 """

@@ -1,8 +1,9 @@
-"""SE blocks whose gate cannot depend on the image, and factors of gates -> the layers before them.
+"""Folds gates that cannot depend on the image, and factors of gates, into the layers before them.
 
-``fc2`` of weights 0 gives its bias whatever the image is: the gate is a constant, and ``x * c`` is
-what a norm with ``c`` times its weight and bias gives at once. That holds for every image, not only
-for those of some data set, which ``se_inject.gates.fold_se`` is for.
+If all weights of ``fc2`` are 0, it returns its bias for every image. The gate is then a constant c,
+and the norm before it can give ``x * c`` at once: its weight and bias are multiplied by c. This
+holds for every image. ``se_inject.gates.fold_se`` is for gates that are constant on the images of
+one data set only.
 """
 
 import torch
@@ -16,7 +17,7 @@ from se_inject.layers.squeeze_excite import SqueezeExcite
 
 
 def fold_constant_gates(model: nn.Module) -> list[str]:
-    """Take SE blocks with a constant gate out, in place; the names of their blocks."""
+    """Take out SE blocks with a constant gate, in place, and return the names of their blocks."""
     producers = Producers(model)
     found: dict[str, list[tuple[nn.Module, Tensor]]] = {}
     for name, block, edit in injected(model):
@@ -34,7 +35,11 @@ def fold_constant_gates(model: nn.Module) -> list[str]:
 
 
 def fold_factors(model: nn.Module) -> list[str]:
-    """Fold the factor 2 of gates away where a layer can take it, in place; the SE blocks' names."""
+    """Fold the factor 2 of gates into layers that can take it, in place.
+
+    Returns:
+        the names of the SE blocks whose factor was folded.
+    """
     producers = Producers(model)
     folded = []
     for name, block, edit in injected(model):
@@ -53,9 +58,9 @@ def fold_factors(model: nn.Module) -> list[str]:
 def _constants(
     block: nn.Module, edit: Edit, producers: Producers
 ) -> list[tuple[nn.Module, Tensor]] | None:
-    """The layers that are to take the constants of a block's gates; None: it keeps its SE blocks.
+    """The layers that will take the constants of a block's gates. A gate of 1 needs no layer.
 
-    Gates of 1 need no layer.
+    None means that the block keeps its SE blocks.
     """
     scaled = []
     for child, producer in zip(edit.children, edit.producers, strict=True):
@@ -74,14 +79,14 @@ def _constants(
 
 
 def _source(producers: Producers, block: nn.Module, producer: str | None) -> nn.Module | None:
-    """The layer that can take a constant, if nobody watches it or a child that it is in."""
+    """The layer that can take a constant, if nobody watches it or a module that contains it."""
     if producer is None or any(map(is_touched, block.get_submodule(producer).modules())):
         return None
     return producers.of(block, producer)
 
 
 def plain_se(block: nn.Module, child: str) -> SqueezeExcite | None:
-    """The child, if it is an SE block of this package that nobody watches or has changed."""
+    """The child, if it is an SE block of this package that nobody watches and nobody changed."""
     layer = block.get_submodule(child)
     if type(layer) is SqueezeExcite and not any(map(is_touched, layer.modules())):
         return layer

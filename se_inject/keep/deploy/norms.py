@@ -1,8 +1,8 @@
-"""Batch norms -> the convolutions before them, where one forward shows that nothing else reads.
+"""Folds batch norms into the convolutions before them, if one forward shows that this is safe.
 
 A norm in eval mode multiplies each channel by a constant and adds another. The convolution before
 it can do both, if its output goes into that norm and nowhere else. Which operation reads which
-tensor is seen while the network runs once.
+tensor is observed while the network runs once.
 """
 
 import weakref
@@ -20,7 +20,7 @@ from se_inject.layers.hooks import is_watched
 from se_inject.layers.layout import CONVOLUTIONS
 from se_inject.torch_private import DispatchMode, pytree
 
-# What tells Python of values: ``if x.mean() > 0``, ``torch.equal``, the number of boxes.
+# These tell Python about values: ``if x.mean() > 0``, ``torch.equal``, the number of boxes.
 _TO_PYTHON = (
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.equal.default,
@@ -29,12 +29,12 @@ _TO_PYTHON = (
 
 
 def run_once(model: nn.Module, given: Arguments) -> tuple[Any, list["Pair"]]:
-    """What a model in eval mode gives back, and which of its norms could be folded.
+    """What a model in eval mode returns, and which of its norms could be folded.
 
-    Only a convolution and a norm that are called once, that have no hooks, and whose weights
-    nothing else has or reads are a pair; and the output of the convolution has to be read by one
-    operation, be the input of the norm, and not be kept by anybody when the forward is over. What
-    runs after the forward has looked at values may be another thing for other images.
+    A convolution and a norm are a pair if both are called once, have no hooks, and have weights
+    that nothing else has or reads. The output of the convolution must be the input of the norm. No
+    other operation may read it, and nobody may keep it when the forward is over. What runs after
+    the forward has looked at values is left out, because it may be different for other images.
     """
     reads = _Reads()
     alone = Producers(model)
@@ -47,7 +47,7 @@ def run_once(model: nn.Module, given: Arguments) -> tuple[Any, list["Pair"]]:
         if type(module) in _convolutions():
             calls = convolutions[name] = []
 
-            # Defaults bind what differs from module to module.
+            # The default of ``calls`` binds the list of this module, not that of the last one.
             def made(m: nn.Module, args: Any, out: Any, calls: list[_Seen | None] = calls) -> None:
                 calls.append(None if reads.saw_values else reads.follow(out))
 
@@ -88,14 +88,14 @@ def run_once(model: nn.Module, given: Arguments) -> tuple[Any, list["Pair"]]:
 
 @dataclass(frozen=True)
 class Pair:
-    """The names of a convolution and of the norm that alone reads what it computes."""
+    """The names of a convolution and of the norm that alone reads its output."""
 
     convolution: str
     norm: str
 
 
 def fold_norms(model: nn.Module, pairs: Sequence[Pair]) -> list[str]:
-    """Fold these norms, in place; the names of those that were folded."""
+    """Fold these norms, in place, and return the names of those that were folded."""
     folded = []
     for pair in pairs:
         convolution: Any = model.get_submodule(pair.convolution)
@@ -110,7 +110,7 @@ def fold_norms(model: nn.Module, pairs: Sequence[Pair]) -> list[str]:
             norm.bias,
         )
         if not (weight.isfinite().all() and bias.isfinite().all()):
-            continue  # such as float16 weights of a channel that hardly varies
+            continue  # as with float16 weights of a channel that hardly varies
         convolution.weight, convolution.bias = weight, bias
         owner, _, child = pair.norm.rpartition(".")
         model.get_submodule(owner)._modules[child] = _what_is_left(norm)
@@ -119,7 +119,7 @@ def fold_norms(model: nn.Module, pairs: Sequence[Pair]) -> list[str]:
 
 
 def is_touched(module: nn.Module) -> bool:
-    """Whether hooks watch a module, or something has put another forward on it."""
+    """Whether hooks watch a module, or somebody has given it another forward."""
     return is_watched(module, None) or "forward" in vars(module)
 
 
@@ -140,7 +140,7 @@ class _Reads(DispatchMode):  # type: ignore[no-untyped-call]  # torch has no typ
         self.saw_values = False
 
     def follow(self, tensor: Any) -> _Seen:
-        """Count from now on; a tensor that is gone leaves its id to another."""
+        """Count the reads of a tensor from now on. When it is gone, another may get its id."""
         key = id(tensor)
         seen = _Seen(weakref.ref(tensor, lambda _: self.seen.pop(key, None)))
         self.seen[key] = seen
@@ -156,14 +156,17 @@ class _Reads(DispatchMode):  # type: ignore[no-untyped-call]  # torch has no typ
 
 
 def _convolutions() -> set[type[nn.Module]]:
-    """Without subclasses, which may do something to their weights; timm's Conv2dSame only pads."""
+    """The classes of convolutions that count.
+
+    A subclass may do something to its weights. timm's Conv2dSame only pads, so it counts.
+    """
     from timm.layers import Conv2dSame
 
     return {*CONVOLUTIONS, Conv2dSame}
 
 
 def _is_constant_norm(module: nn.Module) -> bool:
-    """Whether it multiplies each channel by a constant, with running statistics, in eval mode."""
+    """Whether a module multiplies each channel by a constant, as norms do in eval mode."""
     from timm.layers import BatchNormAct2d
     from torchvision.ops import FrozenBatchNorm2d
 
@@ -176,7 +179,7 @@ def _is_constant_norm(module: nn.Module) -> bool:
 
 
 def _what_is_left(norm: nn.Module) -> nn.Module:
-    """What a norm did beside the norm itself: timm's BatchNormAct2d ends in an activation."""
+    """What a norm did besides normalising. timm's BatchNormAct2d ends in an activation."""
     ends = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]
     ends = [end for end in ends if type(end) is not nn.Identity]
     if len(ends) > 1:

@@ -1,4 +1,4 @@
-"""``optimize_for_inference``: a copy of a network that computes the same in fewer operations."""
+"""``optimize_for_inference`` makes a copy that computes the same in fewer operations."""
 
 import copy
 from collections.abc import Iterator
@@ -21,20 +21,20 @@ from se_inject.names import plural
 from se_inject.plan.checks import check_model
 from se_inject.torch_private import pytree
 
-_TOLERANCE = 1e-5  # of the largest number of each output
+_TOLERANCE = 1e-5  # as a share of the largest number in each output
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """What :func:`optimize_for_inference` did, by the names of modules."""
+    """What :func:`optimize_for_inference` did, as names of modules."""
 
-    norms: tuple[str, ...]  # folded into the convolutions before them
-    constant: tuple[str, ...]  # blocks whose gate is a constant, which is folded
-    factors: tuple[str, ...]  # SE blocks whose factor 2 is folded
+    norms: tuple[str, ...]  # norms that were folded into the convolutions before them
+    constant: tuple[str, ...]  # blocks whose gate is a constant, which was folded
+    factors: tuple[str, ...]  # SE blocks whose factor 2 was folded
     products: tuple[str, ...]  # SE blocks whose layers are matrix products now
     early: tuple[str, ...]  # those of them that squeeze before the last 1x1 convolution
-    kept: tuple[str, ...]  # SE blocks that are as they were, but for their factor
-    change: float  # of the outputs on the example, of the largest output
+    kept: tuple[str, ...]  # SE blocks that stayed as they were, except for their factor
+    change: float  # the change of the outputs on the example, as a share of the largest output
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data."""
@@ -56,22 +56,23 @@ class Optimization:
 
 
 def optimize_for_inference(model: nn.Module, *, example_input: Any = None) -> nn.Module:
-    """A copy of ``model`` in eval mode that computes the same outputs in fewer operations.
+    """Make a copy of ``model`` in eval mode that computes the same outputs in fewer operations.
 
     The model itself stays as it is. In the copy
 
     - batch norms are folded into the convolutions before them,
-    - SE blocks whose gate is the same for every image (``fc2`` has only zeros as weights) are
-      folded into the layers before them, and so is the factor of the other gates,
-    - the layers of SE blocks are matrix products, and their squeeze comes before the branch's last
-      1x1 convolution where the map has fewer channels there.
+    - SE blocks whose gate is the same for every image (all weights of ``fc2`` are 0) are folded
+      into the layers before them, and so is the factor of the other gates,
+    - the layers of SE blocks are matrix products, and the squeeze comes before the branch's last
+      1x1 convolution if the map has fewer channels there.
 
-    What one forward does not show to be safe stays as it is: layers with hooks, layers that are
-    used twice, maps that others read too, and norms that run after the forward has looked at
-    values. A forward that takes another way for another image size has to be optimised for the
-    size that it is going to get. A base without SE blocks is optimised too. The copy is for
-    inference alone: its outputs in train mode are others, and ``save_se`` and ``remove_se`` are
-    for the model itself.
+    A change is made only if one forward shows that it is safe. Layers with hooks, layers that are
+    used twice, maps that others read too, and norms that run after the forward has looked at values
+    therefore stay as they are. If the forward takes another path for another image size, the model
+    has to be optimised for the size that it will get. A base without SE blocks is optimised too.
+
+    The copy is for inference only. Its outputs in train mode are different, and ``save_se`` and
+    ``remove_se`` work with the model itself, not with the copy.
 
     >>> import timm, torch
     >>> from se_inject import inject_se, optimize_for_inference
@@ -81,15 +82,17 @@ def optimize_for_inference(model: nn.Module, *, example_input: Any = None) -> nn
     Identity()
 
     Args:
-        model: with SE blocks or without; for gates that are constant on your images only, call
-            ``se_inject.gates.fold_se`` before.
-        example_input: a tensor, a tuple of positional or a dict of keyword arguments, on which the
-            two are compared. By default random images like those that the model was injected with.
+        model: a network with or without SE blocks. If gates are constant on your images only, call
+            ``se_inject.gates.fold_se`` first.
+        example_input: the input on which the model and the copy are compared. It is a tensor, a
+            tuple of positional arguments or a dict of keyword arguments. By default it is random
+            and has the shapes with which the model was injected.
 
     Raises:
         ForwardError: the model fails on the example.
-        UnsupportedModelError: the model cannot be edited as it is (compiled, scripted, sharded), or
-            the copy's outputs differ by more than 1e-5 of the largest and by more than rounding.
+        UnsupportedModelError: the model cannot be edited as it is (compiled, scripted, sharded), it
+            returns no tensor, or the outputs of the copy differ by more than 1e-5 of the largest
+            output and by more than rounding.
     """
     return optimized_copy(model, example_input=example_input)[0]
 
@@ -97,7 +100,7 @@ def optimize_for_inference(model: nn.Module, *, example_input: Any = None) -> nn
 def optimized_copy(
     model: nn.Module, *, example_input: Any = None
 ) -> tuple[nn.Module, Optimization]:
-    """As :func:`optimize_for_inference`; also says what was done."""
+    """Do the same as :func:`optimize_for_inference`, and also return what was done."""
     check_model(model)
     with torch.inference_mode(False), torch.no_grad():
         given, twin, output, pairs = _first_run(model, example_input)
@@ -110,7 +113,7 @@ def optimized_copy(
         factors = fold_factors(twin)
         norms = fold_norms(twin, pairs)
         products, early = deploy_se(twin)
-        twin.eval()  # new modules too
+        twin.eval()  # the new modules need this too
         kept = [
             f"{name}.{child}".lstrip(".")
             for name, block, edit in injected(twin)
@@ -140,7 +143,7 @@ def _first_run(
         twin.eval()
         try:
             return given, twin, *run_once(twin, _again(given))
-        except Exception as error:  # whatever a foreign forward raises
+        except Exception as error:  # a foreign forward may raise anything
             failure = failure or error
     assert failure is not None
     raise ForwardError(
@@ -150,7 +153,7 @@ def _first_run(
 
 
 def _examples(model: nn.Module, example_input: Any) -> Iterator[Arguments]:
-    """The user's example, or random numbers in the shapes that the model was injected with."""
+    """The user's example, or random numbers in the shapes with which the model was injected."""
     recorded = [edit.settings.example for _, _, edit in injected(model)][:1]
     generator = torch.Generator().manual_seed(0)
     device = device_of(model)
@@ -166,7 +169,7 @@ def _examples(model: nn.Module, example_input: Any) -> Iterator[Arguments]:
         return numbers.to(device=device, dtype=value.dtype)
 
     if example_input is not None:
-        # Its shapes are read as inject_se reads them, and its values are kept.
+        # The example is read as inject_se reads it, but its values are kept.
         values = iter(t for t in pytree.tree_leaves(example_input) if isinstance(t, Tensor))
         for example in example_inputs(model, example_input):
             yield pytree.tree_map_only(Tensor, lambda _: real(next(values)), example)
@@ -176,7 +179,7 @@ def _examples(model: nn.Module, example_input: Any) -> Iterator[Arguments]:
 
 
 def _again(given: Arguments) -> Arguments:
-    """Copies, because a forward may write into what it is given."""
+    """A copy of the arguments, because a forward may write into them."""
     again: Arguments = pytree.tree_map_only(Tensor, torch.clone, given)
     return again
 
@@ -193,14 +196,14 @@ def _outputs(model: nn.Module, given: Arguments) -> list[Tensor]:
 def _checked_change(
     model: nn.Module, twin: nn.Module, given: Arguments, expected: list[Tensor]
 ) -> float:
-    """The largest change of an output, as a part of the largest number in it.
+    """The largest change of an output, as a share of the largest number in it.
 
-    Where a deep network or a short dtype makes roundings larger than the tolerance, both are
-    compared with the model in float64: the copy has to be about as near to it as the model itself.
+    In a deep network or a short dtype, rounding can exceed the tolerance. Both are then compared
+    with the model in float64: the copy has to be about as near to it as the model itself is.
     """
     try:
         got = _outputs(twin, given)
-    except Exception as error:  # of a forward that asks for what is not there any more
+    except Exception as error:  # the forward may ask for what is not there any more
         raise UnsupportedModelError(
             f"{type(model).__name__} reads attributes of layers that are folded"
             f" ({first_line(error)}): it cannot be optimised."
@@ -214,7 +217,7 @@ def _checked_change(
     try:
         exact = _outputs(exact_model, wide)
         near = _change(got, exact) <= 4 * _change(expected, exact)
-    except RuntimeError:  # a forward that insists on another dtype
+    except RuntimeError:  # the forward insists on another dtype
         near = False
     if not near:
         raise UnsupportedModelError(
@@ -225,7 +228,7 @@ def _checked_change(
 
 
 def _change(got: list[Tensor], expected: list[Tensor]) -> float:
-    """The greatest difference; infinite where shapes, whole numbers or places of NaN differ."""
+    """The largest difference. It is infinite if shapes, whole numbers or places of NaN differ."""
     if [t.shape for t in got] != [t.shape for t in expected]:
         return float("inf")
     worst = 0.0

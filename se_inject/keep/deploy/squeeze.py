@@ -1,14 +1,15 @@
-"""SE blocks -> :class:`DeployedSE`, whose gate comes before the branch's last 1x1 convolution.
+"""Replaces SE blocks by :class:`DeployedSE`, and moves the squeeze before a 1x1 convolution.
 
-A block whose forward ends in ``conv3 = self.conv3(act2)`` and ``se = self.se(conv3, shortcut)``
-changes as follows where ``conv3`` has kernels of one position, and more channels after it than
-before::
+A block may end in ``conv3 = self.conv3(act2)`` and ``se = self.se(conv3, shortcut)``. If ``conv3``
+has kernels of one position and more channels in its output than in its input, the block changes as
+follows::
 
     se_gate = self.se.excite(act2)
     conv3 = self.conv3(act2)
     se = self.se(conv3, shortcut, gate=se_gate)
 
-The mean of its output is the convolution of the mean of its input, which has fewer channels.
+The mean of the convolution's output is the convolution of the mean of its input, which has fewer
+channels.
 """
 
 import ast
@@ -31,9 +32,13 @@ Step = tuple[str, nn.Module]
 
 
 def deploy_se(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Replace the SE blocks, in place: the names of all that were, and of those that squeeze early.
+    """Replace the SE blocks, in place.
 
-    SE blocks with another squeeze, with channels last, with hooks, or of a ``se_layer`` stay.
+    SE blocks with another squeeze, with channels last or with hooks stay, and so do the layers of
+    an ``se_layer``.
+
+    Returns:
+        the names of the SE blocks that were replaced, and of those among them that squeeze early.
     """
     edits: dict[tuple[int, str], Edit] = {}
     deployed, early = [], []
@@ -66,7 +71,7 @@ def _squeeze_early(tree: ast.Module, block: nn.Module, child: str) -> Any | None
     """Change the text of a forward so that the gate comes early, if it can.
 
     Returns:
-        the convolution that the squeeze is put before; None where nothing was changed.
+        the convolution that the squeeze now comes before, or None if nothing was changed.
     """
     function = tree.body[-1]
     assert isinstance(function, ast.FunctionDef)
@@ -104,7 +109,7 @@ def _squeeze_early(tree: ast.Module, block: nn.Module, child: str) -> Any | None
 def _rewrite(
     function: ast.FunctionDef, made: ast.stmt, steps: list[Step], child: str, scaling: ast.Call
 ) -> None:
-    """Let ``made`` be the steps one by one, with the gate before the last of them."""
+    """Replace ``made`` by the steps one by one, with the gate before the last of them."""
     call = _call(made)
     assert call is not None
     assert isinstance(call.args[0], ast.Name)
@@ -120,7 +125,7 @@ def _rewrite(
     function.body[at:at] = ast.parse("\n".join(lines)).body
     call.func = ast.parse(_expression(steps[-1][0]), mode="eval").body
     call.args = [ast.Name(source, ast.Load())]
-    if source == inner:  # its memory is free after the convolution, as before
+    if source == inner:  # the memory is freed after the convolution, as before
         after = function.body.index(made) + 1
         function.body[after:after] = ast.parse(f"{inner} = None").body
     scaling.keywords.append(ast.keyword("gate", ast.Name(gate, ast.Load())))
@@ -134,7 +139,7 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _steps(path: str, module: nn.Module) -> list[Step]:
-    """What runs one after the other when a child is called, as far as its class is known."""
+    """The modules that run one after the other in a child, as far as its class is known."""
     from timm.layers import ConvNormAct
 
     forward = type(module).forward
@@ -152,7 +157,7 @@ def _steps(path: str, module: nn.Module) -> list[Step]:
 
 
 def _can_follow(feed: Any, layer: Any) -> bool:
-    """Whether the mean over positions commutes with a layer, and is cheaper before it."""
+    """Whether the mean over positions commutes with a layer and is cheaper before it."""
     return (
         type(feed) in CONVOLUTIONS
         and not is_touched(feed)
@@ -165,7 +170,7 @@ def _can_follow(feed: Any, layer: Any) -> bool:
 
 
 def _made(function: ast.FunctionDef, name: str) -> ast.stmt | None:
-    """The statement that makes a value which is read once; None if others read or change it."""
+    """The statement that makes a value that is read once, or None if others read or change it."""
     made, seen = [], 0
     for statement in function.body:
         if isinstance(statement, ast.Assign) and _is_none(statement.value):
@@ -190,7 +195,7 @@ def _call(statement: ast.stmt) -> ast.Call | None:
 
 
 def _called(statement: ast.stmt) -> str | None:
-    """The path of the child that a statement calls, such as "conv3"; None: it calls none."""
+    """The path of the child that a statement calls, such as "conv3", or None if it calls none."""
     call = _call(statement)
     return None if call is None else _path(call.func)
 

@@ -1,6 +1,6 @@
-"""The export formats: networks that need no se_inject.
+"""The export formats, which write networks that need no se_inject.
 
-A new format is one file beside this one, which ends in a ``Format``, and one row of
+A new format needs one file beside this one, which ends in a ``Format``, and one row of
 :data:`FORMATS`. Neighbours call ``FORMATS[name].write(model, path)``.
 """
 

@@ -1,4 +1,4 @@
-"""Example inputs for an export, and the comparison of what was written with the model."""
+"""Makes example inputs for an export, and compares what was written with the model."""
 
 import copy
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from se_inject.torch_private import pytree
 def example_tensors(model: nn.Module) -> tuple[Any, ...]:
     """Random positional arguments like those that the model was recorded with, on the CPU.
 
-    A batch of one image becomes a batch of two: torch.export would take a batch of one for a
-    constant.
+    A batch of one image becomes a batch of two, because torch.export would take a batch size of one
+    for a constant.
 
     Raises:
-        ExportError: it was recorded with keyword arguments.
+        ExportError: the model was recorded with keyword arguments.
     """
     edit = next(edit for module in model.modules() if (edit := edit_of(module)))
     args, kwargs = edit.settings.example
@@ -43,7 +43,7 @@ def example_tensors(model: nn.Module) -> tuple[Any, ...]:
     return tuple(pytree.tree_map(random, args))
 
 
-# The allowed difference as a fraction of the largest output: several roundings of each dtype.
+# The allowed difference, as a share of the largest output. It is several roundings of each dtype.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -52,10 +52,10 @@ def check_equal(
 ) -> None:
     """Raise an :class:`ExportError` unless both give the same outputs up to rounding.
 
-    A deep network can amplify the rounding of one operation beyond any fixed bound. Where the
-    outputs differ, copies in float64 are compared therefore, which round much less. What is no
-    module and has no such copy (an ONNX session) has to be about as near to the outputs of the
-    float64 model as the model itself is.
+    A deep network can amplify the rounding of one operation beyond any fixed bound. If the outputs
+    differ, copies in float64 are therefore compared, which round much less. An ONNX session is not
+    a module and has no such copy. Its outputs have to be about as near to those of the float64
+    model as the model's own outputs are.
     """
     expected = _outputs(model, args)
     got = _outputs(other, args)
@@ -63,7 +63,7 @@ def check_equal(
         return
     try:
         same = _same_in_double(model, other, args, expected, got)
-    except (RuntimeError, TypeError):  # a forward that insists on another dtype
+    except (RuntimeError, TypeError):  # the forward insists on another dtype
         same = False
     if not same:
         raise ExportError(
@@ -95,7 +95,7 @@ def _outputs(function: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor
 
 
 def _in_double(module: nn.Module) -> nn.Module:
-    """A copy in float64; an exported program names dtypes in its operations too."""
+    """A copy in float64. In an exported program, the dtypes in its operations change too."""
     module = copy.deepcopy(module).double()
     if isinstance(module, fx.GraphModule):
         for node in module.graph.nodes:
@@ -115,7 +115,7 @@ def _double(value: Any) -> Any:
 
 
 def _difference(got: list[Tensor], expected: list[Tensor]) -> str:
-    """What differs by more than several roundings, or an empty text."""
+    """What differs by more than several roundings, or an empty text if nothing does."""
     try:
         for a, b in zip(got, expected, strict=True):
             scale = b.abs().max().item() if b.is_floating_point() and b.numel() else 0.0
@@ -127,7 +127,7 @@ def _difference(got: list[Tensor], expected: list[Tensor]) -> str:
 
 
 def _error(a: Tensor, exact: Tensor) -> float:
-    """The largest difference from the exact output; infinite if it is no number or too long."""
+    """The largest difference from the exact output. It is infinite if shapes differ, or for NaN."""
     if a.shape != exact.shape:
         return float("inf")
     if not a.numel():

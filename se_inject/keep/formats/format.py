@@ -1,4 +1,4 @@
-"""What every export format says of itself."""
+"""What every export format says about itself."""
 
 import importlib.util
 from collections.abc import Callable
@@ -15,15 +15,16 @@ from se_inject.keep.deploy.optimize import Optimization
 class Format:
     """One way to write an injected model.
 
-    ``write(model, path)`` writes the file, reads it back, compares it with the model before it is
-    kept, and returns the Python expression that loads it.
+    ``write(model, path)`` writes the file, reads it back, and compares it with the model before the
+    file is kept. It returns the Python expression that loads the file.
     """
 
-    about: str  # for the help of the command line
-    suffix: str  # what the name of such a file ends in
+    about: str  # a description for the help of the command line
+    suffix: str  # the end of the name of such a file
     write: Callable[[nn.Module, Path], str]
-    extra: str | None = None  # the optional dependency of se-inject that it needs
-    # The same for an optimised copy of the model; also what was done. None: the format has none.
+    extra: str | None = None  # the optional dependency of se-inject that the format needs
+    # The same for an optimised copy of the model. It also returns what was done. None means that
+    # the format cannot do this.
     write_optimized: Callable[[nn.Module, Path], tuple[str, Optimization]] | None = None
 
 

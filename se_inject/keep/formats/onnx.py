@@ -1,4 +1,4 @@
-"""ONNX files."""
+"""Writes ONNX files."""
 
 import itertools
 import json
@@ -25,18 +25,17 @@ _DIMS = {3: ("length",), 4: ("height", "width"), 5: ("frames", "height", "width"
 
 
 def write_onnx(model: nn.Module, path: Path, *, opset: int | None = None) -> str:
-    """Write an ONNX file, compare it with the model in onnxruntime, and say what loads it.
+    """Write an ONNX file, compare it with the model in onnxruntime, and return what loads it.
 
-    The file takes any batch size, and maps of any size where the model does. Its inputs and
-    outputs have names, and its metadata say of which network it is, with which r, and which
-    version of se-inject wrote it.
+    The file takes any batch size, and maps of any size if the model does. Its inputs and outputs
+    have names. Its metadata name the network, its r, and the version of se-inject that wrote it.
 
     Args:
         model: an injected model.
-        path: the file, which ends in ``.onnx``.
-        opset: the version of ONNX's operations; by default the one that torch prefers.
+        path: the file. Its name ends in ``.onnx``.
+        opset: the version of ONNX's operations. By default it is the one that torch prefers.
     """
-    need_packages("onnxruntime", "onnxscript", extra="onnx")  # torch writes ONNX with the second
+    need_packages("onnxruntime", "onnxscript", extra="onnx")  # torch needs onnxscript to write
     plain, args = plain_copy(model)
     return _write_for_sizes(plain, plain, args, path, _metadata(model), opset)
 
@@ -44,7 +43,7 @@ def write_onnx(model: nn.Module, path: Path, *, opset: int | None = None) -> str
 def write_optimized_onnx(
     model: nn.Module, path: Path, *, opset: int | None = None
 ) -> tuple[str, Optimization]:
-    """As :func:`write_onnx`, of an optimised copy; also say what was done to it."""
+    """Do the same as :func:`write_onnx` with an optimised copy, and also return what was done."""
     need_packages("onnxruntime", "onnxscript", extra="onnx")
     plain, args = plain_copy(model)
     fast, done = optimized_copy(plain, example_input=args)
@@ -59,13 +58,13 @@ def _write_for_sizes(
     said: dict[str, str],
     opset: int | None,
 ) -> str:
-    """Write ``exported``, for maps of any size if that can be, and compare it with ``model``."""
+    """Write ``exported``, for maps of any size if possible, and compare it with ``model``."""
     other = _other_size(model, args)
     with atomic_write(path, ONNX.suffix) as part:
         if other is not None:
             try:
                 _write(model, exported, part, [args, other], said, opset)
-            except ExportError:  # The network is exported for one size after all.
+            except ExportError:  # The network is exported for a single size instead.
                 other = None
         if other is None:
             _write(model, exported, part, [args], said, opset)
@@ -80,7 +79,7 @@ def _write(
     said: dict[str, str],
     opset: int | None,
 ) -> None:
-    """Write the file and compare it on all ``inputs``; two sizes of input make the size dynamic."""
+    """Write the file and compare it on all ``inputs``. Two sizes of input make the size dynamic."""
     import onnxruntime
 
     args = inputs[0]
@@ -108,7 +107,7 @@ def _write(
         converted.model.metadata_props.update(said)
         converted.save(path, external_data=False)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # of two libraries, about operations and dtypes they lack
+    except Exception as error:  # two libraries complain about operations and dtypes they lack
         raise ExportError(
             f"ONNX cannot hold {type(model).__name__} ({first_line(error)[:200]})."
         ) from error
@@ -119,7 +118,7 @@ def _write(
         feed = dict(zip(names, (t.numpy() for t in tensors), strict=True))
         try:
             return [torch.from_numpy(output) for output in session.run(None, feed)]
-        except Exception as error:  # of onnxruntime, about a size that the file does not take
+        except Exception as error:  # onnxruntime complains about a size the file does not take
             raise ExportError(f"the ONNX file fails ({first_line(error)[:200]}).") from error
 
     for values in inputs:
@@ -127,7 +126,7 @@ def _write(
 
 
 def _dim_names(value: Any, sizes: bool) -> dict[int, str] | None:
-    """The dynamic dims of an input by name, as :func:`export_program` makes them dynamic."""
+    """The names of the dims of an input that :func:`export_program` makes dynamic."""
     if not isinstance(value, Tensor) or not value.dim():
         return None
     space = _DIMS.get(value.dim(), ()) if sizes and value.is_floating_point() else ()
@@ -135,9 +134,9 @@ def _dim_names(value: Any, sizes: bool) -> dict[int, str] | None:
 
 
 def _other_size(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The inputs with maps that are larger by 64 and 32; None where the model does not take them.
+    """The inputs with maps that are larger by 64 and 32, or None if the model does not take them.
 
-    Networks halve their maps up to five times, and some want sides that are multiples of 32.
+    Networks halve their maps up to five times, and some need sides that are multiples of 32.
     """
 
     def larger(value: Any) -> Any:
@@ -161,13 +160,13 @@ def _other_size(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | No
     try:
         with torch.no_grad():
             model(*other)
-    except Exception:  # Whatever a foreign forward raises: it is a network of one size.
+    except Exception:  # A foreign forward may raise anything. The network takes one size only.
         return None
     return other
 
 
 def _metadata(model: nn.Module) -> dict[str, str]:
-    """What the file says of itself: the network, r and the version."""
+    """What the file says about itself: the network, r and the version."""
     config = getattr(model, "pretrained_cfg", None) or {}
     ratios = {
         f"{name}.{child}".lstrip("."): r

@@ -1,4 +1,4 @@
-"""``torch.export`` programs."""
+"""Writes programs of ``torch.export``."""
 
 import copy
 from pathlib import Path
@@ -17,20 +17,20 @@ from se_inject.torch_private import pytree
 
 
 def write_torch_export(model: nn.Module, path: Path) -> str:
-    """Write a ``torch.export`` program, compare what is read back, and say what loads it."""
+    """Write a ``torch.export`` program, read it back to compare it, and return what loads it."""
     plain, args = plain_copy(model)
     return _write(plain, plain, args, path)
 
 
 def write_optimized_torch_export(model: nn.Module, path: Path) -> tuple[str, Optimization]:
-    """As :func:`write_torch_export`, of an optimised copy; also say what was done to it."""
+    """Do the same as :func:`write_torch_export` with an optimised copy, and say what was done."""
     plain, args = plain_copy(model)
     fast, done = optimized_copy(plain, example_input=args)
     return _write(plain, fast, args, path), done
 
 
 def plain_copy(model: nn.Module) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A copy in eval mode, on the CPU and in plain operations, and arguments that it takes."""
+    """A copy in eval mode, on the CPU and with plain operations, and arguments that it takes."""
     plain = set_plain_ops(copy.deepcopy(model).cpu())
     plain.eval()
     return plain, example_tensors(plain)
@@ -47,9 +47,9 @@ def _write(model: nn.Module, exported: nn.Module, args: tuple[Any, ...], path: P
 def export_program(
     model: nn.Module, args: tuple[Any, ...], *, sizes: bool = False
 ) -> torch.export.ExportedProgram:
-    """The eval forward, for any batch size and, with ``sizes``, any size of the maps it takes.
+    """Export the eval forward for any batch size and, with ``sizes``, for maps of any size.
 
-    Only sizes that the model allows are meant: where its forward fixes one, the program does too.
+    If the forward of the model fixes a size, the program does so too.
     """
 
     def dims(value: Any) -> Any:
@@ -60,7 +60,7 @@ def export_program(
 
     try:
         return torch.export.export(model, args, dynamic_shapes=pytree.tree_map(dims, args))
-    except Exception as error:  # of torch's tracer, about foreign code
+    except Exception as error:  # torch's tracer may raise anything about foreign code
         raise ExportError(
             f"torch.export cannot follow {type(model).__name__} ({first_line(error)[:200]})."
         ) from error

@@ -1,8 +1,8 @@
-"""Injected model -> timm's own SE network, which needs no se_inject.
+"""Turns an injected model into timm's own SE network, which needs no se_inject.
 
-The gate of an identity start is ``2 * sigmoid``, and that of a stock SE block is a plain sigmoid.
-:func:`fold_gates` moves the factor 2 into the layer before the SE block and loses no bit. Of the
-paper's variants timm has one: SE blocks without biases become stock blocks whose biases are 0.
+The gate of an identity start is ``2 * sigmoid``, while that of a stock SE block is a plain sigmoid.
+:func:`fold_gates` moves the factor 2 into the layer before the SE block and loses no bit. timm can
+hold only one of the paper's variants: SE blocks without biases become stock blocks with biases 0.
 """
 
 import copy
@@ -25,19 +25,19 @@ from se_inject.plan.checks import check_model
 
 
 def to_stock(model: nn.Module) -> nn.Module:
-    """The same network from timm's own classes: ``resnet50`` with SE blocks is a ``seresnet50``.
+    """Build the same network from timm's classes: ``resnet50`` with SE becomes ``seresnet50``.
 
-    The stock network is found by the name that timm gave the base, built, loaded strictly and
-    compared with ``model`` on random images; ``model`` stays as it is.
+    The stock network is found by the name that timm gave the base. It is built, loaded strictly and
+    compared with ``model`` on random images. ``model`` itself stays as it is.
 
     Returns:
-        a new timm model in eval mode, on the CPU, with the weights of ``model``.
+        A new timm model in eval mode, on the CPU, with the weights of ``model``.
 
     Raises:
         NoSiteError: the model has no SE block.
-        ExportError: timm has no such network (no variant of the block but the one without
-            biases), or a gate's factor cannot be folded away; the message names it.
-            ``torch.export`` takes such a model as it is.
+        ExportError: timm has no such network, or the factor of a gate cannot be folded away. The
+            message says which. Of the variants of the SE block, timm can hold only the one without
+            biases. ``torch.export`` takes any such model as it is.
     """
     check_model(model)
     _check_variant(model)
@@ -73,7 +73,7 @@ def _check_variant(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if edit := edit_of(module):
             options = edit.settings.variant.differing()
-            options.pop("bias", None)  # no biases are biases of 0
+            options.pop("bias", None)  # a block without biases is a block with biases of 0
             if options:
                 said = ", ".join(f"{option}={value!r}" for option, value in options.items())
                 raise ExportError(
@@ -83,7 +83,7 @@ def _check_variant(model: nn.Module) -> None:
 
 
 def _add_biases(model: nn.Module) -> None:
-    """Give the layers of SE blocks that have no biases such of 0, as stock blocks have them."""
+    """Give the layers of SE blocks biases of 0 if they have none, as stock blocks have biases."""
     for module in model.modules():
         if isinstance(module, SqueezeExcite):
             for layer in (module.fc1, module.fc2):
@@ -102,7 +102,7 @@ def _architecture(model: nn.Module) -> str:
 
 
 def _stock_names(architecture: str) -> list[str]:
-    """timm's names that are ``architecture`` with "se" put in: resnext50 -> seresnext50."""
+    """timm's names that are ``architecture`` with "se" inserted: resnext50 -> seresnext50."""
     return [
         name
         for name in timm_names()
@@ -141,7 +141,7 @@ def _difference(ours: dict[str, Tensor], stock: dict[str, Tensor]) -> str:
 
 
 def write_stock(model: nn.Module, path: Path) -> str:
-    """Write the weights of :func:`to_stock`, compare what is read back, and say what loads it."""
+    """Write the weights of :func:`to_stock`, compare what is read back, and say what loads them."""
     from safetensors.torch import load_file, save_file
 
     stock = to_stock(model)

@@ -1,4 +1,4 @@
-"""What a shared folder says of its network: its base, its blocks, and what a run found."""
+"""What a shared folder says about its network: its base, its blocks, and what a run found."""
 
 import json
 from collections.abc import Mapping
@@ -18,16 +18,16 @@ from se_inject.names import base_architecture
 
 @dataclass(frozen=True)
 class Figure:
-    """One accuracy of a run, as a share of 1."""
+    """One accuracy of a run."""
 
-    images: str  # which images, in words
+    images: str  # which images were used, in words
     split: str  # the name of the split in a card
-    value: float
+    value: float  # between 0 and 1
 
 
 @dataclass(frozen=True)
 class RunSaid:
-    """What the folder of a fine-tuning run says, as far as a card wants to know it."""
+    """What the folder of a fine-tuning run says, as far as a card needs it."""
 
     base: str
     data: str  # the name of a data set, or of a folder without its path
@@ -41,8 +41,8 @@ class RunSaid:
 class About:
     """What ``config.json`` and the card are written from."""
 
-    base: str | None  # as load_model takes it; None where nobody knows
-    base_repo: str | None  # of the base on the Hub
+    base: str | None  # the name of the base as load_model takes it; None if nobody knows it
+    base_repo: str | None  # the repository of the base on the Hub
     license: str | None
     in_chans: int | None
     num_classes: int | None
@@ -54,20 +54,20 @@ class About:
 
     @property
     def name(self) -> str:
-        """A short name of the base for a title."""
+        """A short name of the base, for a title."""
         return (self.base or self.class_name).rpartition("/")[2].partition(".")[0]
 
     @property
     def library_base(self) -> str | None:
-        """The name of the base if a library builds it; None where code or a repository does."""
+        """The name of the base if a library builds it, or None if code or a repository does."""
         return None if self.base is None or ":" in self.base else self.base
 
 
 def about(model: nn.Module, base: str | None, run: Path | None, license: str | None) -> About:
-    """Collect what is known of an injected model.
+    """Collect what is known about an injected model.
 
-    timm writes the architecture, the tag of the weights and their licence on its models. Of another
-    library's model ``base`` or the run has to say the name.
+    timm writes the architecture, the tag of the weights and their licence on its models. For
+    another library's model, ``base`` or the run has to say the name.
     """
     said = None if run is None else read_run(run)
     config = getattr(model, "pretrained_cfg", None)
@@ -89,7 +89,7 @@ def about(model: nn.Module, base: str | None, run: Path | None, license: str | N
 
 
 def _name_in_timm(config: Mapping[str, Any]) -> str | None:
-    """The name that builds a timm model again, with the tag of its weights."""
+    """The name by which a timm model can be built again, with the tag of its weights."""
     repo = str(config.get("hf_hub_id") or "")
     if config.get("source") == "hf-hub" and not repo.startswith("timm/"):
         return f"hf-hub:{repo}"
@@ -98,7 +98,7 @@ def _name_in_timm(config: Mapping[str, Any]) -> str | None:
 
 
 def read_run(folder: Path) -> RunSaid:
-    """What a finished fine-tuning run says of its data and its accuracies.
+    """What a finished fine-tuning run says about its data and its accuracies.
 
     Raises:
         CheckpointError: the folder has no finished run, or its files are damaged.
@@ -128,7 +128,7 @@ def read_run(folder: Path) -> RunSaid:
 
 
 def _name_of_data(data: str) -> str:
-    """The data as ``--data`` took it; of a folder only its name, for paths are nobody's business.
+    """The data as ``--data`` took it. Of a folder only its name is given, as its path is private.
 
     ``hfds/user/name`` and ``torch/cifar10`` are names and not paths.
     """

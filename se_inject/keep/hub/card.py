@@ -1,4 +1,4 @@
-"""The model card: what people read on the Hub, with what its search reads above it."""
+"""Writes the model card: a text for people, and above it the data that the Hub's search reads."""
 
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,10 @@ _TASK = "image-classification"
 
 
 def card_text(about: About, source: str) -> str:
-    """The whole README.md.
+    """The text of the whole README.md.
 
     Args:
-        source: what the reader of the card passes to ``from_pretrained``.
+        source: what the reader of the card will pass to ``from_pretrained``.
     """
     from huggingface_hub import ModelCard, ModelCardData
 

@@ -1,4 +1,4 @@
-"""Folders with ``se.safetensors``, ``config.json`` and a model card: written, found and read."""
+"""Writes, finds and reads folders with ``se.safetensors``, ``config.json`` and a model card."""
 
 import contextlib
 import hashlib
@@ -19,13 +19,13 @@ from se_inject.keep.read import printable
 
 WEIGHTS, CONFIG, CARD = "se.safetensors", "config.json", "README.md"
 _LIBRARY = "se-inject"
-_MOST_CHANNELS = 4096  # of an input, which a hostile file might ask a huge network for
-_LONGEST = 200  # characters of a name
-_LARGEST_FILE = 1_000_000  # bytes of config.json
+_MOST_CHANNELS = 4096  # the most input channels; a hostile file might ask for a huge network
+_LONGEST = 200  # the longest name, in characters
+_LARGEST_FILE = 1_000_000  # the largest config.json, in bytes
 
 
 def names_a_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a path to write to means a folder: its text ends in a slash."""
+    """Whether a path to write to means a folder, which it does if it ends in a slash."""
     return str(os.fspath(path)).endswith(("/", os.sep))
 
 
@@ -37,8 +37,8 @@ def write_folder(
     A card that was edited stays as it is.
 
     Raises:
-        ArgumentError: there cannot be such a folder, or it is somebody else's.
-        ExportError: the Hub does not take it; the folder is written.
+        ArgumentError: such a folder cannot be made, or it belongs to somebody else.
+        ExportError: the Hub does not take the folder. It is written on the disk all the same.
     """
     if not folder.parent.is_dir():
         raise ArgumentError(f"{folder}: there is no folder {folder.parent}.")
@@ -71,7 +71,7 @@ def write_folder(
 
 
 def _may_be_written(card: Path, config: Path) -> bool:
-    """Whether there is no card yet, or the one that ``config.json`` says was written here."""
+    """Whether there is no card yet, or only the one that ``config.json`` says we wrote."""
     if not card.exists():
         return True
     said = json.loads(config.read_text()).get("card") if config.exists() else None
@@ -84,7 +84,7 @@ def _hash(text: str) -> str:
 
 @contextlib.contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Make a folder, which goes again if what it was made for fails."""
+    """Make a folder, and delete it again if what it was made for fails."""
     new = not folder.exists()
     folder.mkdir(exist_ok=True)
     try:
@@ -118,7 +118,7 @@ def _file_of(source: str | os.PathLike[str], name: str) -> Path:
     path = Path(text)
     try:
         return path / name if path.is_dir() else path
-    except ValueError:  # a NUL in the name, which the reader says in its words
+    except ValueError:  # the name has a NUL; whoever reads the file reports that
         return path
 
 
@@ -131,10 +131,10 @@ class FolderSaid:
 
 
 def read_config(source: str | os.PathLike[str]) -> FolderSaid:
-    """Read the ``config.json`` of a folder or repository; it may come from anybody.
+    """Read the ``config.json`` of a folder or repository. It may come from anybody.
 
     Raises:
-        CheckpointError: there is none, or it is damaged or not of save_se.
+        CheckpointError: there is none, it is damaged, or save_se did not write it.
     """
     path = _file_of(source, CONFIG)
     shown = printable(path)

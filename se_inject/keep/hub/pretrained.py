@@ -1,4 +1,4 @@
-"""``from_pretrained``: a shared folder -> the whole network."""
+"""``from_pretrained`` builds the whole network from a shared folder."""
 
 import os
 from pathlib import Path
@@ -17,19 +17,19 @@ def from_pretrained(
     checkpoint: str | os.PathLike[str] | None = None,
     se_layer: SELayer | None = None,
 ) -> nn.Module:
-    """Build the network of a folder of :func:`save_se`, in eval mode.
+    """Build the network of a folder that :func:`save_se` wrote, in eval mode.
 
-    The base is built by the name that ``config.json`` says; its own weights are taken from its
-    library where the folder does not hold them. No code of the folder runs, and no name of a
-    module is imported.
+    The base is built by its name in ``config.json``. If the folder does not hold all weights of the
+    base, they are taken from the library of the base. No code of the folder runs, and no module
+    that it names is imported.
 
     Args:
         source: ``"hf-hub:user/repo"``, ``"hf-hub:user/repo@revision"``, or a folder.
-        checkpoint: a file of the base's own weights, in place of those of its library.
-        se_layer: as in :func:`load_se`.
+        checkpoint: a file with the base's own weights. They replace those of its library.
+        se_layer: the same as for :func:`load_se`.
 
     Raises:
-        CheckpointError: the folder is damaged or does not say its base, or the Hub has no such
+        CheckpointError: the folder is damaged or does not name its base, or the Hub has no such
             repository.
         UnknownModelError: the library has no such base, or its weights cannot be had.
     """

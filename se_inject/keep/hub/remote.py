@@ -1,7 +1,7 @@
-"""The Hugging Face Hub: ``hf-hub:user/repo`` or ``hf-hub:user/repo@revision``, as in timm.
+"""Talks to the Hugging Face Hub. A repository is ``hf-hub:user/repo[@revision]``, as in timm.
 
-The client is huggingface_hub, which comes with timm. Its environment variables work as everywhere:
-HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
+The client is huggingface_hub, which comes with timm. Its environment variables work as they do
+elsewhere: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
 """
 
 from collections.abc import Callable
@@ -37,16 +37,17 @@ def download(source: str, name: str) -> Path:
 
 
 def upload(folder: Path, repo: str, names: tuple[str, ...], card: str) -> str:
-    """Put these files of a folder into a repository, which is made if it is not there.
+    """Upload these files of a folder to a repository, which is created if it does not exist.
 
     Args:
-        card: the name of the model card. A repository that has one keeps it: people edit them.
+        card: the name of the model card. A repository that has one keeps it, because people edit
+            their cards.
 
     Returns:
         the address of the repository.
 
     Raises:
-        ExportError: the Hub refuses it or cannot be asked.
+        ExportError: the Hub refuses the files or cannot be asked.
     """
     from huggingface_hub import HfApi
 
@@ -68,6 +69,6 @@ def upload(folder: Path, repo: str, names: tuple[str, ...], card: str) -> str:
 def _ask(ask: Callable[[], T], kind: type[SEInjectError], what: str) -> T:
     try:
         return ask()
-    except Exception as error:  # of the client and of the HTTP library below it, many kinds
+    except Exception as error:  # the client and the HTTP library below it raise many kinds
         said: Any = first_line(error).rstrip(".: ")
         raise kind(f"{what} ({type(error).__name__}: {said}).") from error
