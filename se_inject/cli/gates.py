@@ -1,4 +1,4 @@
-"""``se-inject gates``: what the gates of a trained network do."""
+"""``se-inject gates``: show what the gates of a trained network do."""
 
 import contextlib
 import json
@@ -103,7 +103,7 @@ def gates(
     from se_inject.keep.restore import restore_model
     from se_inject.report.console import print_table
 
-    with contextlib.redirect_stdout(sys.stderr):  # what a user's builder prints is no report
+    with contextlib.redirect_stdout(sys.stderr):  # keeps prints of a user's builder out of stdout
         if weights is None:
             folder = Path(target).expanduser()
             run = use.load_run(folder, trust_code=trust_code)

@@ -1,4 +1,4 @@
-"""``se-inject page``: what a run found, on one page."""
+"""``se-inject page``: show what a run found on one page."""
 
 import json
 from pathlib import Path
