@@ -1,4 +1,4 @@
-"""The words of docs/evidence.md. Figures stand in its tables alone, which are made from files."""
+"""The words of docs/evidence.md. The results are in its tables, which are made from files."""
 
 NETWORKS = {
     "residual": "Residual network",

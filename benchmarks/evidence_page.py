@@ -17,7 +17,7 @@ Run = dict[str, Any]
 
 @dataclass(frozen=True)
 class Difference:
-    """Points of accuracy by which an arm is better than the base arm, over the seeds of both."""
+    """How many points of accuracy an arm has more than the base arm, over the seeds of both."""
 
     mean: float
     low: float
@@ -65,7 +65,7 @@ def build(results: Path) -> tuple[str, dict[str, str]]:
 
 
 def _runs(folder: Path, experiment: Experiment, arm: Arm) -> dict[int, Run]:
-    """The runs of an arm by their seed."""
+    """The runs of an arm by their seeds."""
     paths = {
         seed: folder / experiment.folder / f"{arm.name}-{seed}.json" for seed in experiment.seeds
     }
@@ -73,7 +73,7 @@ def _runs(folder: Path, experiment: Experiment, arm: Arm) -> dict[int, Run]:
 
 
 def _arms(folder: Path, experiment: Experiment) -> list[tuple[Arm, dict[int, Run]]]:
-    """The arms of which all seeds are there; none, where the base arm is not of them."""
+    """The arms of which all seeds have been run, or none if the base arm is not among them."""
     found = [(arm, _runs(folder, experiment, arm)) for arm in experiment.arms]
     there = [(arm, runs) for arm, runs in found if len(runs) == len(experiment.seeds)]
     has_base = any(arm.name == experiment.base for arm, _ in there)
@@ -148,7 +148,7 @@ def _signed(value: float) -> str:
 
 
 def _summary(folder: Path, experiments: Sequence[Experiment]) -> str:
-    """How many of the intervals of the arms with SE exclude 0."""
+    """Say how many intervals of the arms with SE exclude 0."""
     verdicts = [
         found.verdict
         for experiment in experiments
@@ -186,7 +186,7 @@ def _circumstances(folder: Path) -> list[str]:
 
 
 def _gates(folder: Path, experiments: Sequence[Experiment]) -> Iterator[str]:
-    """What the gates of the first seed of each SE arm do."""
+    """A table of what the gates do in the first seed of each arm with SE."""
     yield "### What the gates do"
     yield ""
     yield (
@@ -210,7 +210,7 @@ def _gates(folder: Path, experiments: Sequence[Experiment]) -> Iterator[str]:
 
 
 def _rates(folder: Path, experiments: Sequence[Experiment]) -> Iterator[str]:
-    """What each rate gave on the images by which it was chosen."""
+    """A table of the accuracy of each rate on the images on which the rates were compared."""
     rates = sorted({rate for experiment in experiments for rate in experiment.rates})
     yield "### How the rates were chosen"
     yield ""
@@ -238,7 +238,7 @@ def _rates(folder: Path, experiments: Sequence[Experiment]) -> Iterator[str]:
 
 
 def _missing(folder: Path, experiments: Sequence[Experiment]) -> list[str]:
-    """Which arms of the list have not been trained with every seed."""
+    """List the arms that have not been trained with every seed."""
     missing: dict[str, dict[str, None]] = {}
     for experiment in experiments:
         for arm in experiment.arms:
