@@ -80,7 +80,7 @@ def _wider(network: str) -> Arm:
 
 EVERYTHING = Arm("all", "everything learns, no SE")
 EVERYTHING_SE = Arm("all-se", "everything learns, with SE", se=True)
-# These two were added because of what the gates of all-se showed. docs/evidence.md says what it was.
+# What the gates of all-se showed led to these two. docs/evidence.md says what was found.
 REMEDIES = (
     Arm(
         "all-se-3x3",

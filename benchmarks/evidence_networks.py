@@ -122,8 +122,8 @@ def units(widths: tuple[int, int, int] = (24, 48, 96)) -> Network:
     return Network(nn.Sequential(*blocks), c)
 
 
-# These have as many parameters as the networks of the same names with SE blocks, but they spend them
-# on more channels.
+# These have as many parameters as the networks of the same names with SE blocks, but spend them on
+# more channels.
 residual_wide = partial(residual, (18, 32, 64))
 plain_wide = partial(plain, (18, 34, 64))
 units_wide = partial(units, (24, 52, 104))
