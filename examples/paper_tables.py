@@ -1,14 +1,14 @@
-"""The tables of the SE paper, with the networks that our options build beside them.
+"""Writes the tables of the SE paper, beside the networks that our options build.
 
     python examples/paper_tables.py [docs/paper.md]
 
-Every network is built without weights and counted on meta tensors, for one image of 224 pixels.
-ResNets and ResNeXts are timm's; ``v1`` moves the stride of each stage from the 3x3 convolution to
-the 1x1 convolution before it, where the paper's ResNets have it. Errors are the paper's: nothing
-here is trained.
+Every network is built without weights and counted on meta tensors, for one image of 224 pixels. The
+ResNets and ResNeXts are timm's. ``v1`` moves the stride of each stage from the 3x3 convolution to
+the 1x1 convolution before it, where the paper's ResNets have it. The errors are the paper's, and
+nothing is trained here.
 
-Figures of the paper: Hu et al., Squeeze-and-Excitation Networks, arXiv 1709.01507 (journal
-version), tables as numbered there.
+The paper's figures are from Hu et al., Squeeze-and-Excitation Networks, arXiv 1709.01507 (journal
+version). The tables have the numbers that they have there.
 """
 
 import sys
@@ -27,7 +27,7 @@ from se_inject import plan_se
 from se_inject.models.names import load_model
 from se_inject.report.count import Costs, count_costs
 
-# The paper's ablations: layers without biases, and bottlenecks of plain C/r.
+# The paper's ablations have layers without biases, and bottlenecks of exactly C/r.
 ABLATION: dict[str, Any] = {"bias": False, "divisor": 1}
 
 
@@ -41,16 +41,16 @@ def v1(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one network."""
+    """The figures of one network."""
 
-    params: float  # M; what can be trained
-    with_statistics: float  # M; and the mean and variance of each BatchNorm channel
-    macs: float  # G
+    params: float  # in millions; what can be trained
+    with_statistics: float  # in millions; also the mean and variance of each BatchNorm channel
+    macs: float  # in billions
 
 
 @dataclass(frozen=True)
 class Counted:
-    """A network as it is, and with SE blocks."""
+    """The figures of a network as it is, and with SE blocks."""
 
     base: Figures
     se: Figures
@@ -63,7 +63,7 @@ def _base(name: str, strided_first: bool) -> nn.Module:
 
 
 def count(name: str, *, strided_first: bool = True, **options: Any) -> Counted:
-    """Count one of timm's networks and what ``inject_se(model, **options)`` makes of it."""
+    """Count one of timm's networks as it is, and after ``inject_se(model, **options)``."""
     model = _base(name, strided_first)
     costs: Costs = count_costs(plan_se(model, **options, example_input=torch.empty(1, 3, 224, 224)))
     statistics = sum(b.numel() for b in model.buffers() if b.dim())
@@ -76,19 +76,19 @@ def count(name: str, *, strided_first: bool = True, **options: Any) -> Counted:
 
 
 def signed(value: float, digits: int) -> str:
-    """With its sign, unless it rounds to nothing."""
+    """Write a number with its sign, unless it rounds to 0."""
     text = f"{value:+.{digits}f}"
     return text if float(text) else text[1:]
 
 
 def widths(name: str) -> str:
-    """The fc widths of Table 1, stage by stage."""
+    """The widths of the two layers, as Table 1 has them, stage by stage."""
     sites = plan_se(_base(name, True), **ABLATION).sites
     pairs = dict.fromkeys((site.bottleneck, site.channels) for site in sites)
     return ", ".join(f"[{rd}, {c}]" for rd, c in pairs)
 
 
-# --- one function a table: its title, its columns, its rows, and a remark ------------------------
+# --- one function for each table, with its title, its columns, its rows and a remark -------------
 
 Row = Sequence[str]
 
@@ -128,7 +128,7 @@ TABLE_2 = {
 def table_2() -> Table:
     rows = []
     for label, (name, base, se, base_error, se_error) in TABLE_2.items():
-        # ResNeXt has no v1: its stride is in the grouped 3x3 convolution from the start.
+        # ResNeXt has no v1, because its stride has always been in the grouped 3x3 convolution.
         counted = count(name, strided_first=name.startswith("resnet"), **ABLATION)
         ours, with_se = counted.base.macs, counted.se.macs
         rows.append(
@@ -323,7 +323,7 @@ def table_16() -> Table:
 def _errors_only(
     title: str, variants: Sequence[tuple[str, dict[str, Any], str]], remark: str
 ) -> Table:
-    """A table of which the paper gives errors alone."""
+    """A table for which we quote only errors from the paper."""
     rows = []
     for label, options, errors in variants:
         se = count("resnet50", **options, **ABLATION).se
