@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, help="default: small on a CPU, full on a GPU")
     parser.add_argument("--quick", action="store_true", help="the same as --scale quick")
     parser.add_argument(
-        "--only", nargs="*", default=[""], help="train what begins so, such as lite0-elpv/se"
+        "--only", nargs="*", default=[""], help="train only what begins so: lite0-elpv/se ..."
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the files go")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
