@@ -59,8 +59,8 @@ class Experiment:
 
 QUESTIONS = {
     1: "From scratch: does a network learn more with SE blocks?",
-    2: "Into a pretrained network, everything trained: do SE blocks help?",
-    3: "As an adapter: the base frozen to the bit, a head and little else learns",
+    2: "In a pretrained network that is trained as a whole: do SE blocks help?",
+    3: "As an adapter: do SE blocks help if the base is frozen and a head learns with them?",
 }
 
 BASE = Arm("base", "without SE")
@@ -146,7 +146,7 @@ def _pretrained(data: str, sizes: Sizes, **more: Any) -> tuple[Experiment, ...]:
 
 def _afterwards(**shared: Any) -> Experiment:
     arms = (HEAD_SLOWER, *ADAPTERS, EVERYTHING)
-    note = "the same arms against the head at the rate of SE + head, added when the rest was seen"
+    note = "the same arms against the head at the rate of SE + head, added after the rest was seen"
     return Experiment(3, "lite0", "fashion", "head-0.003", arms, note=note, **shared)
 
 
@@ -157,7 +157,7 @@ def _longer() -> Experiment:
         *(2, "lite0", "fashion", "all", arms, {**PRETRAINED, "epochs": 16}),
         *(Sizes(320, 128, 500), tuple(range(5))),
         late=True,
-        note="sixteen epochs at the rates of the table above, added when that was seen",
+        note="sixteen epochs at the rates of the table above, added after that was seen",
         folder=LONGER,
     )
 

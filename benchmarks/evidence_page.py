@@ -177,9 +177,9 @@ def _circumstances(folder: Path) -> list[str]:
     reported = sum(run["test"] is not None for run in runs)
     hours = sum(run["seconds"] for run in runs) / 3600
     return [
-        f"{reported} runs that are reported and {len(runs) - reported} that chose rates,"
-        f" {hours:.1f} hours by the clock; {', '.join(known['machine'])}; commits"
-        f" {', '.join(known['commit'])}; "
+        f"{reported} runs are reported here, and {len(runs) - reported} runs chose rates. Together"
+        f" they took {hours:.1f} hours ({', '.join(known['machine'])}). The commits were"
+        f" {', '.join(known['commit'])}, with "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + "."
     ]
@@ -190,8 +190,9 @@ def _gates(folder: Path, experiments: Sequence[Experiment]) -> Iterator[str]:
     yield "### What the gates do"
     yield ""
     yield (
-        "Of the first seed of each arm, on the validation images, over all channels (`se-inject"
-        " gates`): a gate begins at 1; idle is always within 1 % of it, fixed hardly varies."
+        "The figures are those of the first seed of each arm, on the validation images, over all"
+        " channels (by `se-inject gates`). A gate begins at 1. An idle gate is always within 1 % of"
+        " that, and a fixed gate hardly varies."
     )
     yield ""
     yield "| network and data | arm | blocks | idle | fixed | mean gate | spread over the images |"
@@ -215,8 +216,8 @@ def _rates(folder: Path, experiments: Sequence[Experiment]) -> Iterator[str]:
     yield "### How the rates were chosen"
     yield ""
     yield (
-        "Accuracy on the images that were kept back from training, at each rate of the grid; of"
-        " equal accuracies the smaller loss was taken."
+        "The table has the accuracy on the images that were kept back from training, at each rate"
+        " of the grid. If accuracies are equal, the rate with the smaller loss was taken."
     )
     yield ""
     yield f"| network and data | arm | images | epochs | {' | '.join(map(str, rates))} |"
