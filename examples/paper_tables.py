@@ -413,7 +413,7 @@ def page() -> Iterator[str]:
     )
     yield ""
     yield (
-        "This page was made by `python examples/paper_tables.py docs/paper.md` with timm"
+        "Made by `python examples/paper_tables.py docs/paper.md` with timm"
         f" {version('timm')} and torch {version('torch').partition('+')[0]}. Table 12 (gates) is"
         ' not shown. Its options are `gate="relu"`, `"tanh"` and `"sigmoid"`, and a gate costs no'
         " parameters and no MACs."

@@ -75,10 +75,10 @@ def gates(
 ) -> None:
     """Say what each SE block does over many images: idle, constant, saturated, by class or image.
 
-    A gate begins at 1. The columns: its mean; its spread over the images, between the classes and
-    within a class (standard deviations), and the share of the variance that the class explains;
-    then the shares of channels whose gate is always near 1 (idle), does not vary (fixed), is always
-    near 0 (shut) or near its maximum. A sentence of advice ends the table.
+    A gate begins at 1. The table shows its mean, its spread over the images, between the classes
+    and within a class (standard deviations), and the share of the variance that the class explains.
+    Then come the shares of channels whose gate is always near 1 (idle), does not vary (fixed), is
+    always near 0 (shut) or is always near its maximum. A sentence of advice follows the table.
 
     Examples:
 

@@ -90,7 +90,7 @@ def predict(run: Trained, path: Path, count: int = 3) -> list[tuple[str, float]]
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction], count: int) -> None:
-    """Write a row for each image: its path, its likeliest classes with probabilities, its error."""
+    """Write a row for each image: its path, and its likeliest classes or what is wrong with it."""
     columns = ["path"]
     for rank in range(1, count + 1):
         end = "" if rank == 1 else f"_{rank}"

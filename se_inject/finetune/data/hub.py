@@ -51,7 +51,7 @@ class Rows:
 
 
 def open_hub(settings: Settings, name: str) -> Mapping[str, Rows]:
-    """Open the parts of a data set. The names of its splits and the types of its columns tell them.
+    """Open the parts of a data set, by the names of its splits and the types of its columns.
 
     Raises:
         DataError: there is no training split, or it is not clear which columns are meant.

@@ -41,7 +41,7 @@ class Split:
 
 
 def limited(split: Split, limit: int | None) -> Split:
-    """Keep at most ``limit`` images of each part, taken from one class after another in turn."""
+    """Keep at most ``limit`` images of each part. The classes take turns, one image at a time."""
     if limit is None:
         return split
     parts = {}

@@ -57,9 +57,9 @@ class Shards:
 
 
 def open_shards(settings: Settings, name: str) -> Mapping[str, Shards]:
-    """Open the parts that ``info.json`` or the names of the shards tell.
+    """Open the parts. ``info.json`` or the names of the shards say which shard is in which part.
 
-    If none of them is for training, all other shards are.
+    If no shard is named for training, all shards without a part are for training.
 
     Raises:
         DataError: there are no shards.

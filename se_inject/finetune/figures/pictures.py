@@ -13,7 +13,7 @@ from se_inject.keep.atomic import atomic_write
 
 _COLORS = {"se": "tab:blue", "control": "tab:orange"}
 
-# Fonts with Chinese, Japanese and Korean letters that systems have. They come after matplotlib's.
+# Fonts of various systems that have Chinese, Japanese and Korean letters. matplotlib's come first.
 _CJK = (
     *("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Source Han Sans", "Droid Sans"),
     *("WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Hiragino Sans", "PingFang SC", "Yu Gothic"),

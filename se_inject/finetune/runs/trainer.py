@@ -70,8 +70,8 @@ def resume(
 
     Args:
         trust_code: whether to import the ``module:callable`` that the configuration names.
-        changes: settings that replace those of the run. Those of the machine hold only for this
-            command, but ``epochs`` is kept in the run folder.
+        changes: settings that replace those of the run. Only ``epochs`` is kept in the run folder.
+            The others (the machine and the loggers) hold for this command alone.
 
     Raises:
         ArgumentError: the folder has no run, or it names code and is not trusted, or another

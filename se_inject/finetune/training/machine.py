@@ -140,7 +140,7 @@ def precision_of(settings: Settings) -> Any:
 
 
 class Sharded(ModelParallelStrategy):
-    """FSDP2. Lightning's older strategy for FSDP needs CUDA and cannot clip gradients by norm."""
+    """The strategy for FSDP2. Lightning's older one needs CUDA and cannot clip by the norm."""
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None

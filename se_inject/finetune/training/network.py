@@ -107,7 +107,7 @@ def zero_branches(network: nn.Module, example: torch.Tensor) -> list[str]:
     """The names of the blocks whose SE layers get a gradient of exactly 0, and so learn nothing.
 
     A ResNet of timm with random weights has a scale of zero in the last norm of each branch. While
-    its base is frozen, no signal reaches the SE blocks.
+    its base is frozen, the branches stay zero, and so do the gradients of their SE blocks.
     """
     blocks = {
         name: [

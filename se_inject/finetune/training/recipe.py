@@ -157,7 +157,7 @@ class Recipe(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        if self.device_mesh is not None:  # FSDP does not do this; DDP does
+        if self.device_mesh is not None:  # DDP does this by itself, but FSDP does not
             for buffer in self.network.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
