@@ -1,18 +1,17 @@
-"""Measures what SE blocks cost a deployed network, in PyTorch, in onnxruntime and in OpenVINO.
+"""What SE blocks cost a deployed network: beside timm's, with folded norms, and in other runtimes.
 
     OMP_NUM_THREADS=1 python benchmarks/inference.py [--networks resnet50] [--json FILE]
 
-The arms are the base, timm's own SE network (``seresnet50`` for ``resnet50``), the base with
-``inject_se``, and each of these three after ``optimize_for_inference``, which folds their norms. An
-optimised network is compared with the optimised base, so that no network gains only by having its
-norms folded. onnxruntime and OpenVINO, if they are installed, fold the norms themselves. They run
-the ONNX files of the base, of timm's network, of ours, and of ours after
-``optimize_for_inference``. Our gates have random weights, because constant gates would be folded
-away.
+Arms: the base, timm's own SE network (``seresnet50`` of ``resnet50``) and the base with
+``inject_se``, and each of them through ``optimize_for_inference``, which folds the norms of all
+three. What an optimised network costs is compared with the optimised base, so that nobody gains by
+norms that the other has still. onnxruntime and OpenVINO, where they are installed, fold the norms
+themselves; they run the ONNX files of base, timm's and ours, and of ours after
+``optimize_for_inference``. The gates are open: those that are constant would be folded away.
 
-All networks are in one process and take turns on one CPU thread. Seconds are processor time. An
+All networks are in one process and take turns on one CPU thread; seconds are processor time. An
 overhead is the median over the rounds of t(arm) / t(its base) - 1 within one round, with quartiles.
-With small batches a turn is a group of steps. ``gain`` is t(ours, optimised) / t(ours).
+At batch 1 a turn is a group of steps. ``gain`` is t(ours, optimised) / t(ours).
 """
 
 import argparse
@@ -56,7 +55,7 @@ def open_injected(network: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Arm:
-    """A network, the arm that its overhead is relative to, and timm's arm to compare it with."""
+    """A network, what its overhead is over, and timm's network that it is beside."""
 
     build: Callable[[str], nn.Module]
     optimize: bool = False
@@ -74,7 +73,7 @@ ARMS = {
         open_injected, True, over="base, optimized", beside="timm, optimized"
     ),
 }
-# A runtime that folds norms itself needs only one base.
+# A runtime that folds norms itself has one base.
 FILES = {
     **{name: ARMS[name] for name in ("base", "timm", "se_inject")},
     "se_inject, optimized": Arm(open_injected, True, beside="timm"),
@@ -107,7 +106,7 @@ def eager_steps(network: str, batch: int, side: int, layout: str) -> dict[str, S
 
 
 def write_files(network: str, side: int, folder: Path) -> dict[str, Path]:
-    """Write an ONNX file for each arm, which takes batches of any size."""
+    """One ONNX file for each arm, for any batch."""
     paths = {}
     for name, arm in FILES.items():
         path = paths[name] = folder / f"{network}-{len(paths)}.onnx"
@@ -151,16 +150,16 @@ def openvino_step(path: Path, images: Tensor) -> Step:
 
 
 def seconds_in_turns(steps: dict[str, Step], rounds: int, group: int) -> dict[str, list[float]]:
-    """The processor time of one step of each arm, in every round."""
+    """Processor time of one step of each, in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for turn in range(rounds + 1):
         k = turn % len(names)
-        for name in names[k:] + names[:k]:  # another one begins each round
+        for name in names[k:] + names[:k]:  # none always comes after the same one
             start = time.process_time()
             for _ in range(group):
                 steps[name]()
-            if turn:  # the first round is a warm-up
+            if turn:  # the first is a warm-up
                 seconds[name].append((time.process_time() - start) / group)
     return seconds
 
@@ -187,7 +186,7 @@ def summarise(seconds: dict[str, list[float]], arms: dict[str, Arm]) -> dict[str
 
 
 def settings(options: argparse.Namespace) -> Iterator[tuple[str, int, str, str]]:
-    """Each setting as (network, batch, layout, runtime). ONNX files have only one layout."""
+    """Network, batch, layout and runtime; files have one layout."""
     for network, runtime in itertools.product(options.networks, options.runtimes):
         layouts = options.layouts if runtime == "eager" else ["nchw"]
         for batch, layout in itertools.product(options.batch_sizes, layouts):
@@ -195,7 +194,7 @@ def settings(options: argparse.Namespace) -> Iterator[tuple[str, int, str, str]]
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure all settings, in a process that was started with :data:`overhead.KEEP_MEMORY`."""
+    """In a process that was started with :data:`overhead.KEEP_MEMORY`."""
     torch.set_num_threads(1)
     results, files = [], {}
     with tempfile.TemporaryDirectory() as folder:
@@ -237,7 +236,7 @@ def main() -> None:
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[8, 1], metavar="N")
-    parser.add_argument("--side", type=int, default=224, help="side of the images (default 224)")
+    parser.add_argument("--side", type=int, default=224, help="of the images (default 224)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each arm (default 7)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()

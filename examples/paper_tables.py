@@ -8,7 +8,7 @@ the 1x1 convolution before it, where the paper's ResNets have it. The errors are
 nothing is trained here.
 
 The paper's figures are from Hu et al., Squeeze-and-Excitation Networks, arXiv 1709.01507 (journal
-version). The tables have the numbers that they have there.
+version), whose numbers of the tables are used here.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""SE blocks for a pretrained network, in one line: it gives the same answers until it is trained.
+"""SE blocks for a pretrained network, in one line. Its answers stay the same until it is trained.
 
 This runs offline in under a minute on a CPU, with real ImageNet weights and real photographs:
 

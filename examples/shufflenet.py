@@ -1,7 +1,7 @@
 """ShuffleNet 1x with three groups (Zhang et al., arXiv 1707.01083), a base of the paper's Table 3.
 
 A unit of stride 1 adds its input, and a unit of stride 2 concatenates the pooled input. Neither
-timm nor torchvision has this network. The one of torchvision is ShuffleNetV2.
+timm nor torchvision has this network. torchvision has only ShuffleNetV2.
 """
 
 import torch
