@@ -1,14 +1,14 @@
-"""``import se_inject.timm`` adds models with SE blocks to timm's own registry.
+"""``import se_inject.timm``: models of timm with SE blocks, under names of timm's own registry.
 
-Each model ``NAME`` of timm gets a twin ``se_inject_NAME``, which builds the model and passes the
-arguments that ``inject_se`` knows on to it::
+Each model ``NAME`` of timm gets a twin ``se_inject_NAME``, which builds it and calls ``inject_se``
+with those of its arguments that ``inject_se`` knows::
 
     import se_inject.timm
     model = timm.create_model("se_inject_resnet50.a1_in1k", pretrained=True, r=8)
 
-Everything that builds timm's models by name can then build injected ones: timm's own scripts,
+Everything that makes models of timm by their names makes injected ones so: timm's own scripts,
 transformers' TimmWrapper, ``local-dir:`` and ``hf-hub:``. A script that does not import this module
-can be run through it::
+is run through it::
 
     python -m se_inject.timm train.py DATA --model se_inject_resnet50 --model-kwargs r=8
 """
@@ -31,7 +31,7 @@ from se_inject.layers.attention import Attention
 from se_inject.names import REGISTERED, base_architecture
 from se_inject.plan.injection import Injection
 
-__all__: list[str] = []  # timm's register_model adds the names of the models
+__all__: list[str] = []  # timm's register_model puts the names of the models here
 
 # Where timm's register_model looks for the pretrained weights of a name.
 default_cfgs: dict[str, Any] = {}
@@ -41,10 +41,9 @@ _PLAN = "se_inject"  # the argument of a model that repeats what was injected
 
 
 def register(names: Iterable[str] | None = None) -> None:
-    """Register the injected twins of these timm models, or by default of all timm models.
+    """Register the injected twins of these models of timm; by default of all that timm has.
 
-    Importing this module registers all of them. Call this function for models that you register
-    with timm later.
+    Importing this module does so. Call it for models that you registered with timm afterwards.
     """
     import timm
     from timm.models import register_model
@@ -60,10 +59,10 @@ def register(names: Iterable[str] | None = None) -> None:
 
 
 def hf_config(model: nn.Module) -> dict[str, Any]:
-    """What timm's ``save_for_hf`` and ``push_to_hf_hub`` need to know about an injected model.
+    """What timm's ``save_for_hf`` and ``push_to_hf_hub`` have to know of an injected model.
 
-    Use it for models on which ``inject_se`` was called. Wherever ``se_inject.timm`` is imported,
-    ``local-dir:`` and ``hf-hub:`` then build the same blocks again::
+    For models that ``inject_se`` was called on; ``local-dir:`` and ``hf-hub:`` then build the same
+    blocks again, wherever ``se_inject.timm`` is imported::
 
         timm.models.save_for_hf(model, "folder", **se_inject.timm.hf_config(model))
 
@@ -102,9 +101,8 @@ def _build(name: str, base: str, pretrained: bool, kwargs: dict[str, Any]) -> nn
         raise ArgumentError(
             f"the saved model says itself what was injected: leave out {', '.join(given)}."
         )
-    # Weights that timm's save_for_hf wrote for an injected model contain its SE blocks, so the
-    # blocks are injected before these weights are loaded. All other weights belong to the base, and
-    # are loaded before the injection.
+    # Weights that timm's save_for_hf kept of an injected model have its SE blocks, which are
+    # therefore put in before they are loaded. All others are the base's, and are loaded into it.
     with_blocks = pretrained and _source(kwargs.get("pretrained_cfg")) in ("local-dir", "hf-hub")
     if with_blocks and kwargs.get("features_only"):
         raise ArgumentError(
@@ -132,20 +130,20 @@ def _build(name: str, base: str, pretrained: bool, kwargs: dict[str, Any]) -> nn
             in_chans=channels,
             cache_dir=kwargs.get("cache_dir"),
         )
-    # timm's save_for_hf writes this name, so local-dir: and hf-hub: build the same model again.
+    # What timm's save_for_hf writes down, for local-dir: and hf-hub: to build the same again.
     model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "architecture": name}
     return cast(nn.Module, model)
 
 
 def _source(weights: Any) -> str | None:
-    """The source of pretrained weights, as their configuration names it."""
+    """Where timm takes pretrained weights from, as their configuration says."""
     if isinstance(weights, Mapping):
         return weights.get("source")
     return getattr(weights, "source", None)
 
 
 def _pretrained_weights(base: str) -> Any:
-    """The configurations of a base's pretrained weights by their tags, the default one first."""
+    """The pretrained weights of a base by their tags, the default ones first."""
     from timm.models import DefaultCfg, get_arch_pretrained_cfgs
 
     found = {
@@ -159,15 +157,15 @@ def _pretrained_weights(base: str) -> Any:
 
 
 def _main() -> None:
-    """Run one of timm's scripts with the injected models in timm's registry."""
+    """Run a script of timm's with the injected models in its registry."""
     if len(sys.argv) < 2:
         sys.exit("usage: python -m se_inject.timm SCRIPT.py [arguments of the script]")
     script = Path(sys.argv[1])
     if not script.is_file():
         sys.exit(f"there is no script {script}; timm's are in its repository, not in the package.")
     sys.argv = sys.argv[1:]
-    sys.path[0] = str(script.resolve().parent)  # as `python SCRIPT.py` does
-    # This file is __main__ here. The names are registered by importing it as se_inject.timm.
+    sys.path[0] = str(script.resolve().parent)  # as `python SCRIPT.py` has it
+    # This file is __main__ here, and not se_inject.timm, whose import registers the names.
     importlib.import_module("se_inject.timm")
     runpy.run_path(str(script), run_name="__main__")
 

@@ -1,9 +1,8 @@
 """Injected models of transformers: ``from_pretrained`` brings their SE blocks back.
 
-``save_pretrained`` and the Trainer write all tensors of an injected model. But ``config.json``
-describes only the model's own class, which knows nothing about SE blocks. ``remember_se`` writes
-into the configuration what was injected, and the ``from_pretrained`` of this module injects the
-same blocks before it loads the tensors::
+``save_pretrained`` and the Trainer write all tensors of an injected model, and ``config.json``
+builds its class, which knows no SE blocks. ``remember_se`` writes what was injected into the
+configuration, and ``from_pretrained`` of this module injects it before the tensors are loaded::
 
     from se_inject.transformers import from_pretrained, remember_se
 
@@ -26,17 +25,17 @@ from se_inject.keep.beside import described, repeat
 from se_inject.layers.attention import SELayer
 from se_inject.names import few
 
-_KEY = "se_inject"  # the entry of the configuration that says what was injected
+_KEY = "se_inject"  # of the configuration
 
 
 def remember_se(model: nn.Module) -> nn.Module:
     """Write what was injected into ``model.config``, and return the model.
 
-    Every ``config.json`` that the model writes from then on has it under ``se_inject``.
+    Every ``config.json`` that is written of the model from then on has it under ``se_inject``.
 
     Raises:
         NoSiteError: the model has no SE block.
-        ArgumentError: the model has no configuration, so it is not a model of transformers.
+        ArgumentError: the model has no configuration; it is none of transformers.
     """
     config = getattr(model, "config", None)
     if not hasattr(config, "to_json_string"):
@@ -55,19 +54,19 @@ def from_pretrained(
     se_layer: SELayer | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Call ``kind.from_pretrained(source, ...)`` for a model that was saved with SE blocks.
+    """``kind.from_pretrained(source, ...)`` with the SE blocks that the saved model had.
 
     Args:
         kind: the class of the model, or an Auto class such as AutoModelForImageClassification.
         source: a folder, or a repository of the Hub.
         injection: the options of ``inject_se``, for a model that was saved without
             :func:`remember_se`.
-        se_layer: the ``se_layer`` with which the model was injected, if there was one.
+        se_layer: what the model was injected with, if it was.
         args, kwargs: what ``kind.from_pretrained`` takes.
 
     Raises:
-        CheckpointError: the configuration does not say what was injected, or does not match the
-            saved tensors.
+        CheckpointError: the configuration does not say what was injected, or says something else
+            than the tensors.
     """
     from transformers import AutoConfig
 
@@ -94,8 +93,7 @@ def from_pretrained(
         else:
             inject_se(self, **{"se_layer": se_layer, **injection})
 
-    # transformers first calls __init__ and then loads tensors into what it built, so the blocks
-    # are injected in __init__.
+    # transformers builds the model, and only then reads tensors into what it built.
     building: Any = type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
     said_more = kwargs.pop("output_loading_info", False)
     model, said = building.from_pretrained(
