@@ -1,12 +1,12 @@
 """Do SE blocks help? Trains the list of evidence_list.py and writes docs/evidence.md from it.
 
-    python benchmarks/evidence.py                       # what is not there yet, on the CPU
-    python benchmarks/evidence.py --device cuda         # all images, bf16
-    python benchmarks/evidence.py --page                # docs/evidence.md and its picture
-    python benchmarks/evidence.py --quick --output DIR  # a tiny version of all of it, in seconds
+    python benchmarks/evidence.py                       # trains what is missing, on the CPU
+    python benchmarks/evidence.py --device cuda         # trains on all images, in bf16
+    python benchmarks/evidence.py --page                # writes docs/evidence.md and its picture
+    python benchmarks/evidence.py --quick --output DIR  # trains a tiny version in seconds
 
-Each run is one arm with one seed, trained by the code of ``se-inject finetune``, and one JSON file;
-a file that is there is not made again, so the list goes on where it was stopped.
+Each run trains one arm with one seed, by the code of ``se-inject finetune``, and writes one JSON
+file. A file that exists is not made again, so the list goes on where it was stopped.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from typing import Any
 from evidence_list import RATE_SEED, SCALES, Arm, Experiment
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "examples"))  # fashion_mnist.py and lite0.py, which the data need
+sys.path.append(str(ROOT / "examples"))  # for fashion_mnist.py and lite0.py
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, help="default: small on a CPU, full on a GPU")
     parser.add_argument("--quick", action="store_true", help="the same as --scale quick")
     parser.add_argument(
-        "--only", nargs="*", default=[""], help="what begins so, in this order: lite0-elpv/se ..."
+        "--only", nargs="*", default=[""], help="train only what begins so: lite0-elpv/se ..."
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the files go")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
@@ -51,7 +51,7 @@ def main() -> None:
         write_page(options.output, ROOT / "docs")
         return
     if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # finetune takes a GPU where there is one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # finetune would use a GPU if there is one
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -65,10 +65,10 @@ def main() -> None:
 def run_all(
     experiments: Sequence[Experiment], output: Path, workers: int = 0, only: str = ""
 ) -> None:
-    """Train every arm with every seed whose file is not there, late ones after the others.
+    """Train every arm with every seed whose file is missing. Late arms come after the others.
 
     Args:
-        only: how FOLDER/ARM has to begin.
+        only: the beginning that FOLDER/ARM must have.
     """
     began = time.perf_counter()
     made = 0
@@ -98,8 +98,9 @@ def run_all(
 def rate_of(experiment: Experiment, arm: Arm, output: Path, workers: int = 0) -> float:
     """The learning rate with the best accuracy on images that were kept back from training.
 
-    They are training images; those of the test are not opened. Each rate of the grid is tried in
-    one run with a seed of its own; of equal accuracies the smaller loss wins.
+    These belong to the training set, and the test images are not opened. Each rate of the grid is
+    tried in one run, with a seed that no reported run has. If accuracies are equal, the smaller
+    loss wins.
     """
     if arm.rate is not None:
         return arm.rate
@@ -127,7 +128,7 @@ def run(
     """Train one arm with one seed.
 
     Args:
-        choosing: whether the run is one of those that choose a rate; it sees no image of the test.
+        choosing: whether the run helps to choose a rate. Such a run sees no test images.
     """
     from evidence_data import split_of
     from rich.console import Console
@@ -160,7 +161,7 @@ def run(
         except TrainingError as error:
             if not choosing or "the loss is" not in str(error):
                 raise
-            # A rate at which the loss is no number has lost.
+            # A rate at which the loss is not a finite number cannot be chosen.
             found = {"history": [{"epoch": 0, "val_acc": 0.0, "val_loss": 1e9}]}
         gates = None
         if arm.se and not choosing and seed == min(experiment.seeds):
@@ -183,7 +184,7 @@ def run(
 
 
 def _gates(settings: Any, split: Any, seed: int, folder: Path) -> dict[str, Any]:
-    """What the gates of the trained network do on the validation images, as ``se-inject gates``."""
+    """What ``se-inject gates`` says about the trained network on the validation images."""
     from safetensors.torch import load_file
 
     from se_inject.finetune.data.loading import loader
@@ -203,7 +204,7 @@ def _gates(settings: Any, split: Any, seed: int, folder: Path) -> dict[str, Any]
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Lightning says in every run."""
+    """Silence what Lightning says in every run."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -212,12 +213,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    """Five digits of each number, for files that people read."""
+    """Round each number to five digits, because people read the files."""
     return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
 def _circumstances() -> dict[str, Any]:
-    """Commit, versions and machine."""
+    """The commit, the versions and the machine of a run."""
     import torch
 
     git = ("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10")

@@ -1,8 +1,8 @@
-"""The images of evidence.py: those of training, drawn by seed, and those of the test, the same.
+"""The images of evidence.py. The seed draws the training images, and the test images stay the same.
 
-Fashion-MNIST is Debian's package ``dataset-fashion-mnist``, ELPV (photographs of solar cells,
-intact or defective) ``pip install elpv-dataset``, whose licence (CC BY-NC-SA) lets nobody put it
-into this repository; digits are scikit-learn's.
+Fashion-MNIST comes from Debian's package ``dataset-fashion-mnist``. ELPV has photographs of solar
+cells, intact or defective. It comes from ``pip install elpv-dataset``, and its licence (CC
+BY-NC-SA) does not allow it to be in this repository. The digits come from scikit-learn.
 """
 
 import os
@@ -18,7 +18,7 @@ from se_inject.finetune.data.parts import Part, Split
 from se_inject.finetune.data.sources import InMemory
 
 FASHION = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
-CELL = 64  # pixels: the side to which the cells (300 x 300) are made smaller once
+CELL = 64  # pixels; the cells of 300 x 300 pixels are scaled down to this side once
 
 
 def _fashion() -> tuple[InMemory, InMemory]:
@@ -52,7 +52,7 @@ def _digits() -> tuple[InMemory, InMemory]:
 def _divided(
     pixels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
 ) -> tuple[InMemory, InMemory]:
-    """A quarter for the test, by chance and always the same; the rest is to train on."""
+    """Keep a quarter for the test, chosen at random but always the same, and train on the rest."""
     order = np.random.default_rng(0).permutation(len(labels))
     test, train = np.split(order, [len(order) // 4])
     made = [InMemory(pixels[part], labels[part].tolist(), classes) for part in (train, test)]
@@ -68,18 +68,18 @@ SETS: dict[str, Callable[[], tuple[InMemory, InMemory]]] = {
 
 @cache
 def images_of(data: str) -> tuple[InMemory, InMemory]:
-    """The images to train on and those of the test."""
+    """The training images and the test images."""
     return SETS[data]()
 
 
 def split_of(data: str, sizes: Sizes, seed: int, *, test: bool) -> Split:
-    """The images of a run: those to train on by the seed, the first ones of the test.
+    """The images of a run: training images that the seed draws, and the first test images.
 
-    So the seeds differ in their images too, and an interval over them says what to expect of other
-    images of the same kind. All arms of a seed have the same ones.
+    The seeds differ in their images too, so an interval over the seeds says what to expect of other
+    images of the same kind. All arms of a seed have the same images.
 
     Args:
-        test: whether the run may see the images of the test.
+        test: whether the run may see the test images.
     """
     pool, others = images_of(data)
     order = np.random.default_rng(seed).permutation(len(pool)).tolist()

@@ -1,4 +1,4 @@
-"""A forest plot as SVG: the difference of each arm as a point on the line of its interval."""
+"""Draws a forest plot as SVG: the difference of each arm is a point on the line of its interval."""
 
 from dataclasses import dataclass
 from html import escape
@@ -9,14 +9,14 @@ _COLORS = {"better": "#1a7f37", "worse": "#b3261e", "noise": "#57606a"}
 
 @dataclass(frozen=True)
 class Row:
-    """A heading, or an arm with its mean difference, low and high end in points."""
+    """A heading, or an arm with its mean difference and both ends of its interval, in points."""
 
     text: str
     found: tuple[float, float, float] | None
 
 
 def forest(rows: list[Row]) -> str:
-    """The rows from top to bottom over one axis of points of accuracy."""
+    """Draw the rows from top to bottom, above one axis that shows points of accuracy."""
     ends = [abs(value) for row in rows if row.found for value in row.found]
     reach = max([1.0, *ends]) * 1.05
     height = TOP + LINE * len(rows) + 44
@@ -64,7 +64,7 @@ def forest(rows: list[Row]) -> str:
 
 
 def _step(reach: float) -> float:
-    """The distance of the ticks: 1, 2 or 5 times a power of ten, eight ticks or fewer."""
+    """The distance between ticks: 1, 2 or 5 times a power of ten, for nine ticks or fewer."""
     for power in (0.1, 1.0, 10.0, 100.0):
         for factor in (1, 2, 5):
             if 2 * reach / (factor * power) <= 9:

@@ -1,7 +1,7 @@
 """The experiments of evidence.py as data: which arms of which network on which images.
 
-All that could be chosen is fixed here, before anything is measured. The learning rate alone is
-chosen, for each arm by the same grid, on training images (:func:`evidence.rate_of`).
+Everything but the learning rate is fixed here before anything is measured. The learning rate is
+chosen for each arm from the same grid, on training images (:func:`evidence.rate_of`).
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 RATES = (1e-3, 3e-3, 1e-2)
-RATE_SEED = 1000  # of the runs that choose a rate; no reported run has it
+RATE_SEED = 1000  # the seed of the runs that choose a rate; no reported run has it
 
 
 @dataclass(frozen=True)
@@ -19,25 +19,25 @@ class Arm:
     name: str
     text: str  # what the page calls it
     se: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)  # of se-inject finetune
-    network: str | None = None  # another network than the experiment's
-    late: bool = False  # is trained when all others of all experiments are done
-    rate: float | None = None  # given, and so not chosen
+    options: Mapping[str, Any] = field(default_factory=dict)  # options of se-inject finetune
+    network: str | None = None  # a network other than the experiment's
+    late: bool = False  # whether it is trained after the other arms of all experiments
+    rate: float | None = None  # a fixed rate, if none is to be chosen
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many images an arm with one seed has."""
+    """The numbers of images of an arm with one seed."""
 
     train: int
-    val: int  # also training images, on which the rates are chosen
+    val: int  # taken from the training images too; the rates are chosen on these
     test: int  # nothing is chosen on these
-    watched: int = 32  # of val, what the runs that are reported have of them in each epoch
+    watched: int = 32  # how many images of val a reported run validates on in each epoch
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Arms of one network on one data set, each against the arm ``base``."""
+    """Arms of one network on one data set, each compared with the arm ``base``."""
 
     question: int
     network: str
@@ -48,10 +48,10 @@ class Experiment:
     sizes: Sizes
     seeds: tuple[int, ...]
     rates: tuple[float, ...] = RATES
-    rate_epochs: int = 1  # of the runs that choose a rate
-    late: bool = False  # is trained after the others, as late arms are
-    note: str = ""  # what is said of it beside its name
-    folder: str = ""  # of its files; two questions share those of the arms that they share
+    rate_epochs: int = 1  # the epochs of the runs that choose a rate
+    late: bool = False  # whether it is trained after the others, as late arms are
+    note: str = ""  # what the page says beside its name
+    folder: str = ""  # the folder of its files; questions that share arms share their files
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -59,8 +59,8 @@ class Experiment:
 
 QUESTIONS = {
     1: "From scratch: does a network learn more with SE blocks?",
-    2: "Into a pretrained network, everything trained: do SE blocks help?",
-    3: "As an adapter: the base frozen to the bit, a head and little else learns",
+    2: "In a pretrained network that is trained as a whole: do SE blocks help?",
+    3: "As an adapter: do SE blocks help if the base is frozen and a head learns with them?",
 }
 
 BASE = Arm("base", "without SE")
@@ -80,7 +80,7 @@ def _wider(network: str) -> Arm:
 
 EVERYTHING = Arm("all", "everything learns, no SE")
 EVERYTHING_SE = Arm("all-se", "everything learns, with SE", se=True)
-# What the gates of all-se showed led to these two; docs/evidence.md says what was found.
+# What the gates of all-se showed led to these two. docs/evidence.md says what was found.
 REMEDIES = (
     Arm(
         "all-se-3x3",
@@ -92,9 +92,9 @@ REMEDIES = (
     Arm("all-se-r4", "everything, SE with r = 4", se=True, options={"r": 4}, late=True),
 )
 HEAD = Arm("head", "head only", options={"train": "head"})
-# This arm came after the others were seen. On Fashion-MNIST the head alone got the highest rate of
-# the grid by two images of 128, at twice the loss: the comparisons are made once more with the rate
-# below it, which is the one that the arm with SE blocks got.
+# This arm was added after the results of the others were seen. On Fashion-MNIST the head alone got
+# the highest rate of the grid, because two more images of 128 were right, but at twice the loss. So
+# the comparisons are repeated with the next lower rate, which the arm with SE blocks got.
 HEAD_SLOWER = Arm(
     "head-0.003", "head only, rate 0.003", options={"train": "head"}, late=True, rate=3e-3
 )
@@ -113,8 +113,9 @@ SCRATCH: Mapping[str, Any] = {
     "base_lr_scale": 1.0,
     "hflip": 0.5,
 }
-# An epoch of the frozen base, then everything at a tenth of the rate, the statistics kept: what
-# se-inject finetune does with a pretrained network unless it is told otherwise.
+# The base is frozen for one epoch. Then everything learns, the base at a tenth of the rate and with
+# its statistics kept. This is what se-inject finetune does with a pretrained network by default,
+# except for the numbers of epochs.
 PRETRAINED: Mapping[str, Any] = {
     "img_size": 48,
     "batch_size": 32,
@@ -126,7 +127,7 @@ PRETRAINED: Mapping[str, Any] = {
 
 
 def _scratch(network: str, data: str, sizes: Sizes, **more: Any) -> Experiment:
-    # The placements of the paper are of residual branches; units have the standard one only.
+    # The paper's placements are for residual branches. Units have only the standard one.
     arms = (BASE, SE, *((IDENTITY,) if network == "residual" else ()), _wider(network))
     return Experiment(
         *(1, network, data, "base", arms, SCRATCH, sizes), folder=f"{network}-{data}", **more
@@ -145,18 +146,18 @@ def _pretrained(data: str, sizes: Sizes, **more: Any) -> tuple[Experiment, ...]:
 
 def _afterwards(**shared: Any) -> Experiment:
     arms = (HEAD_SLOWER, *ADAPTERS, EVERYTHING)
-    note = "the same arms against the head at the rate of SE + head, added when the rest was seen"
+    note = "the same arms against the head at the rate of SE + head, added after the rest was seen"
     return Experiment(3, "lite0", "fashion", "head-0.003", arms, note=note, **shared)
 
 
 def _longer() -> Experiment:
-    """The first two arms of question 2, four times as long, at the rates that they got there."""
+    """The first two arms of question 2, trained four times as long at the rates that they got."""
     arms = tuple(replace(arm, rate=3e-3) for arm in (EVERYTHING, EVERYTHING_SE))
     return Experiment(
         *(2, "lite0", "fashion", "all", arms, {**PRETRAINED, "epochs": 16}),
         *(Sizes(320, 128, 500), tuple(range(5))),
         late=True,
-        note="sixteen epochs at the rates of the table above, added when that was seen",
+        note="sixteen epochs at the rates of the table above, added after that was seen",
         folder=LONGER,
     )
 
@@ -165,7 +166,7 @@ LONGER = "lite0-fashion-longer"
 
 
 def small() -> tuple[Experiment, ...]:
-    """What two shared CPU cores train in an hour."""
+    """The experiments that two shared CPU cores train in an hour."""
     more: dict[str, Any] = {"seeds": tuple(range(5)), "rate_epochs": 4}
     few = Sizes(512, 256, 1000)
     cells = Sizes(512, 256, 656)
@@ -198,7 +199,7 @@ def full() -> tuple[Experiment, ...]:
 
 
 def quick() -> tuple[Experiment, ...]:
-    """One arm of each kind in seconds: digits, two seeds, one epoch, random weights."""
+    """One arm of each kind, trained in seconds: on digits, for one epoch, from random weights."""
     tiny = Sizes(32, 16, 16)
     skipped = ("all-se-r4", "norm", "se-r4", "head-0.003")
 

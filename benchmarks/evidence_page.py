@@ -17,7 +17,7 @@ Run = dict[str, Any]
 
 @dataclass(frozen=True)
 class Difference:
-    """Points of accuracy by which an arm is better than the base arm, over the seeds of both."""
+    """How many points of accuracy an arm has more than the base arm, over the seeds of both."""
 
     mean: float
     low: float
@@ -65,7 +65,7 @@ def build(results: Path) -> tuple[str, dict[str, str]]:
 
 
 def _runs(folder: Path, experiment: Experiment, arm: Arm) -> dict[int, Run]:
-    """The runs of an arm by their seed."""
+    """The runs of an arm by their seeds."""
     paths = {
         seed: folder / experiment.folder / f"{arm.name}-{seed}.json" for seed in experiment.seeds
     }
@@ -73,7 +73,7 @@ def _runs(folder: Path, experiment: Experiment, arm: Arm) -> dict[int, Run]:
 
 
 def _arms(folder: Path, experiment: Experiment) -> list[tuple[Arm, dict[int, Run]]]:
-    """The arms of which all seeds are there; none, where the base arm is not of them."""
+    """The arms of which all seeds have been run, or none if the base arm is not among them."""
     found = [(arm, _runs(folder, experiment, arm)) for arm in experiment.arms]
     there = [(arm, runs) for arm, runs in found if len(runs) == len(experiment.seeds)]
     has_base = any(arm.name == experiment.base for arm, _ in there)
@@ -148,7 +148,7 @@ def _signed(value: float) -> str:
 
 
 def _summary(folder: Path, experiments: Sequence[Experiment]) -> str:
-    """How many of the intervals of the arms with SE exclude 0."""
+    """Say how many intervals of the arms with SE exclude 0."""
     verdicts = [
         found.verdict
         for experiment in experiments
@@ -177,21 +177,22 @@ def _circumstances(folder: Path) -> list[str]:
     reported = sum(run["test"] is not None for run in runs)
     hours = sum(run["seconds"] for run in runs) / 3600
     return [
-        f"{reported} runs that are reported and {len(runs) - reported} that chose rates,"
-        f" {hours:.1f} hours by the clock; {', '.join(known['machine'])}; commits"
-        f" {', '.join(known['commit'])}; "
+        f"{reported} runs are reported here, and {len(runs) - reported} runs chose rates. Together"
+        f" they took {hours:.1f} hours ({', '.join(known['machine'])}). The commits were"
+        f" {', '.join(known['commit'])}, with "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + "."
     ]
 
 
 def _gates(folder: Path, experiments: Sequence[Experiment]) -> Iterator[str]:
-    """What the gates of the first seed of each SE arm do."""
+    """A table of what the gates do in the first seed of each arm with SE."""
     yield "### What the gates do"
     yield ""
     yield (
-        "Of the first seed of each arm, on the validation images, over all channels (`se-inject"
-        " gates`): a gate begins at 1; idle is always within 1 % of it, fixed hardly varies."
+        "The figures are those of the first seed of each arm, on the validation images, over all"
+        " channels (by `se-inject gates`). A gate begins at 1. An idle gate is always within 1 % of"
+        " that, and a fixed gate hardly varies."
     )
     yield ""
     yield "| network and data | arm | blocks | idle | fixed | mean gate | spread over the images |"
@@ -210,13 +211,13 @@ def _gates(folder: Path, experiments: Sequence[Experiment]) -> Iterator[str]:
 
 
 def _rates(folder: Path, experiments: Sequence[Experiment]) -> Iterator[str]:
-    """What each rate gave on the images by which it was chosen."""
+    """A table of the accuracy of each rate on the images on which the rates were compared."""
     rates = sorted({rate for experiment in experiments for rate in experiment.rates})
     yield "### How the rates were chosen"
     yield ""
     yield (
-        "Accuracy on the images that were kept back from training, at each rate of the grid; of"
-        " equal accuracies the smaller loss was taken."
+        "The table has the accuracy on the images that were kept back from training, at each rate"
+        " of the grid. If accuracies are equal, the rate with the smaller loss was taken."
     )
     yield ""
     yield f"| network and data | arm | images | epochs | {' | '.join(map(str, rates))} |"
@@ -238,7 +239,7 @@ def _rates(folder: Path, experiments: Sequence[Experiment]) -> Iterator[str]:
 
 
 def _missing(folder: Path, experiments: Sequence[Experiment]) -> list[str]:
-    """Which arms of the list have not been trained with every seed."""
+    """List the arms that have not been trained with every seed."""
     missing: dict[str, dict[str, None]] = {}
     for experiment in experiments:
         for arm in experiment.arms:

@@ -1,10 +1,11 @@
-"""Images a second and peak memory of fine-tuning on a GPU: with SE and without, compiled or not.
+"""Measures images per second and peak memory of fine-tuning, with and without SE blocks.
 
     python benchmarks/finetune.py [MODEL] [--data DIR] [--batch-size 256] [--output FILE.json]
 
-Each figure is of the last epoch of ``se-inject finetune`` (bf16, channels-last); the images are
-random noise in 8 classes unless ``--data`` says otherwise, so accuracies mean nothing. All arms
-run one after the other in one process and are given as ratios to the network without SE.
+Each figure is that of the last epoch of ``se-inject finetune``, which uses bf16 and channels last
+on a GPU. There the network is also measured with ``torch.compile``. The images are random noise in
+8 classes unless ``--data`` says otherwise, so the accuracies mean nothing. All arms run one after
+the other in one process, and their speeds are compared with that of the network without SE.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from se_inject.finetune.runs.trainer import start
 
 
 def noise(folder: Path, images: int) -> str:
-    """JPEG files of noise, 256x256."""
+    """Write JPEG files of noise with 256x256 pixels."""
     random = np.random.default_rng(0)
     for i in range(images):
         pixels = random.integers(0, 255, (256, 256, 3), dtype=np.uint8)

@@ -1,12 +1,12 @@
-"""What ``gate_statistics`` costs beside a plain forward pass, as ratios measured in one run.
+"""Measures what ``gate_statistics`` costs more than a plain forward pass, side by side in one run.
 
     OMP_NUM_THREADS=1 python benchmarks/gates.py [--images 10000] [--classes 1000] [--json FILE]
 
-1. Memory: the peak of a process that runs all images and sums up the gates, less the peak of one
-   that only runs them. Both take random images made batch by batch, so that no data set counts.
-   Small images do: gates have the same size whatever the image.
-2. Time: batches of ``--size`` pixels run with and without the statistics in turns; the ratio is the
-   median over the pairs of batches. On a CPU the seconds are the processor time of the process.
+1. Memory: the peak of a process that runs all images and sums up the gates, minus the peak of a
+   process that only runs them. Both make random images batch by batch, so that no data set takes
+   memory. Small images are enough, because gates have the same size for every image.
+2. Time: batches of ``--size`` pixels run with and without the statistics in turns. The ratio is the
+   median over the pairs of batches, and the seconds are the processor time of the process.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MEMORY_SIZE = 32  # pixels
 
 
 def network(name: str) -> nn.Module:
-    """With gates that depend on the image."""
+    """Build a network whose gates depend on the image."""
     torch.manual_seed(0)
     model = inject_se(timm.create_model(name)).eval()
     for key, p in model.named_parameters():
@@ -42,14 +42,14 @@ def network(name: str) -> nn.Module:
 
 
 def batches(images: int, batch: int, classes: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random images, the classes in turn."""
+    """Batches of random images, whose classes take turns."""
     for first in range(0, images, batch):
         labels = torch.arange(first, min(first + batch, images)) % classes
         yield torch.randn(len(labels), 3, size, size), labels
 
 
 def peak_bytes(options: argparse.Namespace, with_gates: bool, queue: Any) -> None:
-    """The peak memory of this process once it has run all images."""
+    """Run all images, and put the peak memory of this process into the queue."""
     model = network(options.model)
     data = batches(options.images, options.batch_size, options.classes, MEMORY_SIZE)
     if with_gates:
@@ -63,7 +63,7 @@ def peak_bytes(options: argparse.Namespace, with_gates: bool, queue: Any) -> Non
 
 
 def memory(options: argparse.Namespace) -> dict[str, float]:
-    """Each arm in a process of its own: a peak never goes down again."""
+    """Measure each arm in a process of its own, because a peak never goes down again."""
     context = multiprocessing.get_context("spawn")
     peaks = []
     for with_gates in (False, True):
@@ -76,7 +76,7 @@ def memory(options: argparse.Namespace) -> dict[str, float]:
 
 
 def timing(options: argparse.Namespace) -> dict[str, float]:
-    """One call of ``gate_statistics`` goes on over all batches; plain ones run in between."""
+    """Time the batches of one call of ``gate_statistics``, with a plain batch before each."""
     model = network(options.model)
     plain: list[float] = []
     batch = options.batch_size
@@ -96,7 +96,7 @@ def timing(options: argparse.Namespace) -> dict[str, float]:
         ends.append(time.process_time())
 
     ends: list[float] = []
-    model_plain = network(options.model)  # that has no hooks meanwhile
+    model_plain = network(options.model)  # this one has no hooks
     gate_statistics(model, loader(), options.classes)
     recorded = [end - start for start, end in zip(started, ends, strict=True)]
     ratios = sorted(a / b for a, b in zip(recorded[1:], plain[1:], strict=True))

@@ -1,10 +1,10 @@
-"""How many operations an SE block and its addition are, beside timm's: what costs at batch 1.
+"""Counts the operations of an SE block with its addition, which make up its cost at batch 1.
 
     OMP_NUM_THREADS=1 python benchmarks/operations.py
 
-The profiler counts the operations of torch in one call of the block and its addition, with those
-that they call (``aten::conv2d`` calls ``aten::convolution``, ...). ``leaf`` counts those that call
-no other. Training: forward and backward.
+The profiler counts torch's operations in one call of the block and its addition, also those that
+other operations call (``aten::conv2d`` calls ``aten::convolution``, ...). ``leaf`` counts only the
+operations that call no others. For training, it counts the forward and the backward.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Block = Callable[[Tensor, Tensor], Tensor]
 
 
 def blocks() -> dict[str, tuple[nn.Module, Block]]:
-    """Each block, and what a residual block of ResNet does with it."""
+    """Each block, and a function that uses it as a residual block of ResNet does."""
     theirs = SEModule(CHANNELS, rd_channels=WIDTH)
     ours = SqueezeExcite(CHANNELS, WIDTH)
     early = DeployedSE(ours, nn.Conv2d(CHANNELS // 4, CHANNELS, 1))
@@ -61,7 +61,7 @@ def main() -> None:
     for mode in ("inference", "training"):
         for name, (module, block) in blocks().items():
             if mode == "training" and isinstance(module, DeployedSE):
-                continue  # it is for inference alone
+                continue  # it is only for inference
             maps = torch.randn(2, 1, CHANNELS, SIDE, SIDE).unbind()
 
             def infer(block: Block = block, maps: Any = maps) -> None:

@@ -1,27 +1,28 @@
-"""What channel attention costs in time and memory, as ratios measured side by side in one run.
+"""Measures what SE blocks cost in time and memory, as ratios of runs side by side.
 
     OMP_NUM_THREADS=1 python benchmarks/overhead.py [--networks resnet50] [--compile] [--json FILE]
     python benchmarks/overhead.py --device cuda --batch-sizes 1 32 256 [--compile] [--json FILE]
 
-Arms: the base network, timm's own SE network (``seresnet50`` of ``resnet50``), the base with
-``inject_se``; with ``--compile`` also that with its SE blocks alone compiled, and all three through
-``torch.compile``, whose overheads are over the compiled base.
+The arms are the base network, timm's own SE network (``seresnet50`` for ``resnet50``) and the base
+with ``inject_se``. ``--compile`` adds our network with only its SE blocks compiled, and all three
+networks through ``torch.compile``, whose overheads are relative to the compiled base.
 
-Each arm lives in a process of its own, so that none finds the memory that another left behind,
-and the processes take turns, so that a noisy machine is noisy for all. An overhead is the median,
-over the rounds, of t(arm) / t(base) - 1 within one round; the quartiles are beside it. Where
-others use the machine, what they add to a step exceeds what SE blocks do, and the fastest step of
-each arm tells more: the table has the overhead by these too.
+Each arm runs in a process of its own, so that none finds the memory that another left behind. The
+processes take turns, so that a noisy machine disturbs them all. An overhead is the median, over the
+rounds, of t(arm) / t(base) - 1 within one round, with its quartiles. If others use the machine,
+they may add more to a step than SE blocks do. Then the fastest step of each arm tells more, so the
+table also has the overhead by the fastest steps.
 
-CPU: seconds are the processor time of the one thread, which other programs on the machine disturb
-least, without the page faults of an allocator that returns memory. CUDA: events around 20 steps
-after a warm-up, bfloat16 autocast. A training step is forward, cross-entropy, backward and
-SGD with momentum. Memory is the peak of what a step allocates, weights and input not counted.
+On a CPU, seconds are the processor time of the one thread, which other programs disturb least. The
+allocator keeps its memory there, so that page faults do not count. On CUDA, the time is taken
+between events around 20 steps after a warm-up, with bfloat16 autocast. A training step is forward,
+cross-entropy, backward and SGD with momentum. Memory is the peak of what a step allocates, without
+the weights and the input.
 
-The floor of an SE block is what it must move at least: in inference one more read of its map; in
-training that, and in the backward pass the map once (for the gate's gradient), the gradient of
-the output twice (before and after the gate's gradient is known) and a write of the map's gradient.
-The time that takes at the bandwidth that a plain copy reaches on the device is the floor.
+The floor of an SE block is the time that it takes to move what the block must move at least, at the
+bandwidth that a plain copy reaches on the device. In inference this is one more read of its map. In
+training the backward pass also reads the map once (for the gate's gradient), reads the gradient of
+the output twice (before and after the gate's gradient is known) and writes the map's gradient.
 """
 
 import argparse
@@ -53,16 +54,16 @@ from se_inject import SqueezeExcite, inject_se, plan_se
 LAYOUTS = {"nchw": torch.contiguous_format, "channels-last": torch.channels_last}
 MAPS_MOVED = {"inference": 1, "training": 5}
 DEVICES = ["cpu", "cuda"]
-# glibc gives freed memory back and takes it again page by page, when and how much being chance:
-# 40,000 to 60,000 page faults a step, more time than SE takes. It keeps the memory instead, as the
-# allocators do that PyTorch's tuning guide advises.
+# By default glibc gives freed memory back and takes it again page by page, in amounts that are
+# chance. The 40,000 to 60,000 page faults in a step take more time than SE does. With these
+# settings it keeps the memory, like the allocators that PyTorch's tuning guide advises.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": 2**25, "MALLOC_TRIM_THRESHOLD_": 2**40}
-# The profiler tells of each start and of each device that is not there, between the tables.
+# Otherwise the profiler reports each start and each missing device between the tables.
 QUIET = {"KINETO_LOG_LEVEL": 99}
 
 
 def base(network: str) -> nn.Module:
-    # Last norms that are zero, as timm starts them, would make every branch map zero.
+    # By default timm starts the last norms at zero, which would make every branch map zero.
     return timm.create_model(network, zero_init_last=False)
 
 
@@ -79,17 +80,17 @@ def compiled(build: Callable[[str], nn.Module], network: str) -> Any:
 
 
 def blocks_compiled(network: str) -> nn.Module:
-    """The rest stays eager: on CUDA, Triton kernels for the SE blocks without any of our own."""
+    """Compile only the SE blocks, which then run as Triton kernels on CUDA. The rest is eager."""
     model = injected(network)
     for module in model.modules():
         if isinstance(module, SqueezeExcite):
-            module.compile(dynamic=False)  # as the whole networks are: no shape changes
+            module.compile(dynamic=False)  # no shape changes, as in the whole networks
     return model
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A network; what its overhead is over; and for ours, timm's network that it is beside."""
+    """A network, the arm that its overhead is relative to and, for ours, timm's arm beside it."""
 
     build: Callable[[str], Any]
     over: str
@@ -111,7 +112,7 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all arms do side by side."""
+    """The setting in which all arms run side by side."""
 
     network: str
     mode: str  # "inference" or "training"
@@ -122,10 +123,10 @@ class Setting:
 
     @property
     def steps(self) -> int:
-        """How many steps are timed together in one turn.
+        """The number of steps that are timed together in one turn.
 
-        Short steps are timed in groups: the first step of a turn is slow, since other processes had
-        the caches before it, and a turn of one step would be nothing but such a first one.
+        Short steps are timed in groups. The first step of a turn is slow, because other processes
+        had the caches before it, and a turn of one step would consist only of such a step.
         """
         return 20 if self.device == "cuda" else max(1, 8 // self.batch)
 
@@ -138,7 +139,7 @@ class Setting:
 
 
 def make_step(arm: Arm, setting: Setting) -> Callable[[], None]:
-    """One forward, or one training step, of a new network on random images."""
+    """Make a step: one forward or one training step of a new network on random images."""
     torch.manual_seed(0)
     memory_format = LAYOUTS[setting.layout]
     model = arm.build(setting.network).to(setting.device).to(memory_format=memory_format)
@@ -163,19 +164,19 @@ def make_step(arm: Arm, setting: Setting) -> Callable[[], None]:
             loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()  # at the end: no step begins with the memory of old gradients
+        optimizer.zero_grad()  # at the end, so no step begins with old gradients in memory
 
     return train
 
 
 def step_seconds(step: Callable[[], None], device: str, steps: int) -> float:
-    """Of one step: CPU processor time, or CUDA time between events."""
+    """The time of one step: processor time on a CPU, or the time between events on CUDA."""
     if device == "cpu":
         start = time.process_time()
         for _ in range(steps):
             step()
         return (time.process_time() - start) / steps
-    for _ in range(3):  # the memory that other processes were given meanwhile comes back
+    for _ in range(3):  # these steps take back the memory that other processes had meanwhile
         step()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
@@ -187,7 +188,7 @@ def step_seconds(step: Callable[[], None], device: str, steps: int) -> float:
 
 
 def peak_bytes(step: Callable[[], None], device: str) -> int:
-    """Most bytes that are allocated at once during a step, over what is there before it."""
+    """The most bytes that a step has allocated at once, beyond those that were there before it."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -197,9 +198,9 @@ def peak_bytes(step: Callable[[], None], device: str) -> int:
         torch.profiler.profile,
         activities=[torch.profiler.ProfilerActivity.CPU],
         profile_memory=True,
-        acc_events=True,  # torch 2.11 warns otherwise; there is one cycle
+        acc_events=True,  # torch 2.11 warns otherwise; there is only one cycle
     )
-    with profiler():  # the first of a process misses what happens while it starts
+    with profiler():  # the first profile of a process misses what happens while it starts
         pass
     with profiler() as profile:
         step()
@@ -210,17 +211,17 @@ def peak_bytes(step: Callable[[], None], device: str) -> int:
 
 
 def work(connection: Connection, arm: Arm, setting: Setting) -> None:
-    """Serve "time" and "memory" until "stop"."""
+    """Answer the requests "time" and "memory" until "stop" comes."""
     torch.backends.cudnn.benchmark = True
     if setting.device == "cpu":
-        torch.set_num_threads(1)  # processor time would be the sum of all threads
+        torch.set_num_threads(1)  # with more, processor time would be their sum
     step = make_step(arm, setting)
     for _ in range(3):
         step()
     result: Any = "ready"
     while True:
         if setting.device == "cuda":
-            torch.cuda.empty_cache()  # before the next process begins: all share one device
+            torch.cuda.empty_cache()  # for the next process, because all share one device
         connection.send(result)
         what = connection.recv()
         if what == "stop":
@@ -235,7 +236,7 @@ def work(connection: Connection, arm: Arm, setting: Setting) -> None:
 
 
 def measure(arms: dict[str, Arm], setting: Setting, rounds: int) -> dict[str, dict[str, Any]]:
-    """Seconds of every round and peak bytes of every arm, from one set of processes."""
+    """The seconds of every round and the peak bytes of every arm, from one set of processes."""
     context = multiprocessing.get_context("spawn")
     workers = {}
     for name, arm in arms.items():
@@ -243,7 +244,7 @@ def measure(arms: dict[str, Arm], setting: Setting, rounds: int) -> dict[str, di
         process = context.Process(target=work, args=(other, arm, setting), daemon=True)
         process.start()
         other.close()
-        connection.recv()  # ready: one process at a time
+        connection.recv()  # it is ready, and the next process may start
         workers[name] = process, connection
 
     def ask(name: str, what: str) -> Any:
@@ -254,7 +255,7 @@ def measure(arms: dict[str, Arm], setting: Setting, rounds: int) -> dict[str, di
     names = list(arms)
     for i in range(rounds):
         k = i % len(names)
-        for name in names[k:] + names[:k]:  # none always comes after the same one
+        for name in names[k:] + names[:k]:  # another one begins each round
             seconds[name].append(ask(name, "time"))
     results = {n: {"seconds": seconds[n], "peak_bytes": ask(n, "memory")} for n in names}
     for process, connection in workers.values():
@@ -266,7 +267,7 @@ def measure(arms: dict[str, Arm], setting: Setting, rounds: int) -> dict[str, di
 def measure_again(
     arms: dict[str, Arm], setting: Setting, rounds: int, restarts: int
 ) -> dict[str, dict[str, Any]]:
-    """Rounds of several sets of processes: where its memory lies makes one faster than another."""
+    """The rounds of several sets of processes, whose speed depends on where their memory lies."""
     runs = [measure(arms, setting, rounds) for _ in range(restarts)]
     return {
         name: {
@@ -282,7 +283,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def summarise(measured: dict[str, dict[str, Any]], batch: int, floor: float) -> dict[str, Any]:
-    """Medians, and overheads over the base within each round."""
+    """The medians, and the overheads over the base within each round."""
     rows: dict[str, dict[str, Any]] = {}
     for name, values in measured.items():
         seconds = statistics.median(values["seconds"])
@@ -311,7 +312,7 @@ def summarise(measured: dict[str, dict[str, Any]], batch: int, floor: float) -> 
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of a plain copy that is too large for the caches."""
+    """The bytes per second, read and written, of a plain copy that is too large for the caches."""
     source = torch.randn(2**26 if device == "cpu" else 2**28, device=device)
     target = torch.empty_like(source)
     times = [step_seconds(lambda: target.copy_(source), device, 5) for _ in range(9)]
@@ -323,7 +324,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def floor_seconds(setting: Setting, bandwidth: float) -> float:
-    """What moving the maps that SE must move takes at that bandwidth."""
+    """The seconds that it takes to move the maps that SE must move, at this bandwidth."""
     example = torch.empty(2, 3, setting.side, setting.side, device="meta")
     with torch.device("meta"):
         model = base(setting.network)
@@ -337,7 +338,7 @@ def settings(options: argparse.Namespace) -> Iterator[Setting]:
         options.networks, options.modes, options.layouts
     ):
         for batch in options.batch_sizes:
-            if mode == "inference" or batch > 1:  # a batch of one is asked for its latency
+            if mode == "inference" or batch > 1:  # a batch of one is only for latency
                 yield Setting(network, mode, batch, layout, options.device)
 
 
@@ -377,7 +378,7 @@ def main() -> None:
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile beside eager")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each arm (default 15)")
-    parser.add_argument("--restarts", type=int, default=1, help="of the processes (default 1)")
+    parser.add_argument("--restarts", type=int, default=1, help="sets of processes (default 1)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     if options.rounds * options.restarts < 2:
@@ -385,7 +386,7 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
     arms = {n: arm for n, arm in ARMS.items() if options.compile or "compiled" not in n}
-    # Of the workers, which read these as they start.
+    # The workers read these variables when they start.
     os.environ.update({name: str(value) for name, value in (KEEP_MEMORY | QUIET).items()})
     torch.set_num_threads(1)
     bandwidth = copy_bandwidth(options.device)

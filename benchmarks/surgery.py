@@ -1,16 +1,16 @@
-"""What the surgery costs, as ratios measured side by side in one run.
+"""Measures how long planning and injecting take, as ratios of runs side by side.
 
     OMP_NUM_THREADS=1 python benchmarks/surgery.py [--json FILE]
 
-1. ``inject_se(resnet152)`` against ``timm.create_model("resnet152")`` in one process, which holds
-   one model at a time.
-2. The whole process ``se-inject resnet50`` against ``python -c "import torch, timm"``.
-3. Seconds of ``plan_se`` for 1,000 recorded operations, of one forward with 16 to 256 residual
-   additions: where planning is linear, the figure stays the same.
+1. ``inject_se(resnet152)`` is compared with ``timm.create_model("resnet152")`` in one process,
+   which holds one model at a time.
+2. The whole process ``se-inject resnet50`` is compared with ``python -c "import torch, timm"``.
+3. ``plan_se`` is timed on forwards with 16 to 256 residual additions, in seconds for 1,000 recorded
+   operations. If planning is linear, this figure stays the same.
 
-The two sides of a ratio take turns, so that a noisy machine is noisy for both; medians are of
-the ratios pair by pair. Seconds are those of the processor, of the process and of those that it
-started: with one thread nothing waits, and other work on the machine counts less.
+The two sides of a ratio take turns, so that a noisy machine disturbs both, and the median is taken
+over the ratios pair by pair. Seconds are processor time of the process and of the processes that it
+started. With one thread nothing waits, and other work on the machine counts less.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PROCESS_B = [sys.executable, "-c", "import torch, timm"]
 
 
 def processor_seconds() -> float:
-    """Of this process and of those that it has started."""
+    """The processor time of this process and of those that it has started."""
     used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(u.ru_utime + u.ru_stime for u in used)
 
@@ -49,7 +49,7 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def compare(a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> dict[str, float]:
-    """Medians of both and of a / b over interleaved runs, after one of each to warm up."""
+    """The medians of a, of b and of a / b over interleaved runs, after one warm-up of each."""
     times = [(seconds(a), seconds(b)) for _ in range(pairs + 1)][1:]
     ratios = sorted(x / y for x, y in times)
     return {
@@ -97,7 +97,7 @@ class Count(TorchFunctionMode):
 
 
 def planning(depth: int, repeats: int = 5) -> dict[str, float]:
-    """How long planning takes, for 1,000 operations of the forward."""
+    """How long planning takes, in all and for 1,000 operations of the forward."""
     network, example = AdditiveUNet(depth), torch.empty(2, 3, 16, 16)
     with torch.no_grad(), Count() as count:
         network(example)
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9, help="runs of each side (default 9)")
     options = parser.parse_args()
 
-    built: list[nn.Module] = []  # the model that was built last, and no other
+    built: list[nn.Module] = []  # only the model that was built last
 
     def create() -> None:
         built[:] = [timm.create_model("resnet152")]
@@ -138,7 +138,7 @@ def main() -> None:
             f"{name}: {result['ratio']:.2f} ({result['ratio_min']:.2f} to"
             f" {result['ratio_max']:.2f}; medians {result['a_s']:.2f} s / {result['b_s']:.2f} s)"
         )
-    rows = {depth: planning(depth) for depth in (16, 16, 64, 256)}  # the first warms up
+    rows = {depth: planning(depth) for depth in (16, 16, 64, 256)}  # the first run is a warm-up
     for depth, row in rows.items():
         print(
             f"plan_se of {depth} additions in one forward: {row['seconds']:.2f} s for"

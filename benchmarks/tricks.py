@@ -1,12 +1,13 @@
-"""What each way of computing an SE block costs inside a ResNet-50 at batch 8, on one CPU thread.
+"""Measures what each way of computing an SE block costs in a ResNet-50, on one CPU thread.
 
     OMP_NUM_THREADS=1 python benchmarks/tricks.py [--rounds 12] [--json FILE]
 
-A whole step varies by more than an SE block takes, so only the calls of the SE blocks are timed,
-in the running network, where the caches hold what they really hold. The variants take turns, in
-processor time. Inference: the 16 calls of a forward in ``inference_mode``. Training: forward and
-backward of an SE block with its addition, alone, on maps of ResNet-50's shapes, times the number
-of its blocks with that map. Overheads are over the base's own addition.
+The batch has 8 images. The time of a whole step varies by more than an SE block takes. So only the
+calls of the SE blocks are timed, in the running network, where the caches hold what they hold in
+practice. The variants take turns, and all times are processor time. In inference, the 16 calls of a
+forward in ``inference_mode`` are timed. In training, the forward and backward of one SE block with
+its addition are timed alone, on maps of ResNet-50's shapes, and multiplied by the number of its
+blocks with such a map. Overheads are relative to the base's own addition.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def flat_mean(x: Tensor) -> Tensor:
 
 
 def product(x: Tensor) -> Tensor:
-    """The mean as a product with a vector, in the memory format at hand."""
+    """The mean as a product with a vector, in the memory format of the map."""
     n, c, h, w = x.shape
     ones = x.new_full((h * w,), 1 / (h * w))
     if x.is_contiguous():
@@ -62,14 +63,14 @@ def excite(se: SqueezeExcite, z: Tensor) -> Tensor:
 
 
 def excite_linear(se: SqueezeExcite, z: Tensor) -> Tensor:
-    """The layers as matrix products, past the modules and their hooks."""
+    """The layers as matrix products, without calling the modules and their hooks."""
     h = torch.relu(F.linear(z.flatten(1), se.fc1.weight.flatten(1), se.fc1.bias))
     s = F.linear(h, se.fc2.weight.flatten(1), se.fc2.bias).sigmoid() * se.gate_scale
     return s[:, :, None, None]
 
 
 def before_last_convolution(se: Any, x: Tensor, r: Tensor) -> Tensor:
-    """The squeeze of the last convolution's input, through that convolution and its norm."""
+    """Squeeze the last convolution's input, then apply that convolution and its norm."""
     z = se.feed.conv3.forward(se.feed.hidden.mean((2, 3), keepdim=True))
     bn = se.feed.bn3
     z = F.batch_norm(z, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
@@ -111,7 +112,7 @@ TRAINING: dict[str, Variant] = {
 
 
 def inference_seconds(layout: str, rounds: int) -> dict[str, list[float]]:
-    """Of the SE calls (the base: of its additions) in one forward."""
+    """The seconds of the SE calls in one forward. For the base they are those of its additions."""
     memory_format = LAYOUTS[layout]
     model = injected("resnet50").eval().to(memory_format=memory_format)
     images = torch.randn(BATCH, 3, 224, 224).contiguous(memory_format=memory_format)
@@ -148,7 +149,7 @@ def inference_seconds(layout: str, rounds: int) -> dict[str, list[float]]:
 
 
 def training_seconds(layout: str, rounds: int) -> dict[str, list[float]]:
-    """Of forward and backward of all SE blocks with their additions."""
+    """The seconds of the forward and backward of all SE blocks with their additions."""
     totals = {name: [0.0] * rounds for name in TRAINING}
     for channels, side, blocks in MAPS:
         se = SqueezeExcite(channels, bottleneck_width(channels, 16))
@@ -158,7 +159,7 @@ def training_seconds(layout: str, rounds: int) -> dict[str, list[float]]:
         inputs = (x.requires_grad_(), r.requires_grad_(), *se.parameters())
         for turn in range(rounds + 1):
             for name in rotated(list(TRAINING), turn):
-                g.mul_(1)  # as in a network, the gradient was written just before
+                g.mul_(1)  # writes the gradient just before, as a network does
                 start = time.thread_time()
                 out = TRAINING[name](se, x, r)
                 torch.autograd.grad(out, inputs, g, allow_unused=True)

@@ -1,7 +1,7 @@
 """BN-Inception as in the authors' Caffe model: ten modules that concatenate their branches.
 
-Ioffe and Szegedy, Batch Normalization (arXiv 1502.03167), with the widths of the network that the
-SE paper starts from. Neither timm nor torchvision has it.
+The network is from Ioffe and Szegedy, Batch Normalization (arXiv 1502.03167). Its widths are those
+of the network that the SE paper starts from. Neither timm nor torchvision has it.
 """
 
 import torch
@@ -18,7 +18,7 @@ def conv(c_in: int, c_out: int, size: int, stride: int = 1) -> nn.Sequential:
 
 
 class Inception(nn.Module):
-    """Four branches over one input; a module of stride 2 has no 1x1 branch and pools the input."""
+    """Four branches over one input. A module of stride 2 has no 1x1 branch, but pools the input."""
 
     def __init__(
         self,
@@ -48,7 +48,8 @@ class Inception(nn.Module):
         return torch.cat([branch(x) for branch in self.branches], 1)
 
 
-# 1x1, (reduce, 3x3), (reduce, double 3x3), behind the pooling; the two zeros: stride 2.
+# The widths of 1x1, (reduce, 3x3), (reduce, double 3x3) and the convolution behind the pooling. A
+# module whose first and last widths are 0 has stride 2.
 WIDTHS = [
     (64, (64, 64), (64, 96), 32),
     (64, (64, 96), (64, 96), 64),
@@ -63,7 +64,7 @@ WIDTHS = [
 
 
 class BNInception(nn.Module):
-    """For images [N, 3, 224, 224]."""
+    """The whole network, for images [N, 3, 224, 224]."""
 
     def __init__(self, num_classes: int = 1000) -> None:
         super().__init__()

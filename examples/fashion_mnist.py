@@ -1,10 +1,10 @@
-"""Fashion-MNIST as folders of PNG files, from the files of Debian's package.
+"""Writes Fashion-MNIST as folders of PNG files, from the files of Debian's package.
 
     apt-get install dataset-fashion-mnist
     python examples/fashion_mnist.py fashion --train 2000 --val 1000
     se-inject finetune MODEL --data fashion
 
-The images are the first of each file, so that every run has the same ones.
+It takes the first images of each file, so that every run has the same ones.
 """
 
 import argparse
@@ -19,7 +19,7 @@ CLASSES += ("sandal", "shirt", "sneaker", "bag", "boot")
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of bytes: two zeros, the type, the number of dims, the dims, the values."""
+    """Read an IDX file of bytes: two zeros, the type, the number of dims, the dims, the values."""
     data = gzip.decompress(path.read_bytes())
     dims = np.frombuffer(data, ">i4", count=data[3], offset=4)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * len(dims)).reshape(dims)

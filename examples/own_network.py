@@ -1,10 +1,10 @@
 """SE blocks for a network that is in no library, with residuals in every way people write them.
 
 python examples/own_network.py
-se-inject own_network:build --img-size 32 --show plus_equals    # in this directory: the report
+se-inject own_network:build --img-size 32 --show plus_equals    # run it in this directory
 
-Nothing in the blocks knows of se_inject. Where a forward cannot be followed, the report says so
-with the reason, and the rest of the network is served all the same.
+The blocks know nothing of se_inject. If a forward cannot be followed, the report says so and gives
+the reason, and the rest of the network still gets its SE blocks.
 """
 
 import warnings
@@ -71,7 +71,7 @@ class Downsample(nn.Module):
 
 
 class Residual(nn.Module):
-    """A wrapper round any module: there, the SE block goes after all of it."""
+    """A wrapper around any module. The SE block goes behind the whole module."""
 
     def __init__(self, fn: nn.Module) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class GivenShortcut(Block):
 
 
 class ThreeTerms(Block):
-    """Two branches: their sum is scaled by one SE block."""
+    """Two branches, whose sum is scaled by one SE block."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -102,7 +102,7 @@ class ThreeTerms(Block):
 
 
 class Functional(Block):
-    """Dropout and the mode by hand: the train and the eval graph are two, and both are kept."""
+    """Asks for the mode itself, so its graphs in train and eval mode differ. Both are kept."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.dropout(self.body(x), 0.1, training=self.training)
@@ -112,7 +112,7 @@ class Functional(Block):
 
 
 class TwoInTwoOut(Block):
-    """Several inputs, a tuple out."""
+    """Takes several inputs and returns a tuple."""
 
     def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         out = x + self.body(x + context)
@@ -125,7 +125,7 @@ class StarArgs(Block):
 
 
 class DataDependent(Block):
-    """Asks a tensor which way to go: no graph can say that, so the block is left as it is."""
+    """Asks a tensor which way to go. No graph can express that, so the block is left as it is."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.mean() > 0:
@@ -134,7 +134,7 @@ class DataDependent(Block):
 
 
 class OwnNet(nn.Module):
-    """For 32x32 images."""
+    """The whole network, for images [N, 3, 32, 32]."""
 
     def __init__(self, classes: int = 10, channels: int = 32) -> None:
         super().__init__()
@@ -160,14 +160,14 @@ class OwnNet(nn.Module):
         x = self.stem(x)
         x = self.add_method(self.torch_add(self.plus_equals(self.plus(x))))
         x = self.wrapped(x)
-        x = self.shared(self.shared(x))  # one block, called twice: one SE block
+        x = self.shared(self.shared(x))  # the block is called twice, and gets one SE block
         x = self.downsample(x)
         x = self.given_shortcut(x, shortcut=x)
         x = self.functional(self.three_terms(x))
         x, context = self.two_in_two_out(x, x)
         x = self.star_args(x, gain=context)
         x = self.data_dependent(x)
-        x = x + self.last(x)  # in the root's own forward: its SE block is `se` of the model
+        x = x + self.last(x)  # in the model's own forward, so its SE block is `model.se`
         return self.head(x.flatten(1))
 
 
@@ -177,7 +177,7 @@ def build() -> nn.Module:
 
 
 def same_in_both_modes(model: nn.Module, images: Tensor, edit: Callable[[], object]) -> bool:
-    """Whether an edit of the model leaves its outputs equal to the last bit."""
+    """Whether an edit leaves the model's outputs in eval and train mode equal to the last bit."""
 
     def outputs(training: bool) -> Tensor:
         torch.manual_seed(0)
@@ -198,10 +198,10 @@ def main() -> None:
     model = build()
     images = torch.randn(4, 3, 32, 32)
 
-    # The head takes 32x32 images only; the plan finds that out by itself, or is told so:
-    # The plan says both:
+    # The printed plan says what these two warnings say.
     warnings.filterwarnings("ignore", message=".*asks tensors for their values")
     warnings.filterwarnings("ignore", message=".*residual blocks have no SE block")
+    # The head takes only 32x32 images. The plan can find that out by itself, or be told as here.
     plan = plan_se(model, r=16, example_input=images)
     console.print(plan)
     console.print("Left alone:")

@@ -1,14 +1,14 @@
-"""The tables of the SE paper, with the networks that our options build beside them.
+"""Writes the tables of the SE paper, beside the networks that our options build.
 
     python examples/paper_tables.py [docs/paper.md]
 
-Every network is built without weights and counted on meta tensors, for one image of 224 pixels.
-ResNets and ResNeXts are timm's; ``v1`` moves the stride of each stage from the 3x3 convolution to
-the 1x1 convolution before it, where the paper's ResNets have it. Errors are the paper's: nothing
-here is trained.
+Every network is built without weights and counted on meta tensors, for one image of 224 pixels. The
+ResNets and ResNeXts are timm's. ``v1`` moves the stride of each stage from the 3x3 convolution to
+the 1x1 convolution before it, where the paper's ResNets have it. The errors are the paper's, and
+nothing is trained here.
 
-Figures of the paper: Hu et al., Squeeze-and-Excitation Networks, arXiv 1709.01507 (journal
-version), tables as numbered there.
+The paper's figures are from Hu et al., Squeeze-and-Excitation Networks, arXiv 1709.01507 (journal
+version), whose numbers of the tables are used here.
 """
 
 import sys
@@ -27,7 +27,7 @@ from se_inject import plan_se
 from se_inject.models.names import load_model
 from se_inject.report.count import Costs, count_costs
 
-# The paper's ablations: layers without biases, and bottlenecks of plain C/r.
+# The paper's ablations have layers without biases, and bottlenecks of exactly C/r.
 ABLATION: dict[str, Any] = {"bias": False, "divisor": 1}
 
 
@@ -41,16 +41,16 @@ def v1(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one network."""
+    """The figures of one network."""
 
-    params: float  # M; what can be trained
-    with_statistics: float  # M; and the mean and variance of each BatchNorm channel
-    macs: float  # G
+    params: float  # in millions; what can be trained
+    with_statistics: float  # in millions; also the mean and variance of each BatchNorm channel
+    macs: float  # in billions
 
 
 @dataclass(frozen=True)
 class Counted:
-    """A network as it is, and with SE blocks."""
+    """The figures of a network as it is, and with SE blocks."""
 
     base: Figures
     se: Figures
@@ -63,7 +63,7 @@ def _base(name: str, strided_first: bool) -> nn.Module:
 
 
 def count(name: str, *, strided_first: bool = True, **options: Any) -> Counted:
-    """Count one of timm's networks and what ``inject_se(model, **options)`` makes of it."""
+    """Count one of timm's networks as it is, and after ``inject_se(model, **options)``."""
     model = _base(name, strided_first)
     costs: Costs = count_costs(plan_se(model, **options, example_input=torch.empty(1, 3, 224, 224)))
     statistics = sum(b.numel() for b in model.buffers() if b.dim())
@@ -76,19 +76,19 @@ def count(name: str, *, strided_first: bool = True, **options: Any) -> Counted:
 
 
 def signed(value: float, digits: int) -> str:
-    """With its sign, unless it rounds to nothing."""
+    """Write a number with its sign, unless it rounds to 0."""
     text = f"{value:+.{digits}f}"
     return text if float(text) else text[1:]
 
 
 def widths(name: str) -> str:
-    """The fc widths of Table 1, stage by stage."""
+    """The widths of the two layers, as Table 1 has them, stage by stage."""
     sites = plan_se(_base(name, True), **ABLATION).sites
     pairs = dict.fromkeys((site.bottleneck, site.channels) for site in sites)
     return ", ".join(f"[{rd}, {c}]" for rd, c in pairs)
 
 
-# --- one function a table: its title, its columns, its rows, and a remark ------------------------
+# --- one function for each table, with its title, its columns, its rows and a remark -------------
 
 Row = Sequence[str]
 
@@ -112,7 +112,7 @@ def table_1() -> Table:
         "Table 1: widths of the two layers, stage by stage",
         ("network", "paper [C/r, C]", "ours", "difference"),
         rows,
-        "`inject_se(model, r=16)`.",
+        "The SE blocks are those of `inject_se(model, r=16)`.",
     )
 
 
@@ -128,7 +128,7 @@ TABLE_2 = {
 def table_2() -> Table:
     rows = []
     for label, (name, base, se, base_error, se_error) in TABLE_2.items():
-        # ResNeXt has no v1: its stride is in the grouped 3x3 convolution from the start.
+        # ResNeXt has no v1, because its stride has always been in the grouped 3x3 convolution.
         counted = count(name, strided_first=name.startswith("resnet"), **ABLATION)
         ours, with_se = counted.base.macs, counted.se.macs
         rows.append(
@@ -154,10 +154,10 @@ def table_2() -> Table:
             "the paper's top-1/top-5 errors in %",
         ),
         rows,
-        "ResNets in v1 form. Convolutions and the classifier are counted, and of each SE block its"
-        " layers, squeeze and scale; no norm, pooling, activation or addition of the base. What"
-        " else the authors counted in the deeper networks they do not say. The table's ResNets and"
-        " ResNeXts are here.",
+        "The ResNets are in v1 form. The convolutions and the classifier are counted, and the"
+        " layers, the squeeze and the scale of each SE block. No norm, pooling, activation or"
+        " addition of the base is counted. The authors do not say what else they counted in the"
+        " deeper networks. This table has only the ResNets and ResNeXts of the paper's.",
     )
 
 
@@ -175,11 +175,11 @@ STAGES = {
     "all": (None, "22.28/6.03", 28.1),
 }
 _PARAMS = ("paper M", "ours M", "ours with BN statistics M", "difference M", "the paper's errors %")
-_OPTIONS = "`bias=False, divisor=1`."
+_OPTIONS = "The SE blocks have `bias=False, divisor=1`."
 _STATISTICS = (
-    "The paper's figures agree with a count that has the mean and variance of each BatchNorm"
-    " channel too (53,120 values in ResNet-50), as files of weights have them: the difference is"
-    " to that column."
+    "The paper's figures agree with a count that also has the mean and variance of each BatchNorm"
+    " channel (53,120 values in ResNet-50), as files of weights do. The difference is to that"
+    " column."
 )
 
 
@@ -200,9 +200,9 @@ def table_10() -> Table:
         "Table 10: reduction ratio (SE-ResNet-50)",
         ("", "option", *_PARAMS),
         rows,
-        f"{_OPTIONS} {_STATISTICS} All rows agree to the printed digit but r = 8: it computes to"
-        " 30.64, and no count of the other rows makes it 30.7 (with biases it is 30.66, but then"
-        " r = 2 is 45.8).",
+        f"{_OPTIONS} {_STATISTICS} All rows except r = 8 agree to the printed digit. That row"
+        " computes to 30.64, and no count that fits the other rows makes it 30.7 (with biases it"
+        " is 30.66, but then r = 2 is 45.8).",
     )
 
 
@@ -213,7 +213,7 @@ def table_11() -> Table:
             ("max", {"squeeze": "max"}, "22.57/6.09"),
             ("avg", {"squeeze": "avg"}, "22.28/6.03"),
         ),
-        f"{_OPTIONS} Both cost the same: one operation an element of the map.",
+        f"{_OPTIONS} Both cost the same, which is one operation for each element of the map.",
     )
 
 
@@ -235,9 +235,9 @@ def table_13() -> Table:
         "Table 13: stages (SE-ResNet-50)",
         ("", "option", *_PARAMS),
         rows,
-        f"{_OPTIONS} {_STATISTICS} The paper's stage 2 is `layer1`. The last stage costs most:"
-        " without it SE adds few parameters (the last row, of which the paper has no figures in"
-        " this table).",
+        f"{_OPTIONS} {_STATISTICS} The paper's stage 2 is `layer1`. The last stage costs most, so"
+        " SE adds few parameters without it, as the last row shows. The paper has no figures for"
+        " that row in this table.",
     )
 
 
@@ -250,8 +250,8 @@ def table_14() -> Table:
             ("SE-POST", {"placement": "post"}, "22.78/6.35"),
             ("SE-Identity", {"placement": "identity"}, "22.20/6.15"),
         ),
-        f"{_OPTIONS} SE-PRE reads the map before the unit: in the first unit of a stage that one"
-        " has fewer channels, so it costs fewer parameters.",
+        f"{_OPTIONS} SE-PRE reads the map before the unit. In the first unit of a stage this map"
+        " has fewer channels, so SE-PRE costs fewer parameters.",
     )
 
 
@@ -315,15 +315,16 @@ def table_16() -> Table:
             _PARAMS[-1],
         ),
         rows,
-        f"{_OPTIONS} v1: 3.86, 4.27 and 3.87 GMACs, 25.6, 28.1 and 28.1 M to the printed digit."
-        " With timm's stride in the 3×3 convolution the base would have 4.089 GMACs.",
+        f"{_OPTIONS} In v1 form the networks have 3.86, 4.27 and 3.87 GMACs and 25.6, 28.1 and"
+        " 28.1 M, as in the paper to the printed digit. With timm's stride in the 3×3 convolution"
+        " the base would have 4.089 GMACs.",
     )
 
 
 def _errors_only(
     title: str, variants: Sequence[tuple[str, dict[str, Any], str]], remark: str
 ) -> Table:
-    """A table of which the paper gives errors alone."""
+    """A table for which we quote only errors from the paper."""
     rows = []
     for label, options, errors in variants:
         se = count("resnet50", **options, **ABLATION).se
@@ -333,8 +334,8 @@ def _errors_only(
         title,
         ("", "option", "ours M", "ours GMACs", _PARAMS[-1]),
         rows,
-        f"{remark} The figures of the paper that we quote for this table are errors, so there is no"
-        " difference to give.",
+        f"{remark} From the paper we quote only errors for this table, so there is no difference"
+        " to give.",
     )
 
 
@@ -351,12 +352,13 @@ def table_2_units() -> Table:
             "paper top-1/top-5 error",
         ),
         rows_of_table_2(),
-        "`inject_se(model, divisor=1, bias=False)`; VGG-16 is torchvision's `vgg16_bn`,"
-        " BN-Inception `examples/bn_inception.py`. s: layers and scale are counted; ss: the squeeze"
-        " too. VGG-16 fits s, BN-Inception ss: the paper's figures follow no single convention. The"
-        " ten SE blocks of BN-Inception have 639,360 weights, and 7,038 biases where they have"
-        " biases: as many as those of the authors' released network. Inception-ResNet-v2 (paper"
-        " 11.75 → 11.76) is left out: timm's, of 13.156 GMACs, is another variant.",
+        "The SE blocks are those of `inject_se(model, divisor=1, bias=False)`. VGG-16 is"
+        " torchvision's `vgg16_bn`, and BN-Inception is `examples/bn_inception.py`. In the column s"
+        " the layers and the scale are counted, and in the column ss the squeeze too. VGG-16 fits s"
+        " and BN-Inception fits ss, so the paper's figures follow no single convention. The ten SE"
+        " blocks of BN-Inception have 639,360 weights, and 7,038 biases if they have biases. The"
+        " authors' released network has as many. Inception-ResNet-v2 (11.75 → 11.76 in the paper)"
+        " is left out, because timm's has 13.156 GMACs and is another variant.",
     )
 
 
@@ -374,12 +376,13 @@ def table_3() -> Table:
             "SE, ss",
         ),
         rows_of_table_3(),
-        "`inject_se(model, divisor=1, bias=False)`; MobileNet 1.0 is timm's `mobilenetv1_100`, with"
-        ' SE blocks after its 13 pointwise convolutions (`exclude="bn1"`) or after the stem too;'
-        ' ShuffleNet is `examples/shufflenet.py` with `where="units"`: its units of stride 1 add'
-        " their input, those of stride 2 concatenate it. s and ss as above; this table fits s."
-        " Paper: top-1 error 28.4 → 25.3 (MobileNet), 32.6 → 31.0 (ShuffleNet); its base ShuffleNet"
-        " has 2.5 MMACs more than ours.",
+        "The SE blocks are those of `inject_se(model, divisor=1, bias=False)`. MobileNet 1.0 is"
+        " timm's `mobilenetv1_100`, with SE blocks after its 13 pointwise convolutions"
+        ' (`exclude="bn1"`) or after the stem too. ShuffleNet is `examples/shufflenet.py` with'
+        ' `where="units"`. Its units of stride 1 add their input, and those of stride 2 concatenate'
+        " it. The columns s and ss are as above, and this table fits s. The top-1 errors in the"
+        " paper are 28.4 → 25.3 (MobileNet) and 32.6 → 31.0 (ShuffleNet). Its base ShuffleNet has"
+        " 2.5 MMACs more than ours.",
     )
 
 
@@ -402,17 +405,18 @@ def page() -> Iterator[str]:
     yield "# The paper's tables"
     yield ""
     yield (
-        "Networks of Hu et al., *Squeeze-and-Excitation Networks* (arXiv 1709.01507, journal"
-        " version), each built by one option of `inject_se` and counted; beside them the paper's"
-        " figures. M: millions of parameters; GMACs: what the paper calls GFLOPs, for one image of"
-        " 224×224. Errors (top-1/top-5 in %, ImageNet, single crop) are the paper's: nothing was"
-        " trained here."
+        "These are networks of Hu et al., *Squeeze-and-Excitation Networks* (arXiv 1709.01507,"
+        " journal version). Each is built by one option of `inject_se` and counted, and the paper's"
+        " figures are beside the counts. M are millions of parameters. GMACs are what the paper"
+        " calls GFLOPs, for one image of 224×224. The errors (top-1/top-5 in %, ImageNet, single"
+        " crop) are the paper's, because nothing was trained here."
     )
     yield ""
     yield (
         "Made by `python examples/paper_tables.py docs/paper.md` with timm"
         f" {version('timm')} and torch {version('torch').partition('+')[0]}. Table 12 (gates) is"
-        ' `gate="relu"`, `"tanh"`, `"sigmoid"`; a gate costs no parameters and no MACs.'
+        ' not shown. Its options are `gate="relu"`, `"tanh"` and `"sigmoid"`, and a gate costs no'
+        " parameters and no MACs."
     )
     for make in TABLES:
         table = make()

@@ -1,7 +1,7 @@
-"""The networks of the paper's Tables 2 and 3 that are not all residual, counted in two ways.
+"""Counts the networks of the paper's Tables 2 and 3 that are not all residual, in two ways.
 
-The paper does not say what it counts of an SE block. "s": its layers and the scale; "ss": its
-layers, the squeeze and the scale. Both are given.
+The paper does not say which parts of an SE block it counts, so there are two counts: "s" has its
+layers and the scale, and "ss" has its layers, the squeeze and the scale.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from se_inject.report.count import count_costs
 
 @dataclass(frozen=True)
 class UnitCount:
-    """A network without and with SE blocks; parameters, and MACs for an image of 224 pixels."""
+    """What a network has without and with SE blocks. MACs are for one image of 224 pixels."""
 
     sites: int
-    params: tuple[int, int]
-    base: int
-    s: int
-    ss: int
+    params: tuple[int, int]  # without and with SE blocks
+    base: int  # MACs without SE blocks
+    s: int  # MACs with their layers and the scale
+    ss: int  # MACs with the squeeze too
 
 
 def count_units(model: nn.Module, **options: Any) -> UnitCount:
@@ -45,7 +45,7 @@ def count_units(model: nn.Module, **options: Any) -> UnitCount:
 
 
 def rows_of_table_2() -> list[tuple[str, ...]]:
-    """GMACs."""
+    """The rows of Table 2, in GMACs."""
     vgg = load_model("torchvision/vgg16_bn", meta=True)
     counted = {
         ("VGG-16 (BN)", "15.47 → 15.48", "27.02/8.81 → 25.22/7.70"): count_units(vgg),
@@ -66,7 +66,7 @@ def rows_of_table_2() -> list[tuple[str, ...]]:
 
 
 def rows_of_table_3() -> list[tuple[str, ...]]:
-    """Millions of parameters and of MACs."""
+    """The rows of Table 3, in millions of parameters and of MACs."""
     mobilenet = load_model("mobilenetv1_100", meta=True)
     counted = {
         ("MobileNet", "4.2 → 4.7", "569 → 572"): count_units(mobilenet, exclude="bn1"),

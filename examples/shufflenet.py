@@ -1,7 +1,7 @@
 """ShuffleNet 1x with three groups (Zhang et al., arXiv 1707.01083), a base of the paper's Table 3.
 
-A unit of stride 1 adds its input; one of stride 2 concatenates the pooled input. Neither timm nor
-torchvision has it: theirs are ShuffleNetV2.
+A unit of stride 1 adds its input, and a unit of stride 2 concatenates the pooled input. Neither
+timm nor torchvision has this network. torchvision has only ShuffleNetV2.
 """
 
 import torch
@@ -20,7 +20,7 @@ def conv(c_in: int, c_out: int, size: int = 1, stride: int = 1, groups: int = 1)
 
 
 class Unit(nn.Module):
-    """Grouped pointwise convolution, shuffle, depthwise convolution, grouped pointwise one."""
+    """A grouped pointwise convolution, a shuffle, a depthwise and another pointwise convolution."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, groups: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Unit(nn.Module):
 
 
 class ShuffleNet(nn.Module):
-    """For images [N, 3, 224, 224]."""
+    """The whole network, for images [N, 3, 224, 224]."""
 
     def __init__(self, num_classes: int = 1000) -> None:
         super().__init__()

@@ -86,7 +86,7 @@ def _entry_point(name: str, base: str) -> Callable[..., nn.Module]:
 
     build.__name__ = build.__qualname__ = name
     build.__module__ = __name__
-    build.__doc__ = f"timm's ``{base}`` with SE blocks; takes the options of ``inject_se`` too."
+    build.__doc__ = f"timm's ``{base}`` with SE blocks. It takes the options of ``inject_se`` too."
     return build
 
 
@@ -113,7 +113,7 @@ def _build(name: str, base: str, pretrained: bool, kwargs: dict[str, Any]) -> nn
     build = timm.model_entrypoint(base)
     model: Any = build(pretrained=pretrained and not with_blocks, **kwargs)
     size, channels = kwargs.get("img_size"), kwargs.get("in_chans", 3)
-    # The configuration keeps the size of the pretrained weights.
+    # The configuration of the model has the image size of the pretrained weights, not this one.
     if size is not None and plan is None:
         sides = (size, size) if isinstance(size, int) else tuple(size)
         own["example_input"] = torch.empty(2, channels, *sides, device="meta")

@@ -1,7 +1,7 @@
-"""The command line (Typer): each command parses, calls and prints.
+"""The command line, built with Typer: it collects the commands and reports their errors.
 
-Tables go to stdout, warnings and errors to stderr. Exit status: 0 done, 1 a clear error on one
-or two lines, 2 wrong usage.
+Tables go to stdout, and warnings and errors go to stderr. The exit status is 0 when a command is
+done, 1 after an error (a message of one or two lines), and 2 for wrong usage.
 """
 
 import io
@@ -24,12 +24,12 @@ from se_inject.cli.report import report
 from se_inject.cli.zoo import zoo
 from se_inject.errors import SEInjectError
 
-_MARKUP: Literal["markdown"] = "markdown"  # of the help
-_NARROW = 70  # columns; below, the help is a plain list
+_MARKUP: Literal["markdown"] = "markdown"  # the markup of the help texts
+_NARROW = 70  # columns; on a narrower terminal the help is a plain list
 
 
 class _DefaultReport(typer.core.TyperGroup):
-    """``se-inject MODEL`` is ``se-inject report MODEL``."""
+    """Makes ``se-inject MODEL`` short for ``se-inject report MODEL``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {name for param in self.get_params(ctx) for name in param.opts}
@@ -83,7 +83,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows "?" for "×"
             stream.reconfigure(errors="replace")
-    # The frames that rich draws around the help would cut the names of options.
+    # On a narrow terminal the frames that rich draws around the help cut the names of options.
     narrow = shutil.get_terminal_size().columns < _NARROW
     app.rich_markup_mode = None if narrow else _MARKUP
     try:
@@ -91,9 +91,9 @@ def main() -> None:
         sys.stdout.flush()
     except SEInjectError as error:
         _fail(str(error))
-    except Warning as warning:  # python -W error makes errors of warnings
+    except Warning as warning:  # python -W error turns warnings into errors
         _fail(f"{warning} (a warning, which -W error makes an error)")
-    except OSError as error:  # a full disk, a closed pipe
+    except OSError as error:  # such as a full disk or a closed pipe
         _fail(f"cannot write: {error}")
 
 

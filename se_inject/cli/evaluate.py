@@ -1,4 +1,4 @@
-"""``se-inject evaluate``: what the best network of a run is worth."""
+"""``se-inject evaluate``: measure the chosen network of a run."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""``se-inject export``: a trained network in a form that needs no se_inject to load."""
+"""``se-inject export``: write a trained network in a form that loads without se_inject."""
 
 import contextlib
 import json
@@ -121,7 +121,8 @@ def export(
                 "the run says what its base is: leave out all but --output and --format"
             )
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        # torch and onnxscript warn of their own deprecations, some of which name another module.
+        # torch and onnxscript warn of their own deprecations. Some of these warnings name another
+        # module, so FutureWarning is ignored as a whole.
         warnings.filterwarnings("ignore", module="torch|onnxscript")
         warnings.filterwarnings("ignore", category=FutureWarning)
         if weights is None:

@@ -1,4 +1,4 @@
-"""``se-inject finetune``: train a network with SE blocks, and go on with a run."""
+"""``se-inject finetune``: train a network with SE blocks, or go on with a run that was stopped."""
 
 import json
 import sys
@@ -120,7 +120,7 @@ def finetune(
 
 
 def _draw_page(folder: Path) -> Path | None:
-    """Write the page of the run; the run is finished and kept whatever happens here."""
+    """Write the page of the run. An error here is only a warning: the run itself is complete."""
     from se_inject.finetune.after.page import write_page
 
     try:
@@ -135,7 +135,7 @@ def _draw_page(folder: Path) -> Path | None:
 
 
 def _with_whole_paths(settings: Settings) -> Settings:
-    """The run can then go on from another working directory."""
+    """Make the paths absolute, so that the run can go on from another working directory."""
     paths = {"data_dir": settings.data_dir, "checkpoint": settings.checkpoint}
     if settings.data and Path(settings.data).expanduser().exists():
         paths["data"] = settings.data
@@ -184,7 +184,7 @@ def _share(spread: dict[str, Any]) -> str:
 
 
 def _about(arm: str, row: dict[str, Any]) -> list[str]:
-    """Which epoch the figures are of, and the figures that a large class does not flatter."""
+    """Say which epoch was chosen, and give the figures that one large class cannot raise alone."""
     epochs = row["best_epoch"]
     which = "the last" if row["select"] == "last" else "the best"
     chosen = ", ".join(map(str, epochs))

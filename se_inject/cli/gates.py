@@ -1,4 +1,4 @@
-"""``se-inject gates``: what the gates of a trained network do."""
+"""``se-inject gates``: show what the gates of a trained network do."""
 
 import contextlib
 import json
@@ -75,10 +75,10 @@ def gates(
 ) -> None:
     """Say what each SE block does over many images: idle, constant, saturated, by class or image.
 
-    A gate begins at 1. The columns: its mean; its spread over the images, between the classes and
-    within a class (standard deviations), and the share of the variance that the class explains;
-    then the shares of channels whose gate is always near 1 (idle), does not vary (fixed), is always
-    near 0 (shut) or near its maximum. A sentence of advice ends the table.
+    A gate begins at 1. The table shows its mean, its spread over the images, between the classes
+    and within a class (standard deviations), and the share of the variance that the class explains.
+    Then come the shares of channels whose gate is always near 1 (idle), does not vary (fixed), is
+    always near 0 (shut) or is always near its maximum. A sentence of advice follows the table.
 
     Examples:
 
@@ -103,7 +103,7 @@ def gates(
     from se_inject.keep.restore import restore_model
     from se_inject.report.console import print_table
 
-    with contextlib.redirect_stdout(sys.stderr):  # what a user's builder prints is no report
+    with contextlib.redirect_stdout(sys.stderr):  # keeps prints of a user's builder out of stdout
         if weights is None:
             folder = Path(target).expanduser()
             run = use.load_run(folder, trust_code=trust_code)

@@ -1,4 +1,4 @@
-"""What the commands of fine-tuning need before anything of Lightning is imported."""
+"""What the commands of fine-tuning share: --trust-code, and a check for Lightning."""
 
 import importlib.util
 import logging
@@ -19,7 +19,11 @@ TrustCode = Annotated[
 
 
 def need_lightning() -> None:
-    """Raise an :class:`ArgumentError` where the extra is not installed; else make it quiet."""
+    """Check that Lightning is installed, and silence its tips and deprecation warnings.
+
+    Raises:
+        ArgumentError: the extra is not installed.
+    """
     if importlib.util.find_spec("lightning") is None:
         raise ArgumentError(
             "this command needs Lightning, which is not installed:"
@@ -27,7 +31,7 @@ def need_lightning() -> None:
         )
     import lightning.pytorch  # noqa: F401  # sets the levels of its loggers
 
-    # Tips, devices and its own deprecations; errors still come through.
+    # This hides tips, lists of devices and Lightning's own deprecations. Errors still get through.
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.")

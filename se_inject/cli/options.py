@@ -1,7 +1,7 @@
-"""Options of commands, made from the fields of a dataclass: each knob is written once.
+"""Makes the options of commands from the fields of a dataclass, so that each is written only once.
 
-A field that was made by :func:`se_inject.plan.injection.option` has its default, its help and what
-else Typer should know. A command takes the options of a whole dataclass in one parameter:
+A field that :func:`se_inject.plan.injection.option` made holds its default, its help and whatever
+else Typer needs to know. A command takes the options of a whole dataclass in one parameter:
 
     @expand
     def report(model: str, injection: Injection) -> None: ...             # all fields, as an object
@@ -26,12 +26,12 @@ from se_inject.names import Patterns
 from se_inject.plan.injection import Ratio
 
 _CONTEXT = "context_of_the_options"
-AUTO = "auto"  # what stands for a number that is to be found
+AUTO = "auto"  # the word that stands for a number that the program is to find
 
 
 @dataclass(frozen=True)
 class Only:
-    """The command takes these fields; the others keep their defaults."""
+    """The fields that a command takes as options. The other fields keep their defaults."""
 
     fields: tuple[str, ...]
 
@@ -40,16 +40,19 @@ class Only:
 
 
 class Given(dict[str, Any]):
-    """The values that stand on the command line, by the name of their field."""
+    """The values that the user gave on the command line, by the names of their fields."""
 
 
 def flag(name: str) -> str:
-    """The option of a field, as the user writes it: ``--batch-size`` of ``batch_size``."""
+    """The option of a field as the user writes it: ``--batch-size`` for ``batch_size``."""
     return "--" + name.replace("_", "-")
 
 
 def expand(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as Typer takes it: each parameter of a dataclass becomes that class's options."""
+    """Return the command in the form that Typer takes.
+
+    Each parameter whose type is a dataclass is replaced by the options of that dataclass.
+    """
     own = inspect.signature(command, eval_str=True).parameters
     groups = {name: group for name, p in own.items() if (group := _group_of(p.annotation))}
     parameters: list[inspect.Parameter] = []
@@ -84,7 +87,7 @@ class _Group:
 
     kind: type[Any]
     only: tuple[str, ...] | None
-    given: bool  # the command wants what the user gave, and no object
+    given: bool  # whether the command wants only the values that the user gave, not an object
 
     def options(self) -> Iterator[tuple["Field[Any]", Any]]:
         hints = typing.get_type_hints(self.kind)
@@ -93,7 +96,7 @@ class _Group:
                 yield field, hints[field.name]
 
     def build(self, values: dict[str, Any], context: typer.Context) -> Any:
-        """The object, or what was given; its values are taken out of ``values``."""
+        """Build the object, or the ``Given``, and take its values out of ``values``."""
         own: dict[str, Any] = {}
         for field, hint in self.options():
             value, alias = values.pop(field.name), values.pop(_alias_of(field), None)
@@ -127,7 +130,7 @@ def _alias_of(field: "Field[Any]") -> str:
 
 
 def _parameters(field: "Field[Any]", hint: Any) -> Iterator[inspect.Parameter]:
-    """The option of a field, and a hidden one where it had another name once."""
+    """The option of a field, and a hidden option if the field once had another name."""
     yield _parameter(field, hint)
     if "alias" in field.metadata:
         hidden = typer.Option(field.metadata["alias"], hidden=True)
@@ -159,7 +162,7 @@ def _parameter(field: "Field[Any]", hint: Any) -> inspect.Parameter:
     elif hint == str | SELayer | None:
         hint = str | None
     elif typing.get_origin(hint) is typing.Literal and "metavar" not in extra:
-        # Typer puts no spaces between the values, and a narrow terminal breaks them in a word.
+        # Typer puts no spaces between the values, so a narrow terminal breaks lines within a word.
         info = typer.Option(flag(field.name), metavar=" | ".join(typing.get_args(hint)), **extra)
     elif can_be_auto:
         for limit in ("min", "max"):
@@ -176,7 +179,7 @@ def _parameter(field: "Field[Any]", hint: Any) -> inspect.Parameter:
 
 
 def _or_auto(kind: type[int] | type[float]) -> Callable[[str], Any]:
-    """The word "auto", or a number."""
+    """Make a parser that takes the word "auto" or a number."""
 
     def parse(text: str) -> Any:
         try:
@@ -188,7 +191,7 @@ def _or_auto(kind: type[int] | type[float]) -> Callable[[str], Any]:
 
 
 def _in_python(hint: Any, value: Any) -> Any:
-    """A value of the command line as the field has it."""
+    """Convert a value of the command line to the type of its field."""
     if hint == Ratio:
         return parse_ratio(value)
     if hint == Patterns:
@@ -197,15 +200,16 @@ def _in_python(hint: Any, value: Any) -> Any:
 
 
 def parse_ratio(values: Sequence[str]) -> int | dict[str, int]:
-    """``r`` of the API from ``--r`` values: a number, or globs with numbers.
+    """Convert the values of ``--r`` to the ``r`` of the API: one number, or a number for each glob.
 
-    A number without a glob is for all blocks that no glob matches.
+    A number without a glob is used for all blocks that no glob matches.
 
     >>> parse_ratio(["16"]), parse_ratio(["layer4.*=32,layer1.*=8", "16"])
     (16, {'layer4.*': 32, 'layer1.*': 8, '*': 16})
 
     Raises:
-        typer.BadParameter: no whole number, or two for one glob.
+        typer.BadParameter: a value is not a whole number or has an empty glob, or the same blocks
+            get two numbers.
     """
     ratios: dict[str, int] = {}
     rest: list[int] = []
@@ -232,5 +236,5 @@ def parse_ratio(values: Sequence[str]) -> int | dict[str, int]:
     if not ratios:
         return rest[0]
     if rest:
-        ratios["*"] = rest[0]  # last: the globs before it win
+        ratios["*"] = rest[0]  # it comes last, so that the globs before it win
     return ratios

@@ -1,4 +1,4 @@
-"""``se-inject page``: what a run found, on one page."""
+"""``se-inject page``: show what a run found on one page."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def page(
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
-    """Write RUN/page.html, one file that shows what a run found and opens without a network.
+    """Write RUN/page.html, one file that shows what a run found and opens offline.
 
     The page has the data, the curves, the verdict, the figures of each class, the gates of the SE
     blocks, the cost, and the command that repeats the run. finetune writes it at its end too.

@@ -1,4 +1,4 @@
-"""``se-inject predict``: what the best network of a run says of images."""
+"""``se-inject predict``: predict the classes of images with the chosen network of a run."""
 
 import json
 import sys

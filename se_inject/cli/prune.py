@@ -1,4 +1,4 @@
-"""``se-inject prune``: take SE blocks that hardly matter out of the network of a run."""
+"""``se-inject prune``: remove SE blocks that hardly matter from the network of a run."""
 
 import copy
 import json
@@ -82,7 +82,7 @@ def prune(
         _say(status, benchmark)
         savings = measure_savings(before, trained.network, benchmark=benchmark)
     path = output.expanduser() if output else run / "pruned.safetensors"
-    # All tensors: folding has changed some of the base, whatever the run had trained.
+    # All tensors are saved, because folding changes some of the base, whatever the run has trained.
     save_network(trained.network, path, base_is_known=False)
     if as_json:
         data_of = {**folding.to_dict(), "savings": savings.to_dict(), "file": str(path)}

@@ -1,4 +1,4 @@
-"""``se-inject report MODEL``: what SE blocks would add to a network."""
+"""``se-inject report MODEL``: show what SE blocks would add to a network."""
 
 import contextlib
 import json
@@ -122,7 +122,8 @@ def report(
     given: dict[str, object] = {"--json": as_json, "--benchmark": benchmark, "--plot": plot}
     given |= {"--show": show, "--diagram": diagram}
     wanted = [name for name, value in given.items() if value not in (None, False)]
-    if len(wanted) > 1 and (show, diagram) != (None, None):  # each of which prints one thing alone
+    # --show and --diagram print one thing alone, so neither goes with any of the others.
+    if len(wanted) > 1 and (show, diagram) != (None, None):
         raise typer.BadParameter(f"{wanted[0]} and {wanted[-1]} exclude each other")
     if (diagram is None) != (output is None):
         raise typer.BadParameter(
@@ -145,7 +146,7 @@ def report(
     from se_inject.report.plot import plot_costs, time_sites
     from se_inject.report.summary import print_report, report_dict
 
-    with contextlib.redirect_stdout(sys.stderr):  # what a user's builder prints is no report
+    with contextlib.redirect_stdout(sys.stderr):  # keeps prints of a user's builder out of stdout
         place = check_device(device or "cpu") if benchmark else None
         network = load_model(model, in_chans=in_chans, meta=place is None)
         size = input_size(model, network, img_size, in_chans)

@@ -1,4 +1,4 @@
-"""``se-inject zoo``: what can be injected in every model of the libraries."""
+"""``se-inject zoo``: plan and inject every model of timm and torchvision, and count the results."""
 
 import json
 from enum import StrEnum

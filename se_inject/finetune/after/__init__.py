@@ -1,6 +1,6 @@
-"""What a finished run is good for.
+"""What can be done with a finished run.
 
-trained.py     its chosen network; evaluate.py measures it, predict.py asks it
-looked.py      the images that its gates are looked at with
-page.py        ``page.html``; page_figures.py draws its pictures
+trained.py     loads its chosen network; evaluate.py measures it, predict.py predicts with it
+looked.py      gives the images on which its gates are observed
+page.py        writes ``page.html``; page_figures.py draws its pictures
 """

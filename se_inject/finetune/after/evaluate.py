@@ -1,4 +1,4 @@
-"""What a run is good for afterwards: measure its chosen network on images."""
+"""Measures the chosen network of a finished run on images."""
 
 import csv
 import re
@@ -20,14 +20,18 @@ from se_inject.finetune.figures.measure import by_class, measure
 from se_inject.finetune.figures.pictures import confusion_picture
 from se_inject.keep.atomic import atomic_write
 
-__all__ = ["evaluate", "load_run", "predict"]  # all that is done with a finished run
+__all__ = ["evaluate", "load_run", "predict"]  # what the commands need for a finished run
 
 
 def evaluate(run: Trained, folder: Path, data: str | None = None) -> dict[str, Any]:
-    """The accuracy in all and by class; the confusion matrix goes into the run folder.
+    """Measure the accuracy overall and by class, and write the confusion matrix into the folder.
 
-    Where ``data`` is given, all its images count unless it has a validation part of its own, and
-    the matrix lies beside that of the run.
+    Args:
+        data: other data to measure on: their validation part or, if they have none, all of their
+            images. Their matrix is written beside that of the run.
+
+    Raises:
+        DataError: the other data have other classes.
     """
     settings = run.settings if data is None else replace(run.settings, data=data)
     split = open_split(settings, folder) if data is None else open_split(settings, whole=True)
@@ -65,7 +69,7 @@ def evaluate(run: Trained, folder: Path, data: str | None = None) -> dict[str, A
 
 
 def _trained_on(run: Trained, folder: Path, split: Split) -> int:
-    """How many of the images that are now validated on the run was trained on."""
+    """The number of images that are measured now although the run was trained on them."""
     val = split.parts["val"]
     if not isinstance(val.source, Folder):
         return 0
@@ -77,7 +81,10 @@ def _trained_on(run: Trained, folder: Path, split: Split) -> int:
 def _write_matrix(
     matrix: Tensor, run: Trained, folder: Path, data: str | None
 ) -> tuple[Path, Path]:
-    """A table and a picture; the rows are the true classes. Those of other data have its name."""
+    """Write the matrix as a table and as a picture, whose rows are the true classes.
+
+    With other data, the names of both files end with the name of the data.
+    """
     name = "confusion" + ("" if run.arm == run.settings.arms[0] else f"-{run.arm}")
     if data is not None:
         name += "-of-" + (re.sub(r"[^\w.-]+", "-", Path(data).resolve().name) or "data")

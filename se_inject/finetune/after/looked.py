@@ -1,4 +1,4 @@
-"""The images that the gates of a finished network are looked at with."""
+"""The images on which the gates of a trained network are observed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from se_inject.finetune.options.settings import Settings
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches (images, labels), as often as they are asked for; unreadable images are left out."""
+    """Batches of (images, labels), which can be iterated repeatedly, without unreadable images."""
 
     images: Images
     settings: Settings
@@ -30,10 +30,12 @@ class Batches:
 
 
 def split_of_run(run: Trained, folder: Path, data: str | None = None) -> Split:
-    """The images of a run, or other ones, all of which count where they have no validation part.
+    """The images of a run, or those of other data.
+
+    If the other data have no validation part, all of their images take its place.
 
     Raises:
-        DataError: the other images have other classes.
+        DataError: the other data have other classes.
     """
     if data is None:
         return open_split(run.settings, folder)
@@ -44,13 +46,13 @@ def split_of_run(run: Trained, folder: Path, data: str | None = None) -> Split:
 
 
 def batches_of_run(run: Trained, split: Split) -> Batches:
-    """The validation images of a split, as the network of a run wants them."""
+    """The validation images of a split, prepared for the network of a run."""
     opened = data_of(split, run.settings, run.data_config, run.settings.seed)
     return Batches(opened.val, run.settings, run.classes)
 
 
 def batches_of_model(network: nn.Module, settings: Settings) -> Batches:
-    """All images of ``settings.data``, or its validation part, as timm prepares them for it."""
+    """The validation part of ``settings.data``, or else all images, prepared for the network."""
     config = timm.data.resolve_model_data_config(network)
     opened = data_of(open_split(settings, whole=True), settings, config, settings.seed)
     return Batches(opened.val, settings, opened.classes)

@@ -1,6 +1,6 @@
-"""``page.html`` of a run folder: all that a run found, in one file that opens without a network.
+"""``page.html`` of a run folder: all that a run found, in one file that loads nothing else.
 
-The page needs no script. Its pictures are inline SVG, but for the samples of the data (PNG).
+The page needs no script. Its pictures are inline SVG, and the samples of the data are PNG.
 """
 
 import copy
@@ -34,19 +34,21 @@ from se_inject.plan.table import MODEL_ITSELF
 from se_inject.report.saved import Savings, measure_savings
 
 PAGE = "page.html"
-_SAMPLES = 12  # classes of which an image is shown
-_MATRIX = 20  # classes; of more, the pairs that are taken for each other most often are listed
-_PAIRS = 20
+_SAMPLES = 12  # the most classes of which an image is shown
+_MATRIX = 20  # the most classes that the confusion matrix is shown for
+_PAIRS = 20  # with more classes, so many of the most frequent mistakes are listed instead
 
 
 def write_page(folder: Path, *, trust_code: bool = False, benchmark: bool = False) -> Path:
     """Write the page of a finished run into its folder.
 
-    The chosen network runs over the validation images twice: to be measured, and for its gates. A
-    run of --train head, norm or bias has no SE blocks, and its page says nothing of gates and cost.
+    The chosen network runs over the validation images twice: once to measure it, and once to
+    observe its gates. A run with --train head, norm or bias has no SE blocks, so its page says
+    nothing about gates and cost.
 
     Raises:
-        ArgumentError, CheckpointError, DataError: as of :func:`load_run` and :func:`evaluate`.
+        ArgumentError, CheckpointError, DataError: for the same reasons as :func:`load_run` and
+            :func:`evaluate`, or because metrics.csv is damaged.
     """
     run = load_run(folder, trust_code=trust_code)
     summary = json.loads((folder / "summary.json").read_text())
@@ -94,13 +96,13 @@ def _template() -> jinja2.Template:
 
 
 def _counts(split: Split) -> list[tuple[str, list[int]]]:
-    """Each class and how many images of it each part has."""
+    """Each class with the number of its images in each part."""
     columns = list(split.counts().values())
     return [(name, [column[i] for column in columns]) for i, name in enumerate(split.classes)]
 
 
 def _samples(split: Split) -> Iterator[tuple[str, str]]:
-    """Classes, evenly chosen, each with its first training image that can be read."""
+    """Evenly spaced classes, each with its first training image that can be read."""
     part, total = split.parts["train"], len(split.classes)
     for i in range(min(total, _SAMPLES)):
         label = i * total // min(total, _SAMPLES)
@@ -140,7 +142,7 @@ def _read_matrix(folder: Path) -> Tensor:
 
 
 def _matrix(folder: Path, classes: Sequence[str]) -> list[tuple[str, list[tuple[int, float]]]]:
-    """Each true class with its counts and their shares of the row; empty for many classes."""
+    """Each true class with its counts and their shares of the row, or nothing for many classes."""
     if len(classes) > _MATRIX:
         return []
     matrix = _read_matrix(folder)
@@ -152,7 +154,7 @@ def _matrix(folder: Path, classes: Sequence[str]) -> list[tuple[str, list[tuple[
 
 
 def _pairs(folder: Path, classes: Sequence[str]) -> list[tuple[str, str, int]]:
-    """The classes that are most often taken for each other: true, predicted, images."""
+    """The most frequent mistakes, each as (true class, predicted class, number of images)."""
     if len(classes) <= _MATRIX:
         return []
     matrix = _read_matrix(folder)
@@ -166,7 +168,7 @@ def _pairs(folder: Path, classes: Sequence[str]) -> list[tuple[str, str, int]]:
 
 
 def _about_se(run: Trained, split: Split, benchmark: bool) -> dict[str, Any]:
-    """What the page says of the SE blocks: their gates and their cost."""
+    """What the page says about the SE blocks: their gates and their cost."""
     statistics = gate_statistics(run.network, batches_of_run(run, split), run.classes)
     return {
         "advice": advice(statistics),
@@ -188,7 +190,7 @@ def _gate_pictures(statistics: GateStatistics) -> Iterator[tuple[str, str]]:
 
 
 def _cost(run: Trained, benchmark: bool) -> Savings | None:
-    """Of the network without its SE blocks, and with them."""
+    """The cost with and without the SE blocks, or None if it cannot be counted."""
     plain = remove_se(copy.deepcopy(run.network))
     try:
         return measure_savings(run.network, plain, benchmark=benchmark)
@@ -200,9 +202,9 @@ def _cost(run: Trained, benchmark: bool) -> Savings | None:
 
 
 def command_of(settings: Settings) -> str:
-    """The command line of a run: all options that are not the defaults.
+    """The command line that repeats a run, with all options that differ from their defaults.
 
-    Paths below the working directory are written as they would be typed there.
+    Paths below the working directory are written relative to it.
     """
     words = ["se-inject", "finetune", settings.model, "--data", _typed(settings.data)]
     for field in dataclasses.fields(settings):

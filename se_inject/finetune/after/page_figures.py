@@ -1,4 +1,4 @@
-"""The pictures of a run's page: matplotlib's SVG as a part of HTML, in light and in dark."""
+"""The pictures of a run's page: matplotlib's SVG within HTML, on a light or dark background."""
 
 import base64
 import io
@@ -18,18 +18,18 @@ _SAMPLE = 56  # pixels, the side of a sample image
 
 
 def inline_svg(figure: "Figure", name: str) -> str:
-    """A figure as an ``<svg>`` element; what is black in it takes the colour of the page's text.
+    """Write a figure as an ``<svg>`` element, in which the page's text colour replaces black.
 
     Args:
-        name: what the picture shows, for those who hear the page. The ids inside begin with it,
-            because all pictures of a page share one space of ids.
+        name: what the picture shows, for people who have the page read to them. The ids inside are
+            hashed with it, because all pictures of a page share one space of ids.
     """
     import matplotlib
 
     settings: Any = {"svg.hashsalt": name, "svg.fonttype": "none"}
     for axes in figure.axes:
         if legend := axes.get_legend():
-            legend.get_frame().set_alpha(0)  # no white patch on a dark page
+            legend.get_frame().set_alpha(0)  # it would be a white patch on a dark page
     out = io.StringIO()
     with matplotlib.rc_context(settings):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
@@ -40,7 +40,7 @@ def inline_svg(figure: "Figure", name: str) -> str:
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     label = name.replace("&", "&amp;").replace('"', "&quot;")
     rest = rest.replace("#000000", "currentColor")
-    # A hundredth of a point is finer than any screen, and half of the file is digits behind it.
+    # A hundredth of a point is finer than any screen. More digits would fill half of the file.
     rest = re.sub(r'\b(d|x|y|transform)="[^"]*"', lambda m: _rounded(m.group()), rest)
     return f'{head} role="img" aria-label="{label}">{rest}'
 

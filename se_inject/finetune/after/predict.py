@@ -1,4 +1,4 @@
-"""Ask the chosen network of a run about images: many at a time, whatever is wrong with some."""
+"""Predicts the classes of images with the chosen network of a run, even if some are unreadable."""
 
 import csv
 import glob
@@ -62,7 +62,7 @@ def images_of(words: Sequence[str]) -> list[Path]:
 def predict_all(
     run: Trained, paths: Sequence[Path], *, count: int = 3, batch_size: int = 64
 ) -> Iterator[Prediction]:
-    """What the network says of each image, in order; an unreadable one says why it is so."""
+    """Predict the classes of each image, in order. For an unreadable image, say what is wrong."""
     _, transform = transforms(run.settings, run.data_config)
     batches = DataLoader(_Files(paths, transform), batch_size=batch_size, collate_fn=_together)
     for images, reasons in batches:
@@ -81,7 +81,7 @@ def predict(run: Trained, path: Path, count: int = 3) -> list[tuple[str, float]]
     """The likeliest classes of one image, with their probabilities.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the image cannot be read.
     """
     [found] = predict_all(run, [path], count=count)
     if found.error:
@@ -90,7 +90,7 @@ def predict(run: Trained, path: Path, count: int = 3) -> list[tuple[str, float]]
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction], count: int) -> None:
-    """One row an image: its path, the likeliest classes with their probabilities, or the error."""
+    """Write a row for each image: its path, and its likeliest classes or what is wrong with it."""
     columns = ["path"]
     for rank in range(1, count + 1):
         end = "" if rank == 1 else f"_{rank}"

@@ -1,4 +1,4 @@
-"""The chosen network of a run, ready to be measured and asked."""
+"""Loads the chosen network of a run, ready to be measured and to predict."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,10 +32,10 @@ class Trained:
     classes: tuple[str, ...]
     data_config: dict[str, Any]  # how timm prepares images for it
     arm: ArmName = "se"
-    mirrored: bool = False  # --tta: the mean over each image and its mirror image
+    mirrored: bool = False  # --tta: whether to average over each image and its mirror image
 
     def scores(self, images: Tensor) -> Tensor:
-        """The scores of images [N, C, H, W], as [N, classes] in float32 on the CPU."""
+        """The scores [N, classes] of images [N, C, H, W], in float32 on the CPU."""
         if not self.mirrored:
             return self._scores(images)
         both = [self._scores(x).softmax(1) for x in (images, images.flip(-1))]
@@ -48,17 +48,18 @@ class Trained:
 
 
 def load_run(folder: Path, *, trust_code: bool = False, arm: ArmName = "se") -> Trained:
-    """The best network of a finished run.
+    """Load the best network of a finished run.
 
     Args:
-        trust_code: import the ``module:callable`` that the configuration names.
-        arm: with SE blocks, or the control; of several seeds the best on the validation images.
-            A run of --train head, norm or bias has the network without SE blocks alone.
+        trust_code: whether to import the ``module:callable`` that the configuration names.
+        arm: the network with SE blocks, or the control. Of several seeds, the one with the best
+            validation accuracy is taken. A run with --train head, norm or bias has only a network
+            without SE blocks, which is then loaded in any case.
 
     Raises:
-        ArgumentError: the folder has no finished run or no such arm, or names code and is not
+        ArgumentError: the folder has no finished run or no such arm, or it names code and is not
             trusted.
-        CheckpointError: its files are damaged.
+        CheckpointError: the files of the run are damaged.
     """
     settings = read_config(folder)
     check_code(settings.model, folder, trusted=trust_code)
@@ -75,12 +76,12 @@ def load_run(folder: Path, *, trust_code: bool = False, arm: ArmName = "se") -> 
 
 
 def _with_se(settings: Settings, best: Path, classes: int) -> tuple[nn.Module, dict[str, Any]]:
-    # The file holds all that was trained; only a base that stayed frozen is fetched again.
+    # The file holds all that was trained. Only a base that stayed frozen must be loaded again.
     network, config = base_of(replace(settings, pretrained=False, checkpoint=None))
     network = with_head(network, classes)
     if read_header(best).differing(network):
         network, config = base_of(settings)
-        if blocks_of(network):  # --checkpoint was of save_se
+        if blocks_of(network):  # save_se wrote the file of --checkpoint
             remove_se(network)
         network = with_head(network, classes)
     load_se(network, best, se_layer=settings.se_layer)
@@ -88,7 +89,7 @@ def _with_se(settings: Settings, best: Path, classes: int) -> tuple[nn.Module, d
 
 
 def _best_control(folder: Path) -> Path:
-    """The weights of the control arm; of several seeds the best on the validation images."""
+    """The weights of the control arm. Of several seeds, the best validation accuracy decides."""
     arms = [path.parent for path in sorted(folder.glob(f"control-*/{ARM}"))]
     if not arms:
         raise ArgumentError(f"{folder} has no control arm: it was trained without --control.")
@@ -96,7 +97,7 @@ def _best_control(folder: Path) -> Path:
 
 
 def _without_se(settings: Settings, best: Path, classes: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The network without SE blocks; its file is a whole state dict."""
+    """Load the network without SE blocks. Its file is a whole state dict."""
     network, config = base_of(replace(settings, pretrained=False, checkpoint=None))
     network = with_head(network, classes)
     try:

@@ -1,8 +1,8 @@
-"""What ``--data`` names -> labelled images, the same in every run.
+"""The labelled images that ``--data`` names, the same in every run.
 
-sources.py    digits, folders, tables, shards, hub and torchvision, by their names
-folders.py    folders of images; images.py opens one
-tables.py     ``FILE.csv``; shards.py WebDataset; hub.py Hugging Face
-parts.py      the parts train, val and test; divide.py divides, split.py keeps it in the run
-loading.py    a part -> batches: order and augmentation follow seed and epoch
+sources.py    opens what a name stands for: digits, a folder, a table, shards, or a library's data
+folders.py    reads folders of images; images.py opens a single image
+tables.py     reads ``FILE.csv``; shards.py reads WebDataset; hub.py reads Hugging Face
+parts.py      the parts train, val and test; divide.py makes them, split.py keeps them in the run
+loading.py    turns a part into batches; their order and augmentation follow from seed and epoch
 """

@@ -1,4 +1,4 @@
-"""A new division of the images: by the parts that the data have, else a share of each class."""
+"""Divides the images of a new run: by the parts that the data have, or else class by class."""
 
 import hashlib
 import warnings
@@ -17,13 +17,14 @@ from se_inject.names import few, plural
 
 
 def divide(sources: Mapping[str, Source], settings: Settings, *, whole: bool) -> Split:
-    """Divide the images by the parts that the data have, else by ``--val-split``.
+    """Divide the images by the parts that the data have, or else by ``--val-split``.
 
     Args:
-        whole: validate on all images where there is no validation part, instead of a share.
+        whole: if the data have no validation part, validate on all images instead of a share.
 
     Raises:
-        DataError: there are no images, one class only, or training and validation do not fit.
+        DataError: there are no images or only one class, or the classes of the parts do not fit
+            together.
     """
     train, where = sources["train"], f"--data {settings.data}"
     if len(train) == 0:
@@ -73,7 +74,11 @@ def _all_of(source: Source, classes: Sequence[str], kind: str) -> Part:
 
 
 def split(labels: Sequence[int], share: float) -> tuple[list[int], list[int]]:
-    """Indices for training and validation, the same share of each class, always the same ones."""
+    """Divide indices into those for training and those for validation, the same ones every time.
+
+    Validation gets this share of each class. But of two images or more it gets at least one, and
+    training always keeps at least one.
+    """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
     counts = Counter(labels)
     wanted = {
@@ -99,7 +104,7 @@ def _warn_of_gaps(result: Split) -> None:
 
 
 def _warn_of_copies(result: Split) -> None:
-    """Say which files are the same in two classes or in two parts."""
+    """Warn of identical files that lie in two classes or in two parts."""
     across_classes, across_parts = [], []
     for group in _copies(result):
         images = [name for name, _, _ in group]
@@ -117,7 +122,7 @@ def _warn_of_copies(result: Split) -> None:
 
 
 def _copies(result: Split) -> Iterator[list[tuple[str, str, str]]]:
-    """Groups of files that are the same: name, class and part of each."""
+    """Groups of identical files, each file with its name, class and part."""
     by_size: dict[int, list[tuple[str, str, str]]] = defaultdict(list)
     folders = [p.source for p in result.parts.values() if isinstance(p.source, Folder)]
     if not folders:
@@ -134,7 +139,7 @@ def _copies(result: Split) -> Iterator[list[tuple[str, str, str]]]:
 
 
 def _ends_of(path: Path, size: int) -> bytes:
-    """A hash of the first and the last bytes: enough for pictures of one size, and soon read."""
+    """A hash of the first and the last bytes, which tells files of the same size apart quickly."""
     span = 1 << 16
     with path.open("rb") as file:
         start = file.read(span)

@@ -1,7 +1,7 @@
-"""A folder of images: which of its folders are splits, which are classes, and what is no data.
+"""A folder of images: which of its folders are splits, which are classes, and what is not data.
 
-The classes are the first level below the data folder, or below each of its split folders; deeper
-folders belong to their class.
+The classes are the folders directly below the data folder, or directly below each of its split
+folders. All that lies deeper in a class folder belongs to that class.
 """
 
 import os
@@ -18,7 +18,7 @@ from se_inject.errors import DataError
 from se_inject.finetune.data.images import is_image, is_junk, to_rgb
 from se_inject.names import few
 
-# The names of the parts that data come in, in any case.
+# The names that the folders of the parts may have, in upper or lower case.
 TRAIN, VAL, TEST = ("train", "training"), ("val", "valid", "validation", "dev"), ("test", "testing")
 PARTS: Mapping[str, Sequence[str]] = {"train": TRAIN, "val": VAL, "test": TEST}
 
@@ -30,11 +30,11 @@ _ALIKE = re.compile(
 
 
 class Folder:
-    """The images of class folders, each with its path relative to the data folder as its name."""
+    """The images of class folders. The name of an image is its path relative to the data folder."""
 
     def __init__(self, root: Path, found: Sequence[tuple[str, str]]) -> None:
         """``found`` has the class and the path below ``root`` of each image."""
-        # A set sorted by natural_key alone has no order for "a1" and "a01", which are equal by it.
+        # natural_key alone would leave the order of "a1" and "a01" open, which it takes as equal.
         self.classes = tuple(sorted({c for c, _ in found}, key=lambda c: (natural_key(c), c)))
         index = {name: i for i, name in enumerate(self.classes)}
         ordered = sorted(found, key=lambda entry: (natural_key(entry[1]), entry[1]))
@@ -51,9 +51,9 @@ class Folder:
 
 
 def open_folder(root: Path) -> dict[str, Folder]:
-    """The parts of a folder: train, and val and test where it has them.
+    """Open the parts of a folder: train, and also val and test if it has them.
 
-    Warns of the files and folders that are left out.
+    A warning counts the files and folders that are left out.
 
     Raises:
         DataError: it is not clear which folders are splits, or images lie beside the classes.
@@ -70,12 +70,12 @@ def open_folder(root: Path) -> dict[str, Folder]:
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """Which folder each part is in; all of it is to train where there are no split folders."""
+    """Find the folder of each part. Without split folders, the whole folder is the part train."""
     folders = [path for path in _entries(root) if path.is_dir()]
     known: dict[str, list[Path]] = {part: [] for part in PARTS}
     for path in folders:
         for part, words in PARTS.items():
-            # A class may be named so: a folder of a split has folders of classes.
+            # A class may have such a name too, but only a split has class folders in it.
             if path.name.lower() in words and _has_class_folders(path):
                 known[part].append(path)
     names = {part: [path.name for path in paths] for part, paths in known.items() if paths}
@@ -110,7 +110,7 @@ _WANTED = (
 
 
 def _class_images(root: Path, top: Path, left: Counter[str]) -> Iterator[tuple[str, str]]:
-    """Class and relative path of each image below the class folders of ``top``."""
+    """The class and the relative path of each image below the class folders of ``top``."""
     for entry in _entries(top):
         if entry.is_dir():
             count = 0
@@ -130,12 +130,12 @@ def _class_images(root: Path, top: Path, left: Counter[str]) -> Iterator[tuple[s
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files of a folder and of those below it, but for junk."""
+    """All files in a folder and in the folders below it, except junk."""
     return _files(folder, set())
 
 
 def _files(folder: Path, above: set[str]) -> Iterator[Path]:
-    """All files below; a link that leads up again is not followed."""
+    """All files below a folder. A link that leads back to a folder above it is not followed."""
     real = os.path.realpath(folder)
     if any(up == real or up.startswith(real.rstrip(os.sep) + os.sep) for up in above):
         return

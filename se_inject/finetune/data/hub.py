@@ -17,7 +17,10 @@ from se_inject.names import few
 
 
 class Rows:
-    """The rows of a data set, each with an image and a label; a bad image is an error by itself."""
+    """The rows of a data set, each with an image and a label.
+
+    Images are decoded one by one when they are asked for, so that a bad image spoils no other.
+    """
 
     def __init__(self, dataset: Any, image: str, label: str, part: str) -> None:
         from datasets import ClassLabel
@@ -48,10 +51,10 @@ class Rows:
 
 
 def open_hub(settings: Settings, name: str) -> Mapping[str, Rows]:
-    """The parts of a data set by the names of its splits; its columns by the types of its features.
+    """Open the parts of a data set, by the names of its splits and the types of its columns.
 
     Raises:
-        DataError: it has no training split, or it is not clear which columns are meant.
+        DataError: there is no training split, or it is not clear which columns are meant.
     """
     import datasets
 
@@ -77,7 +80,7 @@ def open_hub(settings: Settings, name: str) -> Mapping[str, Rows]:
 def _column(
     settings: Settings, what: str, given: str | None, features: Any, kinds: tuple[type, ...]
 ) -> str:
-    """The column that is given, or the only one of the wanted type."""
+    """The column that the user gave, or else the one that fits by its type or its name."""
     fitting: list[str] = [name for name, feature in features.items() if isinstance(feature, kinds)]
     if given is not None:
         if given not in features:

@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-# Pillow knows these formats and cannot decode them by itself.
+# Pillow knows these formats, but it cannot decode them by itself.
 _STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-# A file of another extension, or of none, is an image if its first bytes are those of one of these.
+# A file without a known extension is an image if its first bytes are those of one of these formats.
 _SNIFFED = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # What systems and tools leave beside people's images.
 _JUNK = {"__macosx", "thumbs.db", "desktop.ini", "lost+found"}
 
 
 def is_junk(name: str) -> bool:
-    """Whether a file or folder of this name is hidden or left behind, and so is no data."""
+    """Whether the name says that a file or folder is hidden or was left behind by a system."""
     return name.startswith(".") or name.lower() in _JUNK
 
 
 def is_image(path: Path) -> bool:
-    """Whether Pillow opens such a file: by its extension, else by its first bytes."""
+    """Whether Pillow can open a file, by its extension or else by its first bytes."""
     if path.suffix.lower() in extensions():
         return True
     try:
@@ -34,10 +34,10 @@ def is_image(path: Path) -> bool:
 
 @functools.cache
 def extensions() -> frozenset[str]:
-    """The extensions of what Pillow decodes, with those of the plugins that are installed."""
+    """The extensions of the formats that Pillow and its installed plugins decode."""
     for plugin, register in (
         ("pillow_heif", "register_heif_opener"),
-        ("pillow_avif", None),  # registers itself
+        ("pillow_avif", None),  # it registers itself
     ):
         with contextlib.suppress(ImportError):
             module = importlib.import_module(plugin)
@@ -48,10 +48,12 @@ def extensions() -> frozenset[str]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image upright, with eight bits a channel, RGB; of an animation the first frame.
+    """Turn an image upright and convert it to RGB with eight bits in each channel.
 
-    Pillow alone would clip deeper greys to white. 16 bits are divided by 257; other numbers keep
-    their order: by 257 too where they fit into 16 bits and not into 8, and from 0 to 1 are shares.
+    Of an animation the first frame is taken. Pillow alone would clip greys of more than eight bits
+    to white. Here 16-bit greys are divided by 257. Other greys are scaled by their largest value:
+    floats up to 1 are multiplied by 255, values up to 255 stay as they are, values up to 65,535
+    are divided by 257, and larger ones are scaled so that the largest becomes 255.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":

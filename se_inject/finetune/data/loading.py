@@ -1,4 +1,4 @@
-"""Images with labels, the same in every run: order and augmentation follow seed and epoch."""
+"""Batches of labelled images. Their order and augmentation follow from the seed and the epoch."""
 
 import random
 import zlib
@@ -20,14 +20,14 @@ from se_inject.finetune.data.parts import Part, Split
 from se_inject.finetune.data.split import open_split
 from se_inject.finetune.options.settings import Settings
 
-NO_IMAGE = -1  # the label of what is no image
-Sample = tuple[Tensor, int, str]  # image, label, and what is wrong with it
-Batch = tuple[Tensor, Tensor, list[str]]  # images, labels, and what was unreadable
+NO_IMAGE = -1  # the label of a place that has no image, or an unreadable one
+Sample = tuple[Tensor, int, str]  # an image, its label, and what is wrong with it
+Batch = tuple[Tensor, Tensor, list[str]]  # images, labels, and messages about unreadable images
 
 
 @dataclass(frozen=True)
 class Data:
-    """The sets of a run, all with the same classes; the test set where the data have one."""
+    """The sets of a run, which all have the same classes. ``test`` is None if there is none."""
 
     classes: tuple[str, ...]
     train: "Images"
@@ -36,10 +36,10 @@ class Data:
 
 
 class Images(Dataset[Sample]):
-    """Transformed images and labels; a black one, with what is wrong, for an unreadable image.
+    """Transformed images with their labels. A black image stands for an unreadable one.
 
-    Random transforms draw from numbers that belong to seed, epoch and index alone, so a run that
-    was stopped sees, when it goes on, what it would have seen.
+    The random numbers of a transform follow from the seed, the epoch and the index alone. So a run
+    that goes on after a stop sees the same images as it would have seen without the stop.
     """
 
     def __init__(self, part: Part, transform: Any, seed: int) -> None:
@@ -72,32 +72,32 @@ class Images(Dataset[Sample]):
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed that follows from all the numbers, the same in every process."""
+    """A seed that follows from all the numbers and is the same in every process."""
     return zlib.crc32(repr(numbers).encode())
 
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Random numbers of Python, NumPy and torch that follow from ``numbers``; then as before."""
+    """Seed Python, NumPy and torch from ``numbers``, and restore their states afterwards."""
     with isolate_rng(include_cuda=False):
         seed = seed_of(*numbers)
         random.seed(seed)
         np.random.seed(seed)
-        # torch.manual_seed would ask every kind of device too, which takes longer than to prepare a
-        # small image. The numbers on the CPU are the same.
+        # torch.manual_seed would ask every kind of device too, which takes longer than preparing a
+        # small image. The random numbers on the CPU are the same.
         torch.default_generator.manual_seed(seed)
         yield
 
 
 class Order(DistributedSampler[Any]):
-    """torch's order by seed and epoch, split over the processes; tells its images the epoch.
+    """torch's order by seed and epoch, divided among the processes. It tells its images the epoch.
 
-    All processes have as many batches, or they would wait for each other: in training the first
-    images come twice, as torch has it; in validation, where each image counts once, there is
-    nothing (None) in their place. Lightning calls ``set_epoch`` before it starts the workers.
+    All processes must have the same number of batches, or they would wait for each other. So in
+    training torch repeats the first images. In validation each image must count only once, so None
+    takes the place of a repeated image. Lightning calls ``set_epoch`` before it starts the workers.
     """
 
-    balanced = False  # draw as many images of each class, with repetition
+    balanced = False  # whether to draw equally many images of each class, with repetition
 
     def _drawn(self) -> Iterator[int]:
         assert isinstance(self.dataset, Images)
@@ -125,7 +125,7 @@ class Order(DistributedSampler[Any]):
 def loader(
     images: Images, settings: Settings, *, training: bool, epoch: int, rank: int, world: int
 ) -> DataLoader[Any]:
-    """The batches of one process; all processes together see batches of ``settings.batch_size``."""
+    """The batches of one process. All processes together have ``settings.batch_size`` images."""
     order = Order(images, world, rank, shuffle=training, seed=images.seed, drop_last=False)
     order.balanced = training and settings.sampler == "balanced"
     order.set_epoch(epoch)
@@ -134,7 +134,7 @@ def loader(
         images,
         batch_size=size,
         sampler=order,
-        # A last batch of one image has no statistics for a BatchNorm.
+        # A BatchNorm has no statistics if the last batch has a single image.
         drop_last=training and len(order) > size,
         num_workers=settings.workers,
         collate_fn=collate,
@@ -143,15 +143,16 @@ def loader(
 
 
 def balanced_weights(images: Images, classes: int) -> Tensor:
-    """A weight for each class, so that all classes weigh the same and the mean image 1."""
+    """A weight for each class. All classes weigh the same, and an image weighs 1 on average."""
     counts = torch.tensor(images.labels).bincount(minlength=classes).clamp(min=1)
     return len(images) / (classes * counts.float())
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """A batch without what is no image; where nothing else is left, that stays, as NO_IMAGE.
+    """Make a batch of the samples that have an image.
 
-    So no batch is empty: a process that skipped a step would leave the others waiting.
+    If none of them has one, the black images stay in the batch with the label NO_IMAGE. So no batch
+    is empty: a process that skipped a step would leave the others waiting.
     """
     unreadable = [why for _, _, why in samples if why]
     good = [sample for sample in samples if sample[1] != NO_IMAGE] or samples
@@ -186,7 +187,11 @@ def data_of(split: Split, settings: Settings, config: dict[str, Any], seed: int)
 
 
 def transforms(settings: Settings, config: dict[str, Any]) -> tuple[Any, Any]:
-    """timm's transforms for the network, to train and to validate; digits are not mirrored."""
+    """timm's transforms for the network: those for training, and those for validation.
+
+    Raises:
+        ArgumentError: timm does not know the augmentation of ``--aa``.
+    """
     size = settings.img_size
     config = {**config, **({"input_size": (3, size, size)} if size else {})}
     try:
@@ -200,7 +205,7 @@ def transforms(settings: Settings, config: dict[str, Any]) -> tuple[Any, Any]:
             color_jitter=settings.color_jitter,
             re_prob=settings.reprob,
         )
-    except Exception as error:  # timm reads the words with asserts and look-ups
+    except Exception as error:  # timm reads --aa with asserts and look-ups
         if settings.aa is None:
             raise
         raise ArgumentError(
@@ -211,7 +216,7 @@ def transforms(settings: Settings, config: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _hflip(settings: Settings) -> float:
-    """A mirrored digit is another character or none."""
+    """The share of mirrored images. By default it is 0 for digits: a mirrored digit is none."""
     if settings.hflip is None:
         return 0.0 if settings.data == "digits" else 0.5
     return settings.hflip

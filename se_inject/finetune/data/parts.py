@@ -23,25 +23,25 @@ class Part:
 
 @dataclass(frozen=True)
 class Split:
-    """The images of a run: ``parts`` has train, val and, where the data have one, test."""
+    """The images of a run. ``parts`` has train and val, and also test if the data have one."""
 
     classes: tuple[str, ...]
     parts: Mapping[str, Part]
 
     def counts(self) -> dict[str, list[int]]:
-        """How many images of each class each part has."""
+        """The number of images of each class in each part."""
         found = {name: Counter(part.labels) for name, part in self.parts.items()}
         return {name: [c[i] for i in range(len(self.classes))] for name, c in found.items()}
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """Name, class and part of each image."""
+        """The name, the class and the part of each image."""
         for name, part in self.parts.items():
             for image, label in zip(part.names, part.labels, strict=True):
                 yield image, self.classes[label], name
 
 
 def limited(split: Split, limit: int | None) -> Split:
-    """At most so many images of each part: one of each class in turn, in the order of the data."""
+    """Keep at most ``limit`` images of each part. The classes take turns, one image at a time."""
     if limit is None:
         return split
     parts = {}
@@ -57,7 +57,10 @@ def limited(split: Split, limit: int | None) -> Split:
 
 
 def table_of(result: Split) -> list[str]:
-    """The images of each class in each part, in lines; the first and last few of many classes."""
+    """The lines of a table that counts the images of each class in each part.
+
+    If there are many classes, only the first and the last few are shown.
+    """
     counts, total = result.counts(), len(result.classes)
     shown = [*range(total)] if total <= 12 else [*range(5), -1, *range(total - 5, total)]
     rows = [["class", *counts]]

@@ -16,10 +16,10 @@ from se_inject.finetune.options.settings import Settings
 
 
 class Shards:
-    """WebDataset shards: tar files in which ``KEY.jpg`` (or png, webp) has its label ``KEY.cls``.
+    """The images of tar files, in which ``KEY.jpg`` (or png, ...) has its label in ``KEY.cls``.
 
-    The tar files are indexed once and then read at random, so that order and resuming are those
-    of any other data; the ``webdataset`` package would only stream them.
+    The tar files are indexed once and then read in any order, so that shuffling and resuming work
+    as for all other data. The ``webdataset`` package could only stream them.
     """
 
     def __init__(self, files: Sequence[Path], root: Path) -> None:
@@ -57,7 +57,9 @@ class Shards:
 
 
 def open_shards(settings: Settings, name: str) -> Mapping[str, Shards]:
-    """The parts as ``info.json`` or the names of the shards tell them; else all is to train.
+    """Open the parts. ``info.json`` or the names of the shards say which shard is in which part.
+
+    If no shard is named for training, all shards without a part are for training.
 
     Raises:
         DataError: there are no shards.
@@ -86,12 +88,12 @@ def open_shards(settings: Settings, name: str) -> Mapping[str, Shards]:
 
 
 def _words(stem: str) -> list[str]:
-    """``flowers-train-0001`` -> flowers, train."""
+    """The words in the name of a shard: ``flowers-train-0001`` has flowers and train."""
     return [word.lower() for word in re.split(r"[^A-Za-z]+", stem)]
 
 
 def _key(name: str) -> tuple[str, str]:
-    """Key and extension as WebDataset has them, divided at the first dot of the file name."""
+    """The key and the extension, which WebDataset divides at the first dot of the file name."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return folder + slash + stem, extension

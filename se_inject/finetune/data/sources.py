@@ -1,8 +1,8 @@
 """Where labelled images come from: digits, folders, tables, shards, the data sets of libraries.
 
-Every source has ``len``, ``classes`` (their names), ``labels`` (the index of the class of each
-image, known without decoding one), ``names`` (what tells the images of the data apart, the same
-whenever the data are opened) and ``source[i]``, an RGB image with its label.
+Every source has a length, and ``source[i]`` is an RGB image with its label. ``classes`` has the
+names of the classes. ``labels`` has the class index of each image, without decoding any image.
+``names`` has a name for each image, which is the same whenever the data are opened.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,10 +36,10 @@ class Source(Protocol):
 
 
 def open_sources(settings: Settings) -> Mapping[str, Source]:
-    """What ``--data`` names: the part ``train``, and ``val`` and ``test`` where the data have them.
+    """Open what ``--data`` names: the part ``train``, and ``val`` and ``test`` if it has them.
 
     Raises:
-        DataError: there is no such data, or it cannot be read.
+        DataError: there are no such data, or they cannot be read.
     """
     data = settings.data
     if not data.strip():
@@ -52,7 +52,7 @@ def open_sources(settings: Settings) -> Mapping[str, Source]:
             return _LIBRARIES[kind](settings, name)
         except DataError:
             raise
-        except Exception as error:  # of a library that downloads and unpacks
+        except Exception as error:  # a library that downloads and unpacks may raise anything
             raise DataError(
                 f"--data {data} cannot be loaded ({type(error).__name__}: {first_line(error)})."
             ) from error
@@ -68,7 +68,7 @@ def open_sources(settings: Settings) -> Mapping[str, Source]:
 
 
 class InMemory:
-    """Grey images [N, H, W] of 8 bits, as RGB images."""
+    """Grey images [N, H, W] with 8 bits, which are given as RGB images."""
 
     def __init__(self, pixels: Any, labels: list[int], classes: tuple[str, ...]) -> None:
         self.pixels, self.labels, self.classes = pixels, labels, classes
@@ -85,7 +85,7 @@ class InMemory:
 
 
 class Digits(InMemory):
-    """scikit-learn's 1,797 real handwritten digits, 8x8 pixels."""
+    """scikit-learn's 1,797 real handwritten digits of 8x8 pixels."""
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
@@ -103,7 +103,7 @@ class Pairs:
         labels = getattr(dataset, "targets", None)
         if labels is None:
             labels = getattr(dataset, "labels", getattr(dataset, "_labels", None))
-        if labels is None:  # no other way than to look at all of them
+        if labels is None:  # then every pair must be loaded to see its label
             labels = [dataset[i][1] for i in range(len(dataset))]
         self.labels = [int(label) for label in labels]
         self.names = [f"{part}/{i}" for i in range(len(self.labels))]
@@ -118,7 +118,7 @@ class Pairs:
         return to_rgb(image), int(label)
 
 
-# Of these, torchvision has training and test images, and none to choose a network by.
+# For these data sets torchvision has training and test images, but no validation images.
 _WITH_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 
 
@@ -126,7 +126,7 @@ def _torchvision(settings: Settings, name: str) -> Mapping[str, Source]:
     root = Path(settings.data_dir or ".").expanduser()
     root.mkdir(parents=True, exist_ok=True)
     other = "test" if name.lower() in _WITH_TEST else "val"
-    # The processes of a run share the folder: the first one downloads.
+    # The processes of a run share the folder. The first one downloads, and the others wait.
     with FileLock(root / ".se_inject.lock"):
         return {
             part: Pairs(

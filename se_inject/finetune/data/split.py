@@ -1,7 +1,7 @@
-"""Which image is trained on, validated on or kept for the test: ``split.csv`` of a run folder.
+"""``split.csv`` of a run folder says which images are to train, to validate and to test.
 
-A run that goes on, and a run that is evaluated, use that list and never divide the images anew: a
-file that came in between would give others to validate on than those that were not trained on.
+A run that goes on or is evaluated uses that list, and never divides the images anew. If a file was
+added in between, a new division would validate on images that the network was trained on.
 """
 
 import csv
@@ -23,14 +23,15 @@ SPLIT, CLASSES = "split.csv", "classes.json"
 
 
 def open_split(settings: Settings, run: Path | None = None, *, whole: bool = False) -> Split:
-    """The images of a run, as its folder says or, where it says nothing, divided now.
+    """Open the images of a run, divided as its folder says or, if it does not say, divided now.
 
     Args:
         run: the folder of a run that has begun.
-        whole: validate on all images where there is no validation part, instead of a share.
+        whole: if the data have no validation part, validate on all images instead of a share.
 
     Raises:
-        DataError: there are no images, one class only, or training and validation do not fit.
+        DataError: there are no images or only one class, or the classes of the parts do not fit
+            together, or the listed images do not exist.
     """
     sources = open_sources(settings)
     if run is not None and (run / SPLIT).exists():
@@ -73,7 +74,7 @@ def _recorded(sources: Mapping[str, Source], run: Path, settings: Settings) -> S
         found.setdefault(part, []).append((source, index, classes.index(label)))
     recorded = {name for name, _, _ in rows}
     came = [name for name in now if name not in recorded]
-    # A file that was moved into another class has another path now.
+    # A file that was moved into the folder of another class is found by its name.
     by_file = defaultdict(list)
     for name in came:
         by_file[PurePosixPath(name).name].append(name)
@@ -100,7 +101,7 @@ def _recorded(sources: Mapping[str, Source], run: Path, settings: Settings) -> S
 
 
 def trained_names(run: Path) -> set[str]:
-    """The names of the images that a run is or was trained on; none where it does not say."""
+    """The names of the images that a run was trained on. The set is empty if it does not say."""
     if not (run / SPLIT).exists():
         return set()
     return {name for name, _, part in _read(run)[1] if part == "train"}
@@ -122,7 +123,7 @@ def _read(run: Path) -> tuple[tuple[str, ...], list[tuple[str, str, str]]]:
 
 
 def _moved(new: str, old: str) -> bool:
-    """Whether two paths differ in one folder alone."""
+    """Whether two paths differ in the name of exactly one folder."""
     a, b = PurePosixPath(new).parts, PurePosixPath(old).parts
     return len(a) == len(b) and sum(x != y for x, y in zip(a, b, strict=True)) == 1
 

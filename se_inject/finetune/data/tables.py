@@ -1,4 +1,4 @@
-"""``FILE.csv`` with the columns path, label and, where it says, split."""
+"""``FILE.csv`` with the columns path and label, and optionally split."""
 
 import csv
 from collections.abc import Mapping
@@ -10,10 +10,11 @@ from se_inject.names import few, plural
 
 
 def open_table(path: Path) -> Mapping[str, Folder]:
-    """The images that a table lists; their paths begin at the folder of the table.
+    """Open the images that a table lists. Their paths are relative to the folder of the table.
 
     Raises:
-        DataError: it has other columns, names files that are not there, or an unknown split.
+        DataError: the table cannot be read, has other columns, has no training images, or has a
+            row with a missing file, a repeated file or an unknown split.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:

@@ -1,6 +1,6 @@
-"""What a network and a run are worth: figures, tables and pictures.
+"""How good a network and a run are: figures, tables and pictures.
 
-measure.py     a network on a set of images: accuracies, balanced and by class
-results.py     the summary of a run and its verdict
-pictures.py    curves and the confusion matrix
+measure.py     measures a network on a set of images: its accuracies, overall and by class
+results.py     makes the summary of a run and its verdict
+pictures.py    draws the curves and the confusion matrix
 """

@@ -1,4 +1,4 @@
-"""What a network is worth on a set of images: figures that a large class cannot make alone."""
+"""How good a network is on a set of images, also by figures that one large class cannot raise."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,15 +21,16 @@ TOP5_FROM = 6  # with five classes or fewer, one of the five likeliest is always
 
 @dataclass(frozen=True)
 class Figures:
-    """Of a confusion matrix whose rows are the true classes; shares between 0 and 1."""
+    """The figures of a confusion matrix, as shares between 0 and 1."""
 
     top1: float
-    balanced: float  # mean of the recalls of the classes that have images
-    macro_f1: float  # mean of the F1 of the same classes
-    majority: float  # the share of the largest class, which is had by guessing
+    balanced: float  # the mean recall of the classes that have images
+    macro_f1: float  # the mean F1 of the same classes
+    majority: float  # the share of the largest class, which a network reaches by always naming it
 
 
 def figures_of(matrix: Tensor) -> Figures:
+    """The figures of a confusion matrix [classes, classes] whose rows are the true classes."""
     _, recall, f1 = by_class(matrix)
     there = matrix.sum(1) > 0
     return Figures(
@@ -41,7 +42,10 @@ def figures_of(matrix: Tensor) -> Figures:
 
 
 def by_class(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Precision, recall and F1 of each class; 0 where nothing was predicted or there is nothing."""
+    """The precision, the recall and the F1 of each class.
+
+    The precision is 0 if the class was never predicted, and the recall is 0 if it has no images.
+    """
     hits = matrix.diag().double()
     predicted, true = matrix.sum(0).clamp(min=1), matrix.sum(1).clamp(min=1)
     f1 = 2 * hits / (matrix.sum(0) + matrix.sum(1)).clamp(min=1)
@@ -50,13 +54,13 @@ def by_class(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found on one set of images."""
+    """What :func:`measure` found on one set of images."""
 
     images: int
     unreadable: list[str]
     matrix: Tensor
     top5: float | None
-    auroc: list[float | None]  # one class against the rest; None where it has no meaning
+    auroc: list[float | None]  # of each class against the rest; None where it is not defined
 
     @property
     def figures(self) -> Figures:
@@ -78,7 +82,7 @@ class Measured:
 def measure(
     scores_of: Callable[[Tensor], Tensor], images: Images, settings: Settings, classes: int
 ) -> Measured:
-    """Measure a function from images [N, C, H, W] to scores [N, classes] on the CPU.
+    """Measure a function that takes images [N, C, H, W] and gives scores [N, classes] on the CPU.
 
     Raises:
         DataError: no image can be read.

@@ -13,7 +13,7 @@ from se_inject.keep.atomic import atomic_write
 
 _COLORS = {"se": "tab:blue", "control": "tab:orange"}
 
-# Fonts of systems that have Chinese, Japanese and Korean letters, after matplotlib's own.
+# Fonts of various systems that have Chinese, Japanese and Korean letters. matplotlib's come first.
 _CJK = (
     *("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Source Han Sans", "Droid Sans"),
     *("WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Hiragino Sans", "PingFang SC", "Yu Gothic"),
@@ -24,7 +24,7 @@ _CJK = (
 
 @contextmanager
 def _drawing() -> Iterator[Any]:
-    """pyplot without a screen, with fonts for the names of classes."""
+    """Give pyplot, set up to draw without a screen and with fonts for the names of classes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,15 +48,15 @@ def curves(
     """Draw loss and accuracy over the epochs, with a line for each arm and seed.
 
     Args:
-        frozen_epochs: after these a line says that the base begins to learn.
-        best: the chosen epoch of each arm and seed; it gets a mark.
+        frozen_epochs: the number of epochs after which a line says that everything learns.
+        best: the chosen epoch of each arm and seed, which is marked with a star.
     """
     with _drawing() as pyplot:
         from matplotlib.ticker import MaxNLocator
 
         figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
         last = max(row["epoch"] for row in rows)
-        seeds = list(dict.fromkeys(row["seed"] for row in rows))  # the later, the paler
+        seeds = list(dict.fromkeys(row["seed"] for row in rows))  # a later seed is paler
         for arm, seed in dict.fromkeys((row["arm"], row["seed"]) for row in rows):
             own = [row for row in rows if (row["arm"], row["seed"]) == (arm, seed)]
             chosen, label = (best or {}).get((arm, seed), 0), f"{arm}, {seed}"
@@ -94,14 +94,15 @@ def _line(
 ) -> None:
     points = [(row["epoch"], factor * row[name]) for row in rows if row.get(name) is not None]
     if len(points) == 1:
-        look.setdefault("marker", ".")  # a line of one point is not seen
+        look.setdefault("marker", ".")  # a line of one point is invisible
     axis.plot([x for x, _ in points], [y for _, y in points], **look)
 
 
 def confusion_picture(matrix: Tensor, classes: Sequence[str], path: Path) -> None:
-    """Draw a confusion matrix: the rows are the true classes, colored by their shares in percent.
+    """Draw a confusion matrix. Its rows are the true classes, and its colors the shares of a row.
 
-    A cell that is not empty says its percentage and count; beyond twenty classes its count alone.
+    A cell that is not empty shows its percentage and its count. With more than 20 classes it shows
+    only its count, and with more than 100 classes nothing.
     """
     count = len(classes)
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)

@@ -1,4 +1,4 @@
-"""What a run says about itself at its end: the summary, the verdict and the rows of figures."""
+"""What a run says about itself at its end: the summary, the verdict and the table of figures."""
 
 import csv
 import statistics
@@ -10,6 +10,7 @@ from se_inject.keep.atomic import atomic_write
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as a CSV file. A row may lack some of the columns."""
     with atomic_write(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(
             file, fieldnames=list(dict.fromkeys(name for row in rows for name in row))
@@ -58,17 +59,18 @@ def _spread(values: list[float]) -> dict[str, float | None]:
 
 
 def _mean_at_best(results: list[dict[str, Any]], name: str) -> float | None:
-    """The mean of a figure of the chosen epochs; None where an older version did not keep it."""
+    """The mean of a figure over the chosen epochs, or None if an older version did not keep it."""
     rows = [row for r in results for row in r["history"] if row["epoch"] == r.get("best_epoch")]
     values = [row[name] for row in rows if row.get(name) is not None]
     return statistics.fmean(values) if values else None
 
 
 def verdict(arms: dict[str, list[dict[str, Any]]]) -> str:
-    """What the arms say, from a paired t-test: both arms of a seed saw the same batches.
+    """Say whether SE blocks helped, from a paired t-test.
 
-    They are compared by figures on which no choice was made: those of the test images, else those
-    of the last epoch. The best of several epochs is better than its network is.
+    The test is paired because both arms of a seed saw the same batches. The arms are compared by
+    figures that had no part in a choice: those on the test images, or else those of the last epoch.
+    The accuracy of the best epoch is too high, because the epoch was chosen by this very accuracy.
     """
     if "se" not in arms:
         return (
@@ -91,7 +93,7 @@ def verdict(arms: dict[str, list[dict[str, Any]]]) -> str:
         return f"{change}. One seed says nothing about the noise: --seeds 3 trains three."
     from scipy.stats import ttest_rel
 
-    with warnings.catch_warnings():  # of differences that are all the same
+    with warnings.catch_warnings():  # scipy warns if all differences are equal
         warnings.simplefilter("ignore", RuntimeWarning)
         interval = ttest_rel(se, control).confidence_interval(0.95)
     margin = (interval.high - interval.low) / 2

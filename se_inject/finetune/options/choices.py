@@ -1,6 +1,7 @@
-"""The options of a fine-tuning run by the panels of its help: type, default, help and limits.
+"""The options of a fine-tuning run, one class for each panel of the help.
 
-Those of the data are in ``data_choices.py``.
+Each option has its type, default, help text and limits. The options of the data are in
+``data_choices.py``.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from se_inject.names import Patterns
 from se_inject.plan.injection import option
 
 Train = Literal["se", "se+head", "all", "head", "norm", "bias"]
-# These values of --train put no SE block into the network: they are what people train instead of an
-# adapter, and so what SE blocks as an adapter are compared with.
+# With these values of --train the network gets no SE blocks. People train these parts instead of an
+# adapter, so SE blocks that serve as an adapter are compared with them.
 WITHOUT_SE = ("head", "norm", "bias")
 BNStats = Literal["auto", "frozen", "moving"]
 Select = Literal["best", "last"]
@@ -27,7 +28,7 @@ _NETWORK, _RECIPE, _MACHINE, _OUTPUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkChoices:
-    """What the network begins with."""
+    """Which weights the network begins with, and its stochastic depth."""
 
     pretrained: bool = option(True, "Begin with the pretrained weights of the library.", **_NETWORK)
     checkpoint: str | None = option(
@@ -170,7 +171,10 @@ class RecipeChoices:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineChoices:
-    """Where and in which arithmetic; all but the precision may change when a run goes on."""
+    """The processes and the arithmetic of a run.
+
+    When a run goes on, all of these but ``precision`` and ``compile`` may change.
+    """
 
     precision: str | None = option(
         None,
@@ -199,7 +203,7 @@ class MachineChoices:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputChoices:
-    """What is kept and where it is told."""
+    """Which weights are kept, and which loggers get the figures."""
 
     select: Select = option(
         "best",

@@ -17,10 +17,10 @@ from se_inject.names import near_names
 
 CONFIG, CONFIG_YAML = "config.json", "config.yaml"
 
-# None of these is None in Python and an empty list in the file.
+# Where the user gives none of these, the field is None in Python and an empty list in the file.
 _LISTS = ("include", "exclude", "logger")
 
-# Names that older versions wrote.
+# Names that older versions wrote, and what they are called now.
 _RENAMED = {"warmup_epochs": "freeze_epochs"}
 
 _WAY_OUT = "Correct it, or begin a new run with another --output folder."
@@ -37,17 +37,18 @@ def to_dict(settings: Settings) -> dict[str, Any]:
 
 
 def write_config(settings: Settings, folder: Path) -> None:
-    """Write the settings for ``--resume``, and the same as YAML for ``--config`` of another run."""
+    """Write the settings as JSON for ``--resume``, and as YAML for ``--config`` of another run."""
     data = to_dict(settings)
     with atomic_write(folder / CONFIG) as part:
         part.write_text(json.dumps(data, indent=2) + "\n")
     with atomic_write(folder / CONFIG_YAML) as part:
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-        part.write_text(f"# --config begins another run so; --resume reads {CONFIG}.\n{text}")
+        about = f"# Begin another run from this file with --config. --resume reads {CONFIG}."
+        part.write_text(f"{about}\n{text}")
 
 
 def read_config(folder: Path) -> Settings:
-    """The settings of the run in a folder.
+    """Read the settings of the run in a folder.
 
     Raises:
         ArgumentError: the folder has no run, or its configuration is damaged.
@@ -66,17 +67,17 @@ def read_config(folder: Path) -> Settings:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Some of the settings, by name, from a file for ``--config``.
+    """Read settings by name from a file for ``--config``, which need not have all of them.
 
     Raises:
-        ArgumentError: it cannot be read, or has a name or value that no setting has.
+        ArgumentError: the file cannot be read, or it has a name or value that no setting has.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ArgumentError(f"--config {path} cannot be read ({first_line(error)}).") from error
     hints = typing.get_type_hints(Settings)
-    if isinstance(data, dict):  # YAML takes 1e-3 for a text: its numbers want a point
+    if isinstance(data, dict):  # YAML reads 1e-3 as a text, because its numbers need a point
         data = {name: _as_number(value, hints.get(name)) for name, value in data.items()}
     return _checked(data, path, "Correct it.")
 
@@ -91,7 +92,7 @@ def _as_number(value: Any, hint: Any) -> Any:
 
 
 def _checked(data: Any, path: Path, way_out: str) -> dict[str, Any]:
-    """The settings that a file has, by name, if this version has such names and values."""
+    """Check that this version knows the names and values of a file, and return them by name."""
     if not isinstance(data, Mapping):
         raise ArgumentError(f"{path} is damaged (it has no settings by name). {way_out}")
     hints = typing.get_type_hints(Settings)
@@ -116,7 +117,7 @@ def _listed(value: Any) -> tuple[str, ...] | None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value as JSON has it is one of a type of the settings."""
+    """Whether a value that was read from a file fits the type of a setting."""
     kind, arguments = typing.get_origin(hint), typing.get_args(hint)
     if kind is Literal:
         return isinstance(value, str) and value in arguments
@@ -128,12 +129,12 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, dict) and all(fits(v, arguments[1]) for v in value.values())
     if hint in (int, float):
         kinds = (int,) if hint is int else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool)  # True is an int of Python
+        return isinstance(value, kinds) and not isinstance(value, bool)  # True is an int in Python
     return hint in (str, bool, type(None)) and isinstance(value, hint)
 
 
 def _words(hint: Any) -> str:
-    """``Literal["a", "b"] | None`` -> one of a, b or null."""
+    """Describe a type in words: ``Literal["a", "b"] | None`` is "one of a, b or null"."""
     kind, arguments = typing.get_origin(hint), typing.get_args(hint)
     if kind is Literal:
         return f"one of {', '.join(arguments)}"

@@ -1,4 +1,4 @@
-"""The options of a fine-tuning run that are of the images and their changes."""
+"""The options of a fine-tuning run for its images and their augmentation."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +12,7 @@ _DATA = {"panel": "Data"}
 
 @dataclass(frozen=True, kw_only=True)
 class DataChoices:
-    """Which images, and how they are drawn and changed."""
+    """Which images a run uses, and how it draws and augments them."""
 
     data: str = option(
         "digits",

@@ -1,6 +1,6 @@
-"""The settings of a fine-tuning run: all of its options, and which of them go together.
+"""The settings of a fine-tuning run: all of its options, and the check that they fit together.
 
-The command line makes its options from the fields, ``config.json`` keeps them.
+The command line makes its options from the fields, and ``config.json`` keeps their values.
 """
 
 import math
@@ -19,7 +19,7 @@ from se_inject.finetune.options.choices import (
 from se_inject.finetune.options.data_choices import DataChoices
 from se_inject.plan.injection import Injection
 
-# What may be another than before when a run goes on: the machine, and nothing that is learnt.
+# What may change when a run goes on. These concern the machine and the loggers, not what is learnt.
 ON_RESUME = ("devices", "nodes", "strategy", "workers", "logger")
 
 
@@ -27,9 +27,9 @@ ON_RESUME = ("devices", "nodes", "strategy", "workers", "logger")
 class Settings(
     Injection, OutputChoices, MachineChoices, RecipeChoices, NetworkChoices, DataChoices
 ):
-    """What ``config.json`` keeps, so that a run can be repeated or gone on with.
+    """All options of a run. ``config.json`` keeps them, so that the run can be repeated or resumed.
 
-    The options of the SE blocks are those of every injection.
+    The options of the SE blocks come from :class:`Injection`, as for every other command.
     """
 
     model: str = field(
@@ -43,7 +43,11 @@ class Settings(
 
     @property
     def base_is_pretrained(self) -> bool:
-        """Whether the base has weights that can be had again; a callable's are its own affair."""
+        """Whether the base begins with weights that can be loaded again.
+
+        A model with a colon in its name has such weights only with ``--checkpoint``, because
+        nothing is known about the weights of a ``module:callable``.
+        """
         from_library = self.pretrained and ":" not in self.model
         return from_library or self.checkpoint is not None
 
@@ -54,26 +58,32 @@ class Settings(
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The networks that a run trains: with SE blocks, and ``control`` without them."""
+        """The networks that a run trains: ``se`` has SE blocks, and ``control`` has none."""
         if self.train in WITHOUT_SE:
             return ("control",)
         return ("se", "control") if self.control else ("se",)
 
     @property
     def frozen_epochs(self) -> int:
-        """The first epochs, in which the base is frozen. To freeze a random one teaches nothing."""
+        """The number of epochs at the start in which the base is frozen.
+
+        By default a random base is not frozen, because its features are not worth learning from.
+        """
         if self.freeze_epochs is not None:
             return self.freeze_epochs
         return 0 if self.base_is_random else min(2, self.epochs - 1)
 
     @property
     def statistics_frozen(self) -> bool:
-        """Whether BatchNorms keep their statistics in phase 2 too; a random base has none yet."""
+        """Whether the BatchNorms of the base keep their statistics in phase 2 too.
+
+        With ``auto`` those of a pretrained base do. A random base has no statistics worth keeping.
+        """
         return self.bn_stats == "frozen" or (self.bn_stats == "auto" and self.base_is_pretrained)
 
     @property
     def loggers(self) -> tuple[str, ...]:
-        """The names of Lightning's loggers, each once; they are given one by one or with commas."""
+        """The names of the loggers, each once. The user gives them one by one or with commas."""
         given = [self.logger] if isinstance(self.logger, str) else self.logger or ()
         return tuple(dict.fromkeys(name.strip() for text in given for name in text.split(",")))
 
@@ -86,7 +96,7 @@ class Settings(
             )
         if not 0 < self.val_split < 1:
             raise ArgumentError(f"--val-split {self.val_split} must be a share between 0 and 1.")
-        if not 0 < self.lr < math.inf:  # nor nan
+        if not 0 < self.lr < math.inf:  # nan fails this too
             raise ArgumentError(f"--lr {self.lr} must be above 0.")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ArgumentError(f"--ema {self.ema} must be at least 0 and below 1.")
@@ -123,7 +133,7 @@ class Settings(
             )
 
     def _check_limits(self) -> None:
-        """Numbers between the limits of their options, which hold for files and Python too."""
+        """Check the limits of the options, which hold for values from files and Python too."""
         for known in fields(self):
             low, high = known.metadata.get("min"), known.metadata.get("max")
             value = getattr(self, known.name)

@@ -1,4 +1,4 @@
-"""Run folders come from other people too: code that one names is imported only where asked for."""
+"""Refuses to import code that a run folder names, because the folder may come from anybody."""
 
 import importlib.util
 import os
@@ -10,13 +10,14 @@ from se_inject.finetune.options.config import CONFIG
 
 
 def check_code(model: str, folder: Path, *, trusted: bool) -> None:
-    """Refuse a run folder whose network would be made by code of the folder, or by any code.
+    """Refuse a run folder whose network is built by code that the user does not trust.
 
     Args:
-        trusted: the user said ``--trust-code``: code is imported, but never out of the folder.
+        trusted: whether the user gave ``--trust-code``. Even then, code that lies in the run folder
+            is never imported.
 
     Raises:
-        ArgumentError: the configuration names code that is not to be imported.
+        ArgumentError: the configuration names code that must not be imported.
     """
     if ":" not in model or model.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return
@@ -32,9 +33,9 @@ def check_code(model: str, folder: Path, *, trusted: bool) -> None:
 
 
 def _places(module: str) -> list[Path]:
-    """Where a module would be read from; nothing is imported, not even its package."""
+    """The paths that a module would be read from. Nothing is imported, not even its package."""
     top, _, rest = module.partition(".")
-    sys.path.insert(0, os.getcwd())  # as the import does
+    sys.path.insert(0, os.getcwd())  # the real import does the same
     try:
         spec = importlib.util.find_spec(top) if top else None
     except (ImportError, ValueError):
@@ -50,10 +51,10 @@ def _places(module: str) -> list[Path]:
 
 def _is_inside(path: Path, folder: Path) -> bool:
     root = folder.resolve()
-    # A module is a file, or a folder of that name.
+    # A module is either a folder with its name or a file with its name and .py.
     return any(p.resolve().is_relative_to(root) for p in (path, path.with_suffix(".py")))
 
 
 def printable(text: str) -> str:
-    """A name as a terminal may show it: control characters are written as their escapes."""
+    """Make a name safe for a terminal: control characters are written as escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

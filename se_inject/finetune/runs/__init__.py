@@ -1,6 +1,6 @@
-"""A run folder: its arms and seeds, one writer, and going on after a stop.
+"""A whole run: its arms and seeds, its folder, and going on after a stop.
 
-trainer.py    one command: ``start`` and ``resume``
-lock.py       one writer a run folder
-records.py    what a run folder says of itself, and edits of its settings
+trainer.py    trains all arms of a run: ``start`` and ``resume``
+lock.py       lets only one process write to a run folder
+records.py    reads what a run folder keeps, and checks edits of its settings
 """

@@ -1,4 +1,4 @@
-"""One writer a run folder: an advisory lock, and who holds it."""
+"""An advisory lock that lets only one process write to a run folder, and a note of who holds it."""
 
 import json
 import os
@@ -20,12 +20,12 @@ _SECONDS_OF_ORPHANS = 60.0
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Be the one process that writes to a run folder; what killed ones left behind is deleted.
+    """Be the only process that writes to a run folder, and delete what killed processes left in it.
 
     The system releases the lock of a process that ends, however it ends.
 
     Raises:
-        ArgumentError: another process writes to the folder, or nobody can.
+        ArgumentError: another process writes to the folder, or the folder cannot be written.
     """
     lock = FileLock(folder / LOCK)
     try:
@@ -49,7 +49,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def _holder_of(folder: Path) -> tuple[int, str] | None:
-    """Process and machine of the writer; None where they cannot be read."""
+    """The process and the machine of the writer, or None if they cannot be read."""
     try:
         found = json.loads((folder / HOLDER).read_text())
         return int(found["pid"]), str(found["host"])

@@ -1,4 +1,4 @@
-"""What a run folder says of itself: ``arm.json``, ``summary.json``, and edits of its settings."""
+"""Reads what a run folder keeps (``arm.json``, ``summary.json``), and checks edited settings."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,8 +12,8 @@ from se_inject.finetune.training.machine import damaged, epochs_done, read_last
 
 ARM, LAST, SUMMARY = "arm.json", "last.ckpt", "summary.json"
 
-# What may be edited in the configuration of a run that has begun: nothing that is learnt follows
-# from it, or it says where the same images lie now.
+# These settings may be edited in the configuration of a run that has begun. They have no effect on
+# what is learnt, or they say where the same images are now.
 HARMLESS = (*ON_RESUME, "data", "data_dir")
 
 _NUMBER = (int, float)
@@ -33,7 +33,7 @@ _OF_ROW = ("arm", "seed", "epoch", "train_loss", "val_loss", "val_acc")
 
 
 def read_arm(path: Path) -> dict[str, Any]:
-    """What one arm with one seed came to.
+    """Read the results of one arm with one seed.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -50,13 +50,13 @@ def read_arm(path: Path) -> dict[str, Any]:
 
 
 def epochs_of(arm: Mapping[str, Any]) -> int:
-    """The epochs that an arm was to have; one that was stopped early has fewer in its history."""
-    settings = arm.get("settings") or {}  # an older version kept none
+    """The number of epochs that an arm was to have. After an early stop its history has fewer."""
+    settings = arm.get("settings") or {}  # older versions did not keep them
     return int(settings.get("epochs", len(arm["history"])))
 
 
 def read_classes(folder: Path) -> tuple[str, ...]:
-    """The classes of a finished run.
+    """Read the classes of a finished run.
 
     Raises:
         ArgumentError: the run is not finished.
@@ -92,12 +92,13 @@ def _read(path: Path, fields: Mapping[str, Any], way_out: str) -> dict[str, Any]
 
 
 def check_edits(settings: Settings, folder: Path) -> None:
-    """Refuse settings under which what was trained already would not be one run with the rest.
+    """Refuse edited settings with which the rest of a run would not fit what is trained already.
 
-    Versions that did not keep the settings beside the weights are not asked.
+    Older versions did not keep the settings beside the weights, so their arms are not checked.
 
     Raises:
-        ArgumentError: a setting is another than when the run began, or more epochs are done.
+        ArgumentError: a setting differs from what it was when the run began, or an arm has more
+            epochs already than the settings ask for.
     """
     now = to_dict(settings)
     for path, done, begun in _begun(folder, settings.epochs):
@@ -121,7 +122,7 @@ def check_edits(settings: Settings, folder: Path) -> None:
 
 
 def _begun(folder: Path, epochs: int) -> Iterator[tuple[Path, int, dict[str, Any]]]:
-    """File, whole epochs and settings of each arm that has begun."""
+    """The file, the number of whole epochs and the settings of each arm that has begun."""
     for path in sorted((*folder.glob(ARM), *folder.glob(f"*/{ARM}"))):
         arm = read_arm(path)
         yield path, len(arm["history"]), arm.get("settings") or {}
@@ -131,7 +132,7 @@ def _begun(folder: Path, epochs: int) -> Iterator[tuple[Path, int, dict[str, Any
         except CheckpointError:
             beside = path.with_name(ARM)
             if beside.exists() and epochs_of(read_arm(beside)) >= epochs:
-                continue  # nobody needs it any more
+                continue  # this checkpoint is not needed any more
             raise
         try:
             begun = dict(read_last(path)["callbacks"]["RunFolder"].get("settings", {}))
@@ -141,7 +142,7 @@ def _begun(folder: Path, epochs: int) -> Iterator[tuple[Path, int, dict[str, Any
 
 
 def _grows(begun: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether the arms that there are stay where they are, and others come."""
+    """Whether all arms that exist keep their folders, and new ones are only added."""
 
     def arms(of: Mapping[str, Any]) -> int:
         return int(of["seeds"]) * (1 + bool(of["control"]))

@@ -1,4 +1,4 @@
-"""One command: the arms and seeds of a run, its folder, and how it goes on after a stop."""
+"""A whole run: its arms and seeds, its folder, and how it goes on after a stop."""
 
 import contextlib
 import dataclasses
@@ -29,21 +29,23 @@ from se_inject.keep.atomic import atomic_write
 def start(
     settings: Settings, folder: Path, console: Console, *, find: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
-    """Begin a run in a new folder, or one that holds nothing of a run.
+    """Begin a run in a new folder, or in a folder that holds no run yet.
 
     Args:
-        find: the settings that are found by trying before the run begins: lr, batch_size.
+        find: the settings, of lr and batch_size, that are found by trials before the run begins.
 
     Raises:
-        ArgumentError: the settings cannot work, or the folder cannot be written or has a run.
-        DataError, UnknownModelError, CheckpointError, TrainingError: as the parts raise them.
+        ArgumentError: the settings cannot work together, or the folder cannot be written or holds
+            a run already.
+        DataError, UnknownModelError, CheckpointError, TrainingError: the data, the model, the
+            weights or the training fail.
     """
     settings.check()
-    # A run that goes on for longer keeps the epochs of its frozen base.
+    # The number is fixed now, so that it stays the same when the run goes on with more epochs.
     settings = dataclasses.replace(settings, freeze_epochs=settings.frozen_epochs)
     if find:
         check_alone(settings)
-    if rank() != 0:  # torchrun's others: the first process writes
+    if rank() != 0:  # one of the other processes of torchrun; only the first one writes
         return _run(settings, folder, console, begun=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,14 +69,14 @@ def resume(
     """Go on with a run from the last whole epoch of each of its arms.
 
     Args:
-        trust_code: import the ``module:callable`` that the configuration names.
-        changes: settings that may differ from those of the run: those of the machine, which hold
-            for this command, and ``epochs``, which the run folder keeps.
+        trust_code: whether to import the ``module:callable`` that the configuration names.
+        changes: settings that replace those of the run. Only ``epochs`` is kept in the run folder.
+            The others (the machine and the loggers) hold for this command alone.
 
     Raises:
-        ArgumentError: the folder has no run, or names code and is not trusted; another process
-            writes to it; its configuration was edited where that would change what is learnt.
-        CheckpointError: its files are damaged.
+        ArgumentError: the folder has no run, or it names code and is not trusted, or another
+            process writes to it, or an edit of its configuration changes what is learnt.
+        CheckpointError: the files of the run are damaged.
     """
     check_code(read_config(folder).model, folder, trusted=trust_code)
     first = rank() == 0
@@ -143,7 +145,7 @@ def _run(settings: Settings, folder: Path, console: Console, *, begun: bool) -> 
 
 
 def _split(settings: Settings, folder: Path, console: Console, *, begun: bool) -> Split:
-    """Which images are for what: as the run folder says, else as they are divided now."""
+    """Divide the images into parts as the run folder says or, if it does not say, anew."""
     recorded = begun and (folder / SPLIT).exists()
     if begun and not recorded:
         warnings.warn(

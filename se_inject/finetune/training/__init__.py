@@ -1,10 +1,10 @@
 """One arm of a run: a network, its images and Lightning.
 
-network.py      MODEL -> the base with its weights, a head for the classes, SE blocks
-prepare.py      what an arm begins with
-recipe.py       the LightningModule: what is frozen when, loss, metrics
-optimizer.py    timm's optimizers and schedules; tune.py finds rate and batch size
-machine.py      processes, the Lightning Trainer, stops; loggers.py its loggers
-callbacks.py    what a run keeps after each epoch; progress.py what it says
-arm.py          all of it: one arm with one seed
+network.py      builds the base that MODEL names, with its weights and a head for the classes
+prepare.py      makes the network and the data that an arm begins with
+recipe.py       the LightningModule: what is frozen when, the loss, the metrics
+optimizer.py    timm's optimizers and schedules; tune.py finds the rate and the batch size
+machine.py      the processes, the Lightning Trainer and stops; loggers.py makes its loggers
+callbacks.py    keeps the results of each epoch; progress.py prints them
+arm.py          puts all of these together: one arm with one seed
 """

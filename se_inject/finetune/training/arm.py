@@ -65,7 +65,7 @@ class Arm:
         balanced = settings.class_weights == "balanced"
         weights = balanced_weights(data.train, classes) if balanced else None
         recipe = Recipe(network, settings, classes, self.seed, prepared.blocks, weights)
-        # The recipe begins with its last phase, in which most learns.
+        # The recipe is still in its last phase here, in which the most parameters learn.
         trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
         sharded = settings.strategy == "fsdp"
         plain = copy.deepcopy(network) if sharded else None
@@ -130,7 +130,10 @@ class Arm:
         }
 
     def _dead_blocks(self, network: nn.Module, example: torch.Tensor) -> list[str]:
-        """Blocks that learn nothing while the base is frozen, where it is and may begin so."""
+        """The blocks that learn nothing while the base is frozen.
+
+        There can be some only if the base is frozen and has no pretrained weights.
+        """
         settings = self.settings
         frozen = settings.train != "all" or settings.frozen_epochs > 0
         if not frozen or settings.base_is_pretrained:
@@ -138,9 +141,9 @@ class Arm:
         return zero_branches(network, example)
 
     def _test(self, network: nn.Module, images: Images, classes: int) -> dict[str, Any]:
-        """The figures of the chosen weights on images that nothing was chosen by."""
+        """Measure the chosen weights on the test images, which had no part in the choice."""
         chosen = load_file(self.folder / "best.safetensors")
-        network.load_state_dict(chosen, strict=False)  # a frozen base is not in the file
+        network.load_state_dict(chosen, strict=False)  # the file leaves out a frozen base
         device = "cuda" if torch.cuda.is_available() else "cpu"
         network.eval().to(device)
         found = measure(

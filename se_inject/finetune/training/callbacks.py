@@ -1,4 +1,4 @@
-"""Callbacks of the Lightning Trainer: what a run keeps, and what it says after each epoch."""
+"""Callbacks of the Lightning Trainer that keep, average or end what a run learns."""
 
 import time
 from collections.abc import Callable
@@ -21,7 +21,10 @@ from se_inject.keep.save import save_se
 
 
 class RunFolder(Callback):
-    """Keeps the metrics of each epoch and the best weights; goes on where a checkpoint was."""
+    """Keeps the metrics of each epoch and the best weights.
+
+    Its state is a part of every checkpoint, so that a resumed run goes on with the same figures.
+    """
 
     def __init__(
         self,
@@ -33,12 +36,12 @@ class RunFolder(Callback):
     ) -> None:
         self.folder, self.arm, self.seed = folder, arm, seed
         self.settings = settings
-        self.plain = plain  # a copy of the network, where the one that learns is sharded
+        self.plain = plain  # an unsharded copy of the network, if the one that learns is sharded
         self.rows: list[dict[str, Any]] = []
         self.best, self.best_loss, self.best_epoch = -1.0, float("inf"), 0
         self.seconds = 0.0
-        self.unreadable: dict[str, None] = {}  # in the order in which they were met
-        self.began = False  # whether a step was taken, and so all of a checkpoint could be read
+        self.unreadable: dict[str, None] = {}  # messages, in the order of the images
+        self.began = False  # whether training began, so that all of a checkpoint could be read
         self._since = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -54,7 +57,7 @@ class RunFolder(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows, self.best = list(state_dict["rows"]), state_dict["best"]
-        # Older versions kept the accuracy alone: of equal ones, the first.
+        # Older versions compared only the accuracy, and of equal epochs they kept the first.
         self.best_loss = state_dict.get("best_loss", float("-inf"))
         first = next((r["epoch"] for r in self.rows if r["val_acc"] == self.best), 0)
         self.best_epoch = state_dict.get("best_epoch", first)
@@ -76,7 +79,7 @@ class RunFolder(Callback):
         self.best, self.best_loss = accuracy, loss
         self.best_epoch = trainer.current_epoch + 1
         network = pl_module.network
-        if self.plain is not None:  # all processes take part in gathering what is sharded
+        if self.plain is not None:  # all processes must take part in gathering the shards
             state = trainer.strategy.lightning_module_state_dict()
             network = self.plain
             if trainer.is_global_zero:
@@ -116,13 +119,16 @@ class RunFolder(Callback):
 
 
 def save_network(network: nn.Module, path: Path, *, base_is_known: bool) -> None:
-    """Write the SE blocks and what was trained; all, where the base is random or has no SE."""
+    """Write the SE blocks and all else that was trained.
+
+    The whole network is written if its base cannot be loaded again or if it has no SE blocks.
+    """
     if blocks_of(network):
         save_se(network, path, extra="trained" if base_is_known else "*")
         return
     from safetensors.torch import save_file
 
-    # On a GPU the network is channels-last, and safetensors takes contiguous tensors alone.
+    # On a GPU the network is channels-last, but safetensors takes only contiguous tensors.
     state = {
         name: value.detach().clone(memory_format=torch.contiguous_format)
         for name, value in network.state_dict().items()
@@ -132,13 +138,13 @@ def save_network(network: nn.Module, path: Path, *, base_is_known: bool) -> None
 
 
 class EarlyStop(EarlyStopping):
-    """Stops an arm whose validation accuracy did not get better, also one that is gone on with."""
+    """Stops an arm whose validation accuracy no longer gets better, also after a resume."""
 
     def __init__(self, epochs: int) -> None:
         super().__init__("val_acc", patience=epochs, mode="max", verbose=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop a run that was killed between the epoch that ended it and the summary."""
+        """Stop at once if the run was killed after its last epoch, but before its summary."""
         if self.wait_count >= self.patience:
             trainer.should_stop = True
 
@@ -146,8 +152,8 @@ class EarlyStop(EarlyStopping):
 class WholeFiles(TorchCheckpointIO):
     """Writes a checkpoint beside the old one and then replaces it.
 
-    Lightning's own goes through the system's folder for temporary files, which may be on another
-    disk: a kill in the middle would then leave half a checkpoint, and no other.
+    Lightning's own class goes through the system's folder for temporary files, which may be on
+    another disk. A process that is killed in the middle would then leave only half a checkpoint.
     """
 
     def save_checkpoint(
@@ -159,13 +165,13 @@ class WholeFiles(TorchCheckpointIO):
 
 
 def average_of(decay: float) -> WeightAveraging:
-    """An exponential moving average of the weights, which is what is validated and kept."""
+    """The callback that averages the weights. The averaged weights are validated and kept."""
     device = "cuda" if torch.cuda.is_available() else None
     return WeightAveraging(device=device, avg_fn=_average(decay))
 
 
 def _average(decay: float) -> Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]:
-    """An exponential moving average that leaves what does not move as it is, to the bit."""
+    """The exponential moving average. A weight that does not change keeps its value to the bit."""
 
     def average(mean: torch.Tensor, current: torch.Tensor, _: Any) -> torch.Tensor:
         current = current.to(mean.device)

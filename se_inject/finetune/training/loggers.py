@@ -1,4 +1,4 @@
-"""Lightning's loggers by the names of ``--logger``; their files lie in the folder of an arm."""
+"""Lightning's loggers, by the names that ``--logger`` takes. They write into an arm's folder."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from se_inject.finetune.options.settings import Settings
 
 
 def loggers_of(settings: Settings, folder: Path) -> list[Logger]:
-    """The loggers of one arm, told the settings.
+    """Make the loggers of one arm, and log the settings with each.
 
     Raises:
         ArgumentError: the package of a logger is not installed.
@@ -38,7 +38,7 @@ def _tensorboard(folder: Path) -> Logger:
 
 
 def _csv(folder: Path) -> Logger:
-    # A run that goes on gets the next version: Lightning begins a file of this kind anew.
+    # A resumed run gets a new version, because Lightning cannot append to a file of this kind.
     return loggers.CSVLogger(folder, name="csv")
 
 
@@ -53,7 +53,7 @@ def _mlflow(folder: Path) -> Logger:
 
 
 def _name(folder: Path) -> str:
-    """``runs/resnet50-flowers/se-0`` -> resnet50-flowers/se-0."""
+    """The name of an arm for a logger: ``runs/resnet50-flowers/se-0`` is resnet50-flowers/se-0."""
     return "/".join(folder.resolve().parts[-2:])
 
 

@@ -29,15 +29,16 @@ from se_inject.finetune.training.recipe import Recipe
 
 
 def rank() -> int:
-    """Which of the processes this is; Lightning reads it from what torchrun or SLURM set."""
+    """The number of this process. Lightning reads it from the variables of torchrun or SLURM."""
     return int(getattr(rank_zero_only, "rank", 0))
 
 
 def processes(settings: Settings) -> int:
-    """How many processes train together.
+    """The number of processes that train together.
 
     Raises:
-        ArgumentError: torchrun or SLURM started another number, or they cannot share a batch.
+        ArgumentError: torchrun or SLURM started another number of processes, or a batch cannot be
+            divided equally among them.
     """
     devices = settings.devices
     if devices in ("auto", "-1"):
@@ -64,7 +65,14 @@ def processes(settings: Settings) -> int:
 def trainer_of(
     settings: Settings, folder: Path, history: RunFolder, console: Console, arms_after: int = 0
 ) -> pl.Trainer:
-    """The Lightning Trainer of one arm, after which so many others are to be trained."""
+    """Make the Lightning Trainer of one arm.
+
+    Args:
+        arms_after: the number of arms that are still to be trained after this one.
+
+    Raises:
+        ArgumentError: Lightning cannot train with the precision, the devices or a logger.
+    """
     callbacks: list[Callback] = [history]
     if settings.ema:
         callbacks.append(average_of(settings.ema))
@@ -127,19 +135,20 @@ def trainer_of(
 
 
 def precision_of(settings: Settings) -> Any:
-    """The precision in Lightning's words, which are checked by Lightning."""
+    """The precision by Lightning's name for it. Lightning checks the name itself."""
     return settings.precision or ("bf16-mixed" if torch.cuda.is_available() else "32-true")
 
 
 class Sharded(ModelParallelStrategy):
-    """FSDP2; Lightning's older FSDP needs CUDA and cannot clip gradients by their norm."""
+    """The strategy for FSDP2. Lightning's older one needs CUDA and cannot clip by the norm."""
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load as Lightning does, which wants an optimizer state for all that has gradients.
+        """Load a checkpoint while the recipe is in the phase in which it was written.
 
-        What had not learnt when the checkpoint was made has no such state.
+        Lightning wants an optimizer state for every parameter that requires a gradient, but a
+        parameter that had not learnt by then has none.
         """
         recipe = self.lightning_module
         assert isinstance(recipe, Recipe)
@@ -150,7 +159,10 @@ class Sharded(ModelParallelStrategy):
 
 
 def epochs_done(last: Path) -> int:
-    """The whole epochs in a checkpoint. Lightning starts its workers before it says so."""
+    """The number of whole epochs that a checkpoint holds, or 0 if there is no checkpoint.
+
+    The workers that load images need it, and Lightning starts them before it tells the number.
+    """
     if not last.exists():
         return 0
     try:
@@ -161,7 +173,7 @@ def epochs_done(last: Path) -> int:
 
 
 def read_last(last: Path) -> dict[str, Any]:
-    """What Lightning and the callbacks kept after the last whole epoch.
+    """Read what Lightning and the callbacks kept after the last whole epoch.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -169,14 +181,14 @@ def read_last(last: Path) -> dict[str, Any]:
     try:
         found = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(found, dict):
-            raise TypeError("it is no checkpoint of a run")
+            raise TypeError("it is not the checkpoint of a run")
     except Exception as error:  # a damaged file fails in many ways
         raise damaged(last, error) from error
     return found
 
 
 def damaged(last: Path, error: Exception) -> CheckpointError:
-    """The error for a checkpoint that cannot be gone on from, with the way out."""
+    """The error for a checkpoint from which a run cannot go on. It says what to do."""
     return CheckpointError(
         f"{last} is damaged ({type(error).__name__}: {first_line(error)}). Remove it to train this"
         " arm from its first epoch on."
@@ -190,9 +202,9 @@ def ranks_of(trainer: pl.Trainer) -> dict[str, int]:
 def check_space(folder: Path, params: int, settings: Settings) -> None:
     """Raise an :class:`ArgumentError` where the files of an arm do not fit on the disk.
 
-    It keeps the weights, two moments of each, the best weights and, with --ema, their average, all
-    of four bytes; while a file is replaced, the old one and the new one. What is there already
-    takes no more room.
+    An arm keeps the weights, two moments of each, the best weights and, with --ema, the averaged
+    weights. Each number takes four bytes. While a file is replaced, the old and the new file exist
+    together. Files that are already there take no further space.
     """
     kept = (folder / "last.ckpt", folder / "best.safetensors")
     there = sum(path.stat().st_size for path in kept if path.exists())
@@ -207,7 +219,11 @@ def check_space(folder: Path, params: int, settings: Settings) -> None:
 
 @contextmanager
 def stoppable(run: Path, settings: Settings) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run; what to do next is said in one line."""
+    """Turn Ctrl-C, SIGTERM and a lack of memory into one line that says what to do next.
+
+    Raises:
+        TrainingError: the run was stopped, or the memory was not enough.
+    """
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The network of a run: its base with weights, a head for the classes of the data, SE blocks."""
+"""The network of a run: its base with weights, its head for the classes, and its SE blocks."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from se_inject.report.count import count_model
 
 
 def base_of(settings: Settings) -> tuple[nn.Module, dict[str, Any]]:
-    """The network with its weights, and how timm prepares images for it."""
+    """Build the base with its weights. The dictionary says how timm prepares images for it."""
     checkpoint = None if settings.checkpoint is None else Path(settings.checkpoint)
     if checkpoint is not None and _is_se_file(checkpoint):
         if settings.drop_path is not None:
@@ -55,10 +55,10 @@ def _is_se_file(path: Path) -> bool:
 
 
 def head_of(network: nn.Module) -> nn.Module:
-    """The classifier.
+    """The classifier of a network.
 
     Raises:
-        TrainingError: the network has none.
+        TrainingError: the network has no classifier.
     """
     found = head.head_of(network)
     if found is None:
@@ -67,7 +67,11 @@ def head_of(network: nn.Module) -> nn.Module:
 
 
 def with_head(network: nn.Module, classes: int) -> nn.Module:
-    """A new classifier, unless the network has one for as many classes."""
+    """Give the network a new classifier, unless it has one for this number of classes already.
+
+    Raises:
+        TrainingError: the network has no classifier, or one that cannot be replaced.
+    """
     old = head_of(network)
     if classes == head.num_classes_of(network):
         return network
@@ -86,21 +90,24 @@ def with_head(network: nn.Module, classes: int) -> nn.Module:
 
 
 def blocks_of(network: nn.Module) -> list[str]:
-    """Names of the blocks that have SE."""
+    """The names of the blocks that have SE."""
     return [name for name, module in network.named_modules() if edit_of(module)]
 
 
 def size_of(network: nn.Module, example: torch.Tensor) -> tuple[int, int | None]:
-    """Parameters, and multiply-accumulates for one image; None where they cannot be counted."""
+    """The number of parameters, and of multiply-accumulates for one image.
+
+    The second number is None if it cannot be counted.
+    """
     count = count_model(network, ((example.to("meta"),), {}))
     return count.params, count.macs
 
 
 def zero_branches(network: nn.Module, example: torch.Tensor) -> list[str]:
-    """Names of the blocks whose SE layers get a gradient of exactly 0, and so learn nothing.
+    """The names of the blocks whose SE layers get a gradient of exactly 0, and so learn nothing.
 
-    timm's ResNets that begin at random have a zero scale in the last norm of each branch: nothing
-    comes through to the SE block while the base is frozen.
+    A ResNet of timm with random weights has a scale of zero in the last norm of each branch. While
+    its base is frozen, the branches stay zero, and so do the gradients of their SE blocks.
     """
     blocks = {
         name: [

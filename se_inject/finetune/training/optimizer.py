@@ -16,10 +16,10 @@ from se_inject.names import near_names
 def optimizer_of(
     network: nn.Module, new: frozenset[str], settings: Settings, steps: int
 ) -> dict[str, Any]:
-    """Optimizer and schedule as Lightning takes them.
+    """Make the optimizer and the schedule, in the form that Lightning takes.
 
     Args:
-        new: the names of the parameters that learn at the whole rate; the others are the base's.
+        new: the names of the parameters that learn at the full rate. All others are the base's.
         steps: the number of steps of the whole run.
 
     Raises:
@@ -34,7 +34,7 @@ def optimizer_of(
     groups = list(groups_of(network, new, settings))
     try:
         optimizer = timm.optim.create_optimizer_v2(groups, opt=settings.opt, lr=settings.lr)
-    except Exception as error:  # of a package that an optimizer needs, or of its arguments
+    except Exception as error:  # a package may be missing, or an argument of the optimizer
         raise ArgumentError(
             f"--opt {settings.opt} cannot be used here ({first_line(error)}). The default is adamw."
         ) from error
@@ -45,7 +45,11 @@ def optimizer_of(
 def groups_of(
     network: nn.Module, new: frozenset[str], settings: Settings
 ) -> Iterator[dict[str, Any]]:
-    """The base at a smaller rate, by --layer-decay smaller still; no decay of biases and norms."""
+    """The groups of parameters that learn with the same rate and the same weight decay.
+
+    The base learns at a smaller rate, and --layer-decay makes the rate of its early layers smaller
+    still. Biases and norms have no weight decay.
+    """
     scales = _layer_scales(network, settings)
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, p in network.named_parameters():
@@ -63,7 +67,7 @@ def groups_of(
 
 
 def _layer_scales(network: nn.Module, settings: Settings) -> dict[int, float]:
-    """What timm's layer decay multiplies the rate of each parameter with."""
+    """The factor by which timm's layer decay multiplies the rate of each parameter."""
     if settings.layer_decay is None:
         return {}
     groups = timm.optim.param_groups_layer_decay(network, layer_decay=settings.layer_decay)
@@ -71,19 +75,19 @@ def _layer_scales(network: nn.Module, settings: Settings) -> dict[int, float]:
 
 
 def factor_of(settings: Settings, steps: int) -> Callable[[int], float]:
-    """What multiplies the rates in each step: it rises along a line, then falls as timm has it."""
+    """The factor that multiplies all rates in a step. It rises linearly, then follows timm."""
     rise = max(1, steps // 20)
     if settings.lr_warmup is not None:
         rise = round(settings.lr_warmup * steps / settings.epochs)
     rest = max(1, steps - rise)
-    # timm's schedules set the rate of an optimizer: one with the rate 1 shows the factor.
+    # timm's schedules set the rate of an optimizer. If that rate is 1, they set it to the factor.
     one = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     schedule, _ = create_scheduler_v2(
         one,
         settings.sched,
         num_epochs=rest,
-        decay_epochs=max(1, -(-rest // 3)),  # of step
-        decay_rate=1.0 if settings.sched == "poly" else 0.1,  # the power of poly
+        decay_epochs=max(1, -(-rest // 3)),  # used by step
+        decay_rate=1.0 if settings.sched == "poly" else 0.1,  # poly takes it as its power
     )
 
     def factor(step: int) -> float:

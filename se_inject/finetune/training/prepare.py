@@ -19,12 +19,12 @@ from se_inject.plan.planner import make_plan
 class Prepared:
     network: nn.Module
     data: Data
-    blocks: list[str]  # which of its blocks have SE, or would have it in the other arm
+    blocks: list[str]  # the names of the blocks that have SE in the arm with SE
     example: torch.Tensor  # [2, 3, H, W]
 
 
 def prepare(settings: Settings, split: Split, arm: str, seed: int) -> Prepared:
-    """Network and data of an arm; both arms of a seed begin with the same base and head.
+    """Make the network and the data of an arm. Both arms of a seed begin with the same weights.
 
     Raises:
         ArgumentError: ``--train se`` would leave a new head untrained.

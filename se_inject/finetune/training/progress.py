@@ -1,4 +1,4 @@
-"""What a run says while it trains: a line an epoch, and a bar within it on a terminal."""
+"""What a run prints while it trains: a line for each epoch and, on a terminal, a bar."""
 
 import time
 from typing import Any
@@ -10,12 +10,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 
 class EpochLines(Callback):
-    """Prints a line after each epoch, which fits into a terminal of 80 columns."""
+    """Prints a line after each epoch. The line fits into a terminal of 80 columns."""
 
     def __init__(self, console: Console, arms_after: int) -> None:
         """``arms_after`` is the number of arms that are still to be trained after this one."""
         self.console, self.arms_after = console, arms_after
-        self.epochs = 0  # of this process: those before a stop had another machine, perhaps
+        self.epochs = 0  # in this process; epochs before a stop may have had another speed
         self.began = time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -39,7 +39,7 @@ class EpochLines(Callback):
 
 
 def duration(seconds: float) -> str:
-    """In the unit in which it has two figures: 45 s, 12 min, 3.5 h.
+    """Write a duration in a unit that gives it about two digits: 45 s, 12 min, 3.5 h.
 
     >>> [duration(s) for s in (0.2, 59, 90, 5400, 200000)]
     ['0 s', '59 s', '2 min', '90 min', '56 h']
@@ -52,9 +52,9 @@ def duration(seconds: float) -> str:
 
 
 class EpochBar(Callback):
-    """A bar of the batches of the epoch, on a terminal; it goes where the line of the epoch comes.
+    """Shows a bar for the batches of the current epoch, and removes it at the end.
 
-    Lightning's own counts its epochs from 0.
+    Lightning's own bar is not used, because it counts the epochs from 0.
     """
 
     def __init__(self, console: Console) -> None:

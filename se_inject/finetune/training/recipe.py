@@ -1,4 +1,4 @@
-"""What is trained when, at which rate, on which loss: a LightningModule."""
+"""The LightningModule of a run: what learns in which epoch, with which loss and metrics."""
 
 import time
 from collections.abc import Sequence
@@ -23,22 +23,24 @@ from se_inject.finetune.training.optimizer import optimizer_of
 
 
 class Recipe(pl.LightningModule):
-    """Phase 1: only the SE blocks and the head learn; phase 2: all, the base at a smaller rate.
+    """Trains only the SE blocks and the head in phase 1, and the whole network in phase 2.
 
-    In phase 1 the base is frozen wholly: no gradients, and its modules stay in eval mode, so that
-    BatchNorm statistics do not move either, whatever calls ``train()``. In phase 2 a pretrained
-    base keeps its statistics unless ``--bn-stats moving`` says otherwise: with those of each batch
-    it would compute something else from one step to the next, and unlearn what it knew.
+    In phase 1 the base is frozen completely: it gets no gradients, and its modules stay in eval
+    mode even when ``train()`` is called, so that its BatchNorm statistics do not move either. In
+    phase 2 the base learns at a smaller rate. A pretrained base still keeps its statistics unless
+    ``--bn-stats moving`` says otherwise. With the statistics of each batch it would compute
+    something else in every step, and would unlearn what it knew. Only ``--train all`` has a
+    phase 2.
 
     Args:
         network: the network on the CPU, with its SE blocks and the head that is to be trained.
-        classes: how many classes the data have.
-        seed: dropout, stochastic depth and mixup follow from it.
+        classes: the number of classes of the data.
+        seed: the seed of dropout, stochastic depth and mixup.
         weights: the weight of each class in the loss.
-        blocks: names of the blocks that ``--strategy fsdp`` shards one by one.
+        blocks: the names of the blocks that ``--strategy fsdp`` shards one by one.
 
     Raises:
-        TrainingError: there is nothing to train; in a step, a loss that is no number.
+        TrainingError: there is nothing to train, or the loss of a step is not a finite number.
     """
 
     def __init__(
@@ -54,17 +56,17 @@ class Recipe(pl.LightningModule):
         self.network = network
         if torch.cuda.is_available():
             network.to(memory_format=torch.channels_last)
-        # It is in a list, because Lightning would take the compiled network for a second one.
+        # The list keeps Lightning from taking the compiled network for a second submodule.
         self._forward = [torch.compile(network) if settings.compile else network]
         self.settings = settings
         self.seed = seed
         self.blocks = blocks
         self.classes = classes
-        self.unreadable: dict[str, None] = {}  # in the order in which they were met
+        self.unreadable: dict[str, None] = {}  # messages, in the order of the images
         self._parts = new_parts(network, settings)
         self.new = self._parts | base_parts(network, settings)
         self._smoothing = nn.CrossEntropyLoss(weights, label_smoothing=settings.label_smoothing)
-        self._soft = nn.CrossEntropyLoss(weights)  # of mixed labels, smoothed already
+        self._soft = nn.CrossEntropyLoss(weights)  # for mixed labels, which are smoothed already
         self._mixup = _mixup(settings, classes)
         self.top1 = MulticlassAccuracy(classes, average="micro")
         self.top5 = MulticlassAccuracy(classes, average="micro", top_k=min(5, classes))
@@ -74,7 +76,8 @@ class Recipe(pl.LightningModule):
         self._statistics_frozen = settings.statistics_frozen
         if not self._statistics_frozen:
             _follow_closely(network)
-        # DDP wires what requires a gradient when it wraps the model, so the last phase comes first.
+        # When DDP wraps the model, it registers the parameters that require a gradient. The last
+        # phase is set first, because the most parameters do so then.
         self.set_phase(settings.epochs)
         if not any(p.requires_grad for p in network.parameters()):
             raise TrainingError("there is nothing to train: no SE block and no head.")
@@ -82,18 +85,18 @@ class Recipe(pl.LightningModule):
     # --- phases ----------------------------------------------------------------------------------
 
     def set_phase(self, epoch: int) -> None:
-        """What learns in this epoch (counted from 0) requires gradients, and nothing else does."""
+        """Let only the parameters that learn in this epoch (counted from 0) require gradients."""
         all_learn = self.settings.train == "all" and epoch >= self.settings.frozen_epochs
         for name, p in self.network.named_parameters():
             p.requires_grad_(all_learn or name in self.new)
         self._base_frozen = not all_learn
 
     def train(self, mode: bool = True) -> "Recipe":
-        # A norm of the base whose scale and shift learn (--train norm, bias) is no new part: its
-        # statistics stay those of the base.
+        # With --train norm or bias, norms of the base learn their scale and shift. They are no new
+        # parts, so their statistics stay those of the base.
         super().train(mode)
         for prefix, module in self.network.named_modules():
-            # A container of new parts only (SE blocks, head) trains in each phase.
+            # A module that has only new parameters (an SE block, the head) trains in each phase.
             own = [f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters()]
             if mode and (not own or not self._parts.issuperset(own)):
                 keeps_statistics = isinstance(module, _BatchNorm) and self._statistics_frozen
@@ -102,13 +105,13 @@ class Recipe(pl.LightningModule):
         return self
 
     def configure_model(self) -> None:
-        """Shard the blocks, then the rest, where ``--strategy fsdp`` asks for it."""
+        """With ``--strategy fsdp``, shard the blocks and then the rest of the network."""
         if self.device_mesh is None or isinstance(self.network, FSDPModule):
             return
         mesh = self.device_mesh["data_parallel"]
         for name in self.blocks:
             fully_shard(self.network.get_submodule(name), mesh=mesh)
-        if not isinstance(self.network, FSDPModule):  # "" among the blocks is the network
+        if not isinstance(self.network, FSDPModule):  # the block "" is the network
             fully_shard(self.network, mesh=mesh)
 
     def on_train_epoch_start(self) -> None:
@@ -120,14 +123,15 @@ class Recipe(pl.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         images, labels = self._images_of(batch)
-        # Dropout and stochastic depth follow from the step: a resumed run draws the same numbers.
+        # The seed follows from the step, so that a resumed run draws the same random numbers for
+        # dropout and stochastic depth.
         step: tuple[int, ...] = (self.seed, self.global_step, self.global_rank)
         if self.settings.accumulate > 1:
             step += (index % self.settings.accumulate,)
         torch.manual_seed(seed_of(*step))
         count = int((labels != NO_IMAGE).sum())
         if self._mixup is not None and count > 1:
-            even = count // 2 * 2  # it mixes pairs
+            even = count // 2 * 2  # mixup works on pairs
             with seeded(*step):
                 images, targets = self._mixup(images[:even], labels[:even])
             labels = labels[:even]
@@ -153,7 +157,7 @@ class Recipe(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        if self.device_mesh is not None:  # DDP does so by itself
+        if self.device_mesh is not None:  # DDP does this by itself, but FSDP does not
             for buffer in self.network.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
@@ -166,11 +170,11 @@ class Recipe(pl.LightningModule):
         self.top5.update(scores, labels)
         self.confusion.update(scores, labels)
         loss = nn.functional.cross_entropy(scores, labels)
-        self._check(loss, f"step {index} of the validation")  # torchmetrics would leave it out
+        self._check(loss, f"step {index} of the validation")  # torchmetrics would skip a nan
         self.val_loss.update(loss, weight=len(labels))
 
     def on_validation_epoch_end(self) -> None:
-        """Log what all processes saw together, each image once."""
+        """Log the metrics over all processes. Each image counts once."""
         self.log("val_loss", self.val_loss)
         self.log("val_acc", self.top1, prog_bar=True)
         if self.classes >= TOP5_FROM:
@@ -206,19 +210,19 @@ class Recipe(pl.LightningModule):
 
 
 def new_parts(network: nn.Module, settings: Settings) -> frozenset[str]:
-    """The names of the parameters of the SE blocks and, but for ``--train se``, of the head."""
+    """The names of the parameters of the SE blocks and, except with ``--train se``, of the head."""
     head = list(head_of(network).parameters()) if settings.train != "se" else []
     new = {id(p) for p in (*se_parameters(network), *head)}
     return frozenset(name for name, p in network.named_parameters() if id(p) in new)
 
 
 def base_parts(network: nn.Module, settings: Settings) -> frozenset[str]:
-    """The names of the base's own parameters that ``--train norm`` or ``bias`` lets learn.
+    """The names of the parameters that ``--train norm`` or ``bias`` lets learn.
 
-    They learn at the whole rate, as the SE blocks do that they are compared with.
+    They learn at the full rate, as do the SE blocks with which they are compared.
 
     Raises:
-        TrainingError: the base has none of them.
+        TrainingError: the base has no such parameters.
     """
     if settings.train == "norm":
         found = {
@@ -232,7 +236,7 @@ def base_parts(network: nn.Module, settings: Settings) -> frozenset[str]:
         found = {n for n, _ in network.named_parameters() if n.rpartition(".")[2] == "bias"}
     else:
         return frozenset()
-    # The bias of the head learns with the head, and does not make a base that has biases.
+    # The bias of the head does not count here, because it learns together with the head.
     if not found - new_parts(network, settings):
         raise TrainingError(
             f"--train {settings.train} has nothing to train: the base has no such parameters."
@@ -242,17 +246,19 @@ def base_parts(network: nn.Module, settings: Settings) -> frozenset[str]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm: torch, timm and others have no class of theirs in common, but
-    all say it in its name (BatchNormAct2d, LayerNorm2d, RmsNorm, GlobalResponseNorm).
+    """Whether a module is a norm, by the name of its class.
+
+    The norms of torch, timm and others have no base class in common, but their names all say so
+    (BatchNormAct2d, LayerNorm2d, RmsNorm, GlobalResponseNorm).
     """
     return "norm" in type(module).__name__.lower()
 
 
 def _follow_closely(network: nn.Module) -> None:
-    """Let BatchNorm statistics follow at PyTorch's rate at least.
+    """Let BatchNorm statistics move at least as fast as by PyTorch's default (momentum 0.1).
 
-    TensorFlow's networks average over some hundred steps (momentum 0.01 or less). A fine-tuning
-    run has not many more: validation would see statistics of weights and images long past.
+    Networks from TensorFlow average over some hundred steps (momentum 0.01 or less). A fine-tuning
+    run does not have many more, so validation would use statistics of weights that are long past.
     """
     for module in network.modules():
         if isinstance(module, _BatchNorm) and module.momentum is not None:

@@ -1,4 +1,4 @@
-"""``--lr auto`` and ``--batch-size auto``: Lightning's tuner tries before the run begins."""
+"""``--lr auto`` and ``--batch-size auto``: Lightning's tuner finds them before the run begins."""
 
 import copy
 from dataclasses import replace
@@ -21,20 +21,20 @@ from se_inject.finetune.training.machine import precision_of, processes
 from se_inject.finetune.training.prepare import Prepared, prepare
 from se_inject.finetune.training.recipe import Recipe
 
-_RATES = (1e-5, 1.0)  # from where to where the rate is tried
+_RATES = (1e-5, 1.0)  # the lowest and the highest rate that are tried
 _STEPS = 100
 
 
 def find_settings(
     settings: Settings, find: frozenset[str], folder: Path, console: Console
 ) -> Settings:
-    """The settings with numbers for what was to be found.
+    """Return the settings with the numbers that were found.
 
     Args:
-        find: of "lr" and "batch_size".
+        find: what is to be found: "lr", "batch_size" or both.
 
     Raises:
-        ArgumentError: no rate is found.
+        ArgumentError: there is no rate at which the loss falls.
     """
     split = limited(open_split(settings), settings.limit)
     prepared = prepare(settings, split, settings.arms[0], settings.seed)
@@ -48,7 +48,7 @@ def find_settings(
 
 
 def check_alone(settings: Settings) -> None:
-    """Raise an :class:`ArgumentError` where several processes are to train."""
+    """Raise an :class:`ArgumentError` if several processes are to train."""
     if processes(settings) > 1:
         raise ArgumentError(
             "--lr auto and --batch-size auto need a single process. Find the numbers with"
@@ -59,7 +59,7 @@ def check_alone(settings: Settings) -> None:
 def _rate(settings: Settings, prepared: Prepared, folder: Path) -> float:
     """The rate at which the loss falls fastest, while the SE blocks and the head learn alone.
 
-    Where --train asks for less or other parameters than these, the rate is found for them.
+    With --train head, norm or bias, the rate is found for the parameters that learn then.
     """
     low, high = _RATES
     train: Train = settings.train if settings.train in WITHOUT_SE else "se+head"
@@ -75,7 +75,7 @@ def _rate(settings: Settings, prepared: Prepared, folder: Path) -> float:
                 num_training=_STEPS,
                 update_attr=False,
             )
-        except TrainingError:  # the loss was no number
+        except TrainingError:  # the loss was not a finite number
             high /= 10
             continue
         rate = None if found is None else found.suggestion()
@@ -86,14 +86,17 @@ def _rate(settings: Settings, prepared: Prepared, folder: Path) -> float:
 
 
 def _batch_size(settings: Settings, prepared: Prepared, folder: Path) -> int:
-    """The largest power of two whose step fits into the memory; on a CPU, the default."""
+    """The largest power of two whose step fits into the memory of the GPU.
+
+    Without a GPU, the batch size of the settings is kept.
+    """
     if not torch.cuda.is_available():
         return settings.batch_size
     return largest_batch(settings, prepared, folder)
 
 
 def largest_batch(settings: Settings, prepared: Prepared, folder: Path) -> int:
-    """The largest power of two whose step fits into the memory while all learns."""
+    """The largest power of two whose step fits into the memory while the most parameters learn."""
     recipe = _recipe(replace(settings, freeze_epochs=0, ema=None), prepared)
     batches = _Batches(prepared.data.train, settings)
     Tuner(_trainer(settings, folder)).scale_batch_size(recipe, datamodule=batches, init_val=8)
@@ -112,7 +115,7 @@ class _Batches(pl.LightningDataModule):
         return loader(self.images, settings, training=True, epoch=0, rank=0, world=1)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """The tuner asks for one, and takes no batch of it."""
+        """The tuner asks for these batches, but never takes one."""
         return self.train_dataloader()
 
 
@@ -123,7 +126,7 @@ def _recipe(settings: Settings, prepared: Prepared) -> Recipe:
 
 def _trainer(settings: Settings, folder: Path) -> pl.Trainer:
     return pl.Trainer(
-        max_epochs=10_000,  # the tuner counts steps
+        max_epochs=10_000,  # the tuner limits the steps instead
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
         precision=precision_of(settings),
