@@ -1,20 +1,21 @@
-"""What SE blocks cost a deployed network: beside timm's, with folded norms, and in other runtimes.
+"""Measures what SE blocks cost a deployed network, in PyTorch, in onnxruntime and in OpenVINO.
 
     OMP_NUM_THREADS=1 python benchmarks/inference.py [--networks resnet50] [--json FILE]
 
-Arms: the base, timm's own SE network (``seresnet50`` of ``resnet50``) and the base with
-``inject_se``, and each of them through ``optimize_for_inference``, which folds the norms of all
-three. What an optimised network costs is compared with the optimised base, so that nobody gains by
-norms that the other has still. onnxruntime and OpenVINO, where they are installed, fold the norms
-themselves; they run the ONNX files of base, timm's and ours, and of ours after
-``optimize_for_inference``. The gates are open: those that are constant would be folded away.
+The arms are the base, timm's own SE network (``seresnet50`` for ``resnet50``), the base with
+``inject_se``, and each of these three after ``optimize_for_inference``, which folds their norms. An
+optimised network is compared with the optimised base, so that no network gains only by having its
+norms folded. onnxruntime and OpenVINO, if they are installed, fold the norms themselves. They run
+the ONNX files of the base, of timm's network, of ours, and of ours after
+``optimize_for_inference``. Our gates have random weights, because constant gates would be folded
+away.
 
-All networks are in one process and take turns on one CPU thread; seconds are processor time. In
+All networks are in one process and take turns on one CPU thread. Seconds are processor time. In
 eager mode they take turns block by block: every network runs its stem, then every network runs its
-first block, and so on. A machine that others use gets slower and faster within a second, and a
-whole step would see more of that than of what SE blocks cost. Where the memory of a network lies
-makes one faster than another, so the networks are built anew for each of ``--restarts``. The
-sessions of the other runtimes take turns by whole steps, at batch 1 by groups of them.
+first block, and so on. A machine that others use gets slower and faster within a second, and that
+would change a whole step by more than SE blocks cost. The speed of a network also depends on where
+its memory lies, so the networks are built anew for each of ``--restarts``. The sessions of the
+other runtimes take turns by whole steps, and by groups of steps at small batches.
 
 An overhead is the median over the rounds of t(arm) / t(its base) - 1 within one round, with
 quartiles. ``gain`` is t(ours, optimised) / t(ours).
@@ -61,7 +62,7 @@ def open_injected(network: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Arm:
-    """A network, what its overhead is over, and timm's network that it is beside."""
+    """A network, the arm that its overhead is relative to, and timm's arm to compare it with."""
 
     build: Callable[[str], nn.Module]
     optimize: bool = False
@@ -79,7 +80,7 @@ ARMS = {
         open_injected, True, over="base, optimized", beside="timm, optimized"
     ),
 }
-# A runtime that folds norms itself has one base.
+# A runtime that folds norms itself needs only one base.
 FILES = {
     **{name: ARMS[name] for name in ("base", "timm", "se_inject")},
     "se_inject, optimized": Arm(open_injected, True, beside="timm"),
@@ -110,7 +111,11 @@ def pieces(model: nn.Module) -> list[Step]:
 
 
 def eager_networks(network: str, side: int, layout: str, images: Tensor) -> dict[str, list[Step]]:
-    """Raises ValueError if the pieces of a network are not its forward."""
+    """The pieces of each arm's network.
+
+    Raises:
+        ValueError: the pieces of a network do not make up its forward.
+    """
     networks = {}
     for name, arm in ARMS.items():
         model = make(arm, network, side).to(memory_format=LAYOUTS[layout])
@@ -125,7 +130,7 @@ def eager_networks(network: str, side: int, layout: str, images: Tensor) -> dict
 
 
 def write_files(network: str, side: int, folder: Path) -> dict[str, Path]:
-    """One ONNX file for each arm, for any batch."""
+    """Write an ONNX file for each arm, which takes batches of any size."""
     paths = {}
     for name, arm in FILES.items():
         path = paths[name] = folder / f"{network}-{len(paths)}.onnx"
@@ -169,14 +174,14 @@ def openvino_step(path: Path, images: Tensor) -> Step:
 
 
 def seconds_in_turns(steps: dict[str, Step], rounds: int, group: int) -> dict[str, list[float]]:
-    """Processor time of one step of each, in every round."""
+    """The processor time of one step of each arm, in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
         for name in rotated(list(steps), turn):
             start = time.process_time()
             for _ in range(group):
                 steps[name]()
-            if turn:  # the first is a warm-up
+            if turn:  # the first round is a warm-up
                 seconds[name].append((time.process_time() - start) / group)
     return seconds
 
@@ -184,7 +189,7 @@ def seconds_in_turns(steps: dict[str, Step], rounds: int, group: int) -> dict[st
 def seconds_by_pieces(
     networks: dict[str, list[Step]], images: Tensor, rounds: int
 ) -> dict[str, list[float]]:
-    """Processor time of one forward of each in every round, where they take turns by pieces."""
+    """The processor time of one forward of each arm, in every round. They take turns by pieces."""
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     for turn in range(rounds + 1):
         maps, total = dict.fromkeys(networks, images), dict.fromkeys(networks, 0.0)
@@ -195,14 +200,14 @@ def seconds_by_pieces(
                     output = networks[name][i](maps[name])
                 total[name] += time.process_time() - start
                 maps[name] = output
-        if turn:  # the first is a warm-up
+        if turn:  # the first round is a warm-up
             for name in networks:
                 seconds[name].append(total[name])
     return seconds
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
-    """None comes always after the same one."""
+    """The names in another order for each turn, so that another one comes first."""
     k = turn % len(names)
     return names[k:] + names[:k]
 
@@ -229,7 +234,7 @@ def summarise(seconds: dict[str, list[float]], arms: dict[str, Arm]) -> dict[str
 
 
 def settings(options: argparse.Namespace) -> Iterator[tuple[str, int, str, str]]:
-    """Network, batch, layout and runtime; files have one layout."""
+    """Each setting as (network, batch, layout, runtime). ONNX files have only one layout."""
     for network, runtime in itertools.product(options.networks, options.runtimes):
         layouts = options.layouts if runtime == "eager" else ["nchw"]
         for batch, layout in itertools.product(options.batch_sizes, layouts):
@@ -237,7 +242,7 @@ def settings(options: argparse.Namespace) -> Iterator[tuple[str, int, str, str]]
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """In a process that was started with :data:`overhead.KEEP_MEMORY`."""
+    """Measure all settings, in a process that was started with :data:`overhead.KEEP_MEMORY`."""
     torch.set_num_threads(1)
     results, files = [], {}
     with tempfile.TemporaryDirectory() as folder:
@@ -285,9 +290,11 @@ def main() -> None:
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[8, 1], metavar="N")
-    parser.add_argument("--side", type=int, default=224, help="of the images (default 224)")
+    parser.add_argument("--side", type=int, default=224, help="side of the images (default 224)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each arm (default 7)")
-    parser.add_argument("--restarts", type=int, default=3, help="of the networks (default 3)")
+    parser.add_argument(
+        "--restarts", type=int, default=3, help="builds of each network (default 3)"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     if options.rounds * options.restarts < 2:

@@ -1,7 +1,7 @@
 """Records the gates of a model's SE blocks while it runs.
 
-A forward hook on the ``gate`` of an SE block sees what the branch is multiplied by. A watched gate is
-multiplied by its factor before the sum. The factor is a power of two, so no bit changes.
+A forward hook on the ``gate`` of an SE block sees what the branch is multiplied by. A watched gate
+is multiplied by its factor before the sum. The factor is a power of two, so no bit changes.
 """
 
 import contextlib

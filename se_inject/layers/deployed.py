@@ -3,13 +3,11 @@
 import torch
 from torch import Tensor, fx, nn
 
-from se_inject.layers.layout import CONVOLUTIONS
+from se_inject.layers.layout import CONVOLUTIONS, Convolution
 from se_inject.layers.scale_add import add, scale_add
 from se_inject.layers.squeeze_excite import SqueezeExcite
 
 fx.wrap("scale_add")  # squeeze_excite.py gives the reason
-
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class DeployedSE(nn.Module):

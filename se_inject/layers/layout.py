@@ -52,6 +52,7 @@ KINDS: dict[int, Kind] = {
         ),
     )
 }
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = tuple(kind.convolution for kind in KINDS.values())
 
 
@@ -117,7 +118,7 @@ def pointwise(
     return convolution(width_in, width_out, 1, bias=bias, device=device, dtype=dtype)
 
 
-def first_convolution(model: nn.Module) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | None:
+def first_convolution(model: nn.Module) -> Convolution | None:
     """The first convolution of a model. It tells the kind and the channels of the model's input."""
     return next((m for m in model.modules() if isinstance(m, CONVOLUTIONS)), None)
 

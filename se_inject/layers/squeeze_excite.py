@@ -1,6 +1,6 @@
 """The SE block as an ``nn.Module``."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from se_inject.layers.gates import Gate, GateLayer, Init
 from se_inject.layers.hooks import is_watched
-from se_inject.layers.layout import CONVOLUTIONS, IMAGES, Layout, pointwise
+from se_inject.layers.layout import CONVOLUTIONS, IMAGES, Convolution, Layout, pointwise
 from se_inject.layers.scale_add import add, scale_add, times
 from se_inject.layers.squeezes import SQUEEZES, Squeeze
 
@@ -227,8 +227,9 @@ class SqueezeExcite(nn.Module):
         ):
             excited: Tensor = fc2(torch.relu(fc1(squeezed)))
             return excited
-        hidden = F.linear(squeezed.flatten(1), fc1.weight.flatten(1), fc1.bias)
-        z = F.linear(torch.relu(hidden), fc2.weight.flatten(1), fc2.bias)
+        n, c = squeezed.shape[:2]
+        hidden = F.linear(squeezed.view(n, c), _matrix(fc1), fc1.bias)
+        z = F.linear(torch.relu(hidden), _matrix(fc2), fc2.bias)
         return z.view(*z.shape, *(1,) * len(self.space))
 
     def gate_and_shift(self, excited: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -245,7 +246,7 @@ class SqueezeExcite(nn.Module):
         return f"gate={formula}, squeeze={self.squeeze}, space={tuple(self.space)}{shift}"
 
 
-def _is_convolution_alone(layer: nn.Module, x: Any) -> bool:
+def _is_convolution_alone(layer: nn.Module, x: Any) -> TypeGuard[Convolution]:
     """Whether a call of the layer does nothing but convolve.
 
     Parametrizations, adapters and quantization replace its class, libraries that move weights
@@ -257,6 +258,12 @@ def _is_convolution_alone(layer: nn.Module, x: Any) -> bool:
         and layer._compiled_call_impl is None
         and not is_watched(layer, x)
     )
+
+
+def _matrix(convolution: Convolution) -> Tensor:
+    """The weight of a convolution of size 1, such as [rd, C, 1, 1], as [rd, C]."""
+    # Unlike view, flatten runs through code that is slow to reach on a CPU that has just convolved.
+    return convolution.weight.view(convolution.out_channels, -1)
 
 
 def _gate_and_factor(layer: GateLayer, z: Tensor) -> tuple[Tensor, float]:

@@ -21,13 +21,14 @@ class SqueezeFunction:
 
 @fx.wrap
 def _sum_over_n(x: Tensor, space: list[int]) -> Tensor:
-    """The mean as sum / n. The gradient of a sum is a view, while that of a mean fills a map.
+    """The mean, as sum / n where autograd records: its gradient is a view, a mean's fills a map.
 
     The dtype is named because CUDA's autocast would otherwise make the sum float32, and its
     gradient, cast back, would fill a map after all. The function is a leaf of
     ``fx.symbolic_trace``, because a tracer knows no dtype.
     """
-    if x.dtype == torch.float16:  # a sum of float16 values could overflow
+    # A sum of float16 values could overflow.
+    if x.dtype == torch.float16 or not torch.is_grad_enabled():
         return x.mean(space, keepdim=True)
     n = 1
     for dim in space:

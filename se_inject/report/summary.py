@@ -92,7 +92,7 @@ def _notes(plan: Plan, costs: Costs) -> Iterable[str]:
     else:
         unit, letter = _unit(2 * costs.augmented.macs)
         yield (
-            f"For one image of {size}, the MACs are"
+            f"For one image of {size}, this is"
             f" {2 * costs.base.macs / unit:.3f} → {2 * costs.augmented.macs / unit:.3f}"
             f" {letter}FLOPs."
         )
