@@ -227,10 +227,11 @@ class SqueezeExcite(nn.Module):
         ):
             excited: Tensor = fc2(torch.relu(fc1(squeezed)))
             return excited
-        n, c = squeezed.shape[:2]
-        hidden = F.linear(squeezed.view(n, c), _matrix(fc1), fc1.bias)
-        z = F.linear(torch.relu(hidden), _matrix(fc2), fc2.bias)
-        return z.view(*z.shape, *(1,) * len(self.space))
+        hidden = F.linear(squeezed.flatten(1), fc1.weight.flatten(1), fc1.bias)
+        z = F.linear(torch.relu(hidden), fc2.weight.flatten(1), fc2.bias)
+        for _ in self.space:
+            z = z.unsqueeze(-1)
+        return z
 
     def gate_and_shift(self, excited: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split the output of ``fc2`` into the input of the gate and the shift, if there is one."""
@@ -258,12 +259,6 @@ def _is_convolution_alone(layer: nn.Module, x: Any) -> TypeGuard[Convolution]:
         and layer._compiled_call_impl is None
         and not is_watched(layer, x)
     )
-
-
-def _matrix(convolution: Convolution) -> Tensor:
-    """The weight of a convolution of size 1, such as [rd, C, 1, 1], as [rd, C]."""
-    # Unlike view, flatten runs through code that is slow to reach on a CPU that has just convolved.
-    return convolution.weight.view(convolution.out_channels, -1)
 
 
 def _gate_and_factor(layer: GateLayer, z: Tensor) -> tuple[Tensor, float]:
