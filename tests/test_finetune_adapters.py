@@ -101,6 +101,20 @@ def test_statistics_stay_also_where_they_would_move(train: Any) -> None:
     assert network.fc.training
 
 
+@pytest.mark.parametrize(
+    ("model", "frozen"),
+    [
+        ("resnet50", True),
+        ("hf-hub:timm/resnet50.a1_in1k", True),
+        ("local-dir:/some/folder", True),
+        ("my_package.nets:build", False),
+    ],
+)
+def test_statistics_of_a_pretrained_base_stay(model: str, frozen: bool) -> None:
+    assert Settings(model).statistics_frozen == frozen
+    assert not Settings(model, pretrained=False).statistics_frozen
+
+
 class NoNorm(nn.Module):
     def __init__(self) -> None:
         super().__init__()

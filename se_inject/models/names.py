@@ -15,6 +15,14 @@ from torch.overrides import TorchFunctionMode
 from se_inject.errors import ArgumentError, UnknownModelError, first_line
 from se_inject.names import REGISTERED
 
+# The sources other than its own names that timm builds a model from.
+_TIMM_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def is_code(name: str) -> bool:
+    """Whether the name of a model is a ``module:callable``, which is imported to build it."""
+    return ":" in name and not name.startswith(_TIMM_SOURCES)
+
 
 def load_model(
     name: str,
@@ -51,7 +59,7 @@ def load_model(
         "pretrained": pretrained,
         "drop_path": drop_path,
     }
-    if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+    if is_code(name):
         # A user's builder may load or read weights, which is impossible with meta tensors.
         if num_classes is not None:
             raise ArgumentError(
@@ -104,7 +112,7 @@ def _from_library(
 
     name = name.removeprefix("timm/")
     architecture, _, tag = name.partition(".")
-    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+    if name.startswith(_TIMM_SOURCES):
         return _build(name, timm.create_model, name, **options)
     if not timm.is_model(architecture):
         also = timm_names()

@@ -17,6 +17,7 @@ from se_inject.finetune.options.choices import (
     RecipeChoices,
 )
 from se_inject.finetune.options.data_choices import DataChoices
+from se_inject.models.names import is_code
 from se_inject.plan.injection import Injection
 
 # What may change when a run goes on. These concern the machine and the loggers, not what is learnt.
@@ -45,10 +46,10 @@ class Settings(
     def base_is_pretrained(self) -> bool:
         """Whether the base begins with weights that can be loaded again.
 
-        A model with a colon in its name has such weights only with ``--checkpoint``, because
-        nothing is known about the weights of a ``module:callable``.
+        A ``module:callable`` has such weights only with ``--checkpoint``, because nothing is known
+        about the weights that it makes.
         """
-        from_library = self.pretrained and ":" not in self.model
+        from_library = self.pretrained and not is_code(self.model)
         return from_library or self.checkpoint is not None
 
     @property

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from se_inject.errors import ArgumentError
 from se_inject.finetune.options.config import CONFIG
+from se_inject.models.names import is_code
 
 
 def check_code(model: str, folder: Path, *, trusted: bool) -> None:
@@ -19,7 +20,7 @@ def check_code(model: str, folder: Path, *, trusted: bool) -> None:
     Raises:
         ArgumentError: the configuration names code that must not be imported.
     """
-    if ":" not in model or model.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+    if not is_code(model):
         return
     if not trusted:
         raise ArgumentError(
