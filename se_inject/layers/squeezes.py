@@ -27,17 +27,17 @@ def _sum_over_n(x: Tensor, space: list[int]) -> Tensor:
     gradient, cast back, would fill a map after all. The function is a leaf of
     ``fx.symbolic_trace``, because a tracer knows no dtype.
     """
-    # The check of jit.trace runs a network with autograd and without, and compares the graphs.
-    recorded = torch.jit.is_scripting() or torch.jit.is_tracing()  # type: ignore
-    # A sum of float16 values could overflow.
-    if x.dtype == torch.float16 or not (recorded or torch.is_grad_enabled()):
+    if x.dtype == torch.float16:  # a sum of float16 values could overflow
         return x.mean(space, keepdim=True)
     n = 1
     for dim in space:
         n *= x.shape[dim]
+    # Under jit.trace n is a tensor, and jit.script cannot name an overload.
+    if torch.jit.is_scripting() or torch.jit.is_tracing():  # type: ignore
+        return x.sum(space, keepdim=True, dtype=x.dtype) / n
+    if not torch.is_grad_enabled():
+        return x.mean(space, keepdim=True)
     total = x.sum(space, keepdim=True, dtype=x.dtype)
-    if recorded:  # Under jit.trace n is a tensor, and jit.script cannot name an overload.
-        return total / n
     # With the operator /, autograd would keep n as a tensor.
     mean: Tensor = torch.ops.aten.div.Scalar(total, n)
     return mean
