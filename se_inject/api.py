@@ -1,13 +1,12 @@
 """``inject_se``, ``remove_se``, ``se_parameters`` and ``set_plain_ops``: what most users call."""
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from se_inject.edit.insert import injected, is_injected, restore
-from se_inject.errors import NoSiteError
+from se_inject.errors import NoSiteError, warn
 from se_inject.layers.attention import SELayer
 from se_inject.layers.deployed import DeployedSE
 from se_inject.layers.gates import Gate, Init
@@ -78,7 +77,7 @@ def inject_se(
         strict=strict,
     )
     if plan.gaps:
-        warnings.warn(plan.gaps, stacklevel=2)
+        warn(plan.gaps)
     return plan.apply()
 
 

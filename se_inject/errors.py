@@ -1,5 +1,12 @@
-"""The errors that a user can meet. They form one family, and each message says what to do."""
+"""The errors that a user can meet, and warnings that point at the user's own line.
 
+The errors form one family, and each message says what to do.
+"""
+
+import contextlib
+import os
+import sys
+import warnings
 from collections.abc import Sequence
 
 from se_inject.reasons import Skipped
@@ -81,3 +88,13 @@ def first_line(error: BaseException) -> str:
     except Exception:  # the __str__ of a foreign error may fail itself
         text = ""
     return (text.strip().splitlines() or ["no message"])[0][:200]
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called this package, however many calls lie between."""
+    package = os.path.dirname(__file__) + os.sep
+    frame, level = sys._getframe(), 1
+    # A context manager of this package is entered by contextlib.
+    while frame.f_code.co_filename.startswith((package, contextlib.__file__)) and frame.f_back:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

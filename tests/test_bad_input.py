@@ -79,6 +79,10 @@ def test_a_huge_ratio_works_with_the_least_width_and_says_so(model: nn.Module) -
     with pytest.warns(UserWarning, match=r"kept at width 1, never under divisor=1"):
         plan = plan_se(model, r=10**6, divisor=1)
     assert {site.bottleneck for site in plan.sites} == {1}
+    for call in (plan_se, inject_se):  # through one more call of the package or without
+        with pytest.warns(UserWarning, match=r"r=1000000") as caught:
+            call(model, r=10**6)
+        assert caught[0].filename == __file__
 
 
 def test_an_ordinary_ratio_does_not_warn(model: nn.Module) -> None:

@@ -6,7 +6,6 @@ is multiplied by its factor before the sum. The factor is a power of two, so no 
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.edit.block_class import edit_of
-from se_inject.errors import NoSiteError, UnsupportedModelError
+from se_inject.errors import NoSiteError, UnsupportedModelError, warn
 from se_inject.layers.squeeze_excite import SqueezeExcite
 
 # An observer gets the name of an SE block, the block itself, and its whole gate. The gate is a
@@ -63,10 +62,9 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
     """Call ``observer`` with the gate of every SE block each time that the block runs."""
     layers = gated_layers(model)
     if any(_is_compiled(module) for module in model.modules()):
-        warnings.warn(
+        warn(
             "the model is compiled, and compiled code ignores hooks. It runs uncompiled while its"
-            " gates are recorded.",
-            stacklevel=5,
+            " gates are recorded."
         )
     with contextlib.ExitStack() as stack:
         # The code around the model can be compiled too, which the model does not show. PyTorch's

@@ -5,7 +5,6 @@ another base. The sites are planned again on the base, and they must be those of
 """
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from se_inject.edit.insert import is_injected
 from se_inject.edit.whole import ModuleState, run_or_undo
-from se_inject.errors import CheckpointError
+from se_inject.errors import CheckpointError, warn
 from se_inject.graph.thread_state import modes_kept
 from se_inject.keep.fingerprint import dtype_name, module_hashes, se_keys, tensors_of
 from se_inject.keep.header import Header
@@ -133,10 +132,9 @@ def _check_base(base: nn.Module, header: Header, path: Any) -> None:
     modules = module_hashes(base)
     if changed := [name for name, said in header.modules.items() if modules.get(name) != said]:
         label = printable(block_label(changed[0]))
-        warnings.warn(
+        warn(
             f"{path}: the weights fit, but {label} of this base has another class"
-            f" or setting, such as eps ({len(changed)} modules have). Outputs may differ.",
-            stacklevel=3,
+            f" or setting, such as eps ({len(changed)} modules have). Outputs may differ."
         )
 
 

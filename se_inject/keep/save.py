@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import save
 from torch import nn
 
 from se_inject.edit.insert import is_injected
-from se_inject.errors import ArgumentError, NoSiteError
+from se_inject.errors import ArgumentError, NoSiteError, warn
 from se_inject.keep.atomic import atomic_write
 from se_inject.keep.fingerprint import COUNTERS, fingerprint, module_hashes, se_keys, tensors_of
 from se_inject.keep.header import HEADER_KEY, format_of, saved_sites
@@ -94,10 +93,9 @@ def _write_file(model: nn.Module, path: Path, extra: Patterns) -> None:
     examples: list[Any] = []
     sites = saved_sites(model, examples)
     if lost := [key for key in model.state_dict() if key not in state]:
-        warnings.warn(
+        warn(
             f"{few(lost)} comes from get_extra_state and is not saved: safetensors holds the"
-            " tensors of modules only.",
-            stacklevel=3,
+            " tensors of modules only."
         )
     ours = se_keys(model, state)
     base = [key for key in state if key not in ours]

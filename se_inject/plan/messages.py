@@ -1,20 +1,17 @@
 """What the user is told about a plan: why there is no site, and what deserves a warning."""
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 
 from torch import nn
 
 from se_inject.edit.site import Site
+from se_inject.errors import warn
 from se_inject.graph.trace import Trace
 from se_inject.names import block_label, plural
 from se_inject.plan.candidates import Candidate
 from se_inject.plan.injection import Injection
 from se_inject.reasons import UNIT_REASONS, Reason, Skipped
-
-# Warnings point at the line that called plan_se, which is three calls above this file.
-_CALLER = 4
 
 
 def no_site_message(model: nn.Module, skipped: Sequence[Skipped], injection: Injection) -> str:
@@ -57,15 +54,11 @@ def kind_of_blocks(found: Sequence[Candidate], skipped: Sequence[Skipped]) -> st
 def warn_of_gaps(trace: Trace) -> None:
     """Warn about the parts of the forward that the recording did not see."""
     if trace.stopped and trace.missed:
-        warnings.warn(
-            f"{trace.stopped}: blocks that would run after that are not planned.",
-            stacklevel=_CALLER,
-        )
+        warn(f"{trace.stopped}: blocks that would run after that are not planned.")
     if trace.guessed:
-        warnings.warn(
+        warn(
             f"{block_label(trace.guessed[0])} asks tensors for their values, and meta tensors have"
-            " none. They count as false or 0, and what else the code may call is not planned.",
-            stacklevel=_CALLER,
+            " none. They count as false or 0, and what else the code may call is not planned."
         )
 
 
@@ -91,8 +84,7 @@ def warn_of_floor(sites: Sequence[Site], divisor: int) -> None:
     """Warn that ``r`` has no effect, if it is larger than the channels of every block."""
     if all(site.bottleneck and site.r > site.channels for site in sites):
         site = max(sites, key=lambda site: site.channels)
-        warnings.warn(
+        warn(
             f"r={site.r} is more than the channels of any block (at most {site.channels}):"
-            f" every bottleneck is kept at width {site.bottleneck}, never under divisor={divisor}.",
-            stacklevel=_CALLER,
+            f" every bottleneck is kept at width {site.bottleneck}, never under divisor={divisor}."
         )
