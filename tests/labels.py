@@ -33,11 +33,20 @@ def beside_gate(note: str) -> Label:
     return Label("must", (1,), note, gate_is_elsewhere=True)
 
 
-POSITION = "a depthwise convolution that encodes the position: one residual branch, one SE block"
-UNITS = (
-    "attention and a feed-forward of 1x1 convolutions: an SE block for each unit with a convolution"
+POSITION = (
+    "It is a depthwise convolution that encodes the position. Its one residual branch gets an SE"
+    " block."
 )
-WRAPPER = "wraps convolution blocks and attention alike: served wherever there is a convolution"
+UNITS = (
+    "It has attention and a feed-forward part of 1x1 convolutions. Each part with a convolution"
+    " gets an SE block."
+)
+WRAPPER = (
+    "It wraps convolution blocks as well as attention, and gets an SE block if there is a"
+    " convolution in it."
+)
+
+VALUES = "Its value branch adds a depthwise convolution. The class cannot be traced."
 
 LABELS: dict[str, dict[str, Label]] = {
     "timm.layers": {
@@ -48,7 +57,7 @@ LABELS: dict[str, dict[str, Label]] = {
         "halo_attn.PosEmbedRel": NEVER,
         "lambda_layer.LambdaLayer": NEVER,
         "non_local_attn.BatNonLocalAttn": arguable(
-            1, note="a residual with a convolution inside an attention module"
+            1, note="It has a residual addition with a convolution inside an attention module."
         ),
     },
     "timm.models": {
@@ -58,7 +67,7 @@ LABELS: dict[str, dict[str, Label]] = {
         "_efficientnet_blocks.EdgeResidual": MUST,
         "_efficientnet_blocks.InvertedResidual": MUST,
         "_efficientnet_blocks.MobileAttention": arguable(
-            1, note="attention between convolutions, in place of an inverted residual"
+            1, note="It has attention between convolutions, in place of an inverted residual."
         ),
         "_efficientnet_blocks.UniversalInvertedResidual": MUST,
         "byobnet.BasicBlock": MUST,
@@ -86,33 +95,33 @@ LABELS: dict[str, dict[str, Label]] = {
         "dla.DlaBottle2neck": MUST,
         "dla.DlaBottleneck": MUST,
         "dla.DlaRoot": arguable(
-            1, note="aggregation with a residual (only where residual_root is set): one SE block"
+            1, note="It aggregates maps, and has a residual addition only if residual_root is set."
         ),
         "dpn.DualPathBlock": arguable(
-            1, note="of the two paths, the one that is added gets the SE block"
+            1, note="Of its two paths, the one that is added gets the SE block."
         ),
         "edgenext.ConvBlock": arguable(
-            0, 1, note="none where the shortcut starts after the convolution (shortcut_after_dw)"
+            0,
+            1,
+            note="It gets none if the shortcut starts after the convolution (shortcut_after_dw).",
         ),
         "edgenext.SplitTransposeBlock": arguable(
-            1, note="split convolutions, then attention: one SE block on the whole branch"
+            1,
+            note="It has split convolutions and then attention. The whole branch gets one SE block.",
         ),
         "efficientformer.MetaBlock2d": arguable(1, note=UNITS),
-        "efficientformer_v2.Attention2d": arguable(
-            0, note="its value branch adds a depthwise convolution; the class cannot be traced"
-        ),
-        "efficientformer_v2.Attention2dDownsample": arguable(
-            0, note="its value branch adds a depthwise convolution; the class cannot be traced"
-        ),
+        "efficientformer_v2.Attention2d": arguable(0, note=VALUES),
+        "efficientformer_v2.Attention2dDownsample": arguable(0, note=VALUES),
         "efficientformer_v2.Downsample": arguable(
-            1, note="a convolution and an attention added: the deeper one gets the SE block"
+            1,
+            note="It adds a convolution and an attention. The deeper of the two gets the SE block.",
         ),
         "efficientformer_v2.EfficientFormerV2Block": arguable(1, 2, note=UNITS),
         "efficientformer_v2.LocalGlobalQuery": arguable(
-            1, note="a pooled and a convolved query added"
+            1, note="It adds a pooled query and a convolved one."
         ),
         "efficientvim.EfficientViMBlock": arguable(
-            0, note="x + a (f(x) - x): an SE block would scale the identity"
+            0, note="It computes x + a (f(x) - x), where an SE block would scale the identity."
         ),
         "efficientvim.PatchMerging": NEVER,
         "efficientvit_mit.ResidualBlock": MUST,
@@ -128,7 +137,7 @@ LABELS: dict[str, dict[str, Label]] = {
         "fastvit.ReparamLargeKernelConv": NEVER,
         "focalnet.FocalModulation": NEVER,
         "focalnet.FocalNetBlock": arguable(
-            2, note="focal modulation is made of convolutions, the feed-forward too"
+            2, note="Its focal modulation is made of convolutions, and so is its feed-forward part."
         ),
         "gcvit.GlobalContextVitBlock": NEVER,
         "gcvit.MbConvBlock": MUST,
@@ -137,7 +146,8 @@ LABELS: dict[str, dict[str, Label]] = {
         "ghostnet.GhostBottleneckV3": MUST,
         "ghostnet.GhostModuleV3": NEVER,
         "hgnet.HighPerfGpuBlock": arguable(
-            1, note="aggregates all its layers before the shortcut is added: one SE block"
+            1,
+            note="It aggregates all its layers before the shortcut is added, so it gets one SE block.",
         ),
         "hieradet_sam2.MultiScaleBlock": NEVER,
         "hrnet.HighResolutionModule": NEVER,
@@ -148,7 +158,9 @@ LABELS: dict[str, dict[str, Label]] = {
         "inception_resnet_v2.Block35": MUST,
         "inception_resnet_v2.Block8": MUST,
         "lcnetv2.RepDepthwiseSeparable": arguable(
-            0, 1, note="none for its re-parameterisable sums, one where it adds its input"
+            0,
+            1,
+            note="Its re-parameterisable sums get none. It gets one where it adds its input.",
         ),
         "levit.LevitBlock": arguable(2, note=UNITS),
         "levit.LevitDownsample": arguable(1, note=UNITS),
@@ -162,7 +174,8 @@ LABELS: dict[str, dict[str, Label]] = {
         "metaformer.MetaFormerBlock": arguable(
             1,
             2,
-            note="a pooling mixer gets none; a convolutional one, the feed-forward one each",
+            note="A pooling mixer gets none. A convolutional mixer and the feed-forward part get"
+            " one each.",
         ),
         "mobilevit.LinearTransformerBlock": arguable(2, note=UNITS),
         "mvitv2.MultiScaleAttention": NEVER,
@@ -199,7 +212,7 @@ LABELS: dict[str, dict[str, Label]] = {
         "senet.SEResNetBottleneck": MUST,
         "sequencer.Sequencer2dBlock": NEVER,
         "shvit.Residual": arguable(
-            0, 1, note="none where the wrapper folds into the one convolution in it"
+            0, 1, note="It gets none if the wrapper folds into the single convolution in it."
         ),
         "sknet.SelectiveKernelBasic": MUST,
         "sknet.SelectiveKernelBottleneck": MUST,
@@ -259,24 +272,24 @@ LABELS: dict[str, dict[str, Label]] = {
 FAMILIES = """
 ## Whole families of networks
 
-The same is done on every network, whatever its classes are called.
+These rules hold for every network, whatever its classes are called.
 
 | family | what is done |
 |---|---|
-| feature pyramid, hourglass, U-Net that adds its skips | Where one operand alone comes from a smaller map (interpolated, upsampled, pixel-shuffled, unpooled, a transposed convolution), the sum is fusion, however deep that operand is. Residual blocks in the stages keep their SE blocks. A branch that also has a path of full resolution is no decoder (U²-Net's blocks), and neither is attention that one child computes on a smaller map and brings back (LowFormer, CPUBone, EfficientFormerV2). |
-| up- and downsampling residual blocks | Both operands are resampled: one SE block (BigGAN, diffusers). |
-| CSP stages that add two paths | Fusion where the second path has an activation behind its last convolution, or where the first is a 1x1 convolution and then two residual units or more. One unit beside a plain projection is a residual block. |
-| global residual of super-resolution and denoising | On at most three channels, reached from a wider map: an image, no SE block. EDSR's global residual on features gets one. |
-| one convolution beside a 1x1 projection | A residual block like its siblings with an identity: one SE block on the spatial convolution. Where the maps get smaller and the branch has an activation, the projection may be spatial (MONAI's strided units). Two 1x1 or two 3x3 convolutions are fusion. No network of timm or torchvision has such a block but re-parameterisable ones. |
-| re-parameterisable sums | All paths linear, and the class has a method that folds (its name or its text says so: it reads running variances, or makes a kernel and replaces layers); or RepVGG's three terms, of which one is a bare norm. `fuse_model` of quantizable networks folds no branch. |
-| conditioned blocks (time, mask, style) | The split point is the step that both operands come from; second inputs count as parameters. A scale that is computed from the condition alone is no channel attention. |
-| gates, depth and shortcuts in the caller | What the arguments of a block went through before the call counts; a gate given as an argument (`x + conv(x) * g`) is a gate, a style or a time is none. |
-| an addition in a module of its own | One SE block on the branch, in the caller, or in the adding module where the caller is an `nn.Sequential` or the module does more than add. |
-| zero-padded shortcuts | A concatenation is padding where no convolution or Linear is on the way to it. |
-| additions in other words | `addcmul` with a layer scale, `stack([x, h]).sum(0)`, `sub(alpha=-1)`, `h - (-x)`, `torch.ops.aten.add` are served. A weighted mean (`lerp`, `stack(...).mean(0)`), sums of more than two stacked maps, `einsum` over a stack, `index_add`, `_foreach_add`, `addcmul` of two maps and `torch.add(out=)` are listed with a reason: the SE block would scale more than the branch, or there is no place for it. |
+| feature pyramid, hourglass, U-Net that adds its skips | If only one operand comes from a smaller map (it is interpolated, upsampled, pixel-shuffled, unpooled or a transposed convolution), the sum is a fusion, however deep that operand is. Residual blocks in the stages keep their SE blocks. A branch that also has a path of full resolution is not a decoder (U²-Net's blocks). Neither is attention that one child computes on a smaller map and brings back (LowFormer, CPUBone, EfficientFormerV2). |
+| up- and downsampling residual blocks | Both operands are resampled, and the block gets one SE block (BigGAN, diffusers). |
+| CSP stages that add two paths | The sum is a fusion if the second path has an activation after its last convolution, or if the first path is a 1x1 convolution and then two residual units or more. One unit beside a plain projection is a residual block. |
+| global residual of super-resolution and denoising | If the sum has at most three channels and comes from a wider map, it is an image and gets no SE block. EDSR's global residual on features gets one. |
+| one convolution beside a 1x1 projection | This is a residual block, like its siblings with an identity, and the spatial convolution gets one SE block. If the maps get smaller and the branch has an activation, the projection may be spatial (MONAI's strided units). Two 1x1 or two 3x3 convolutions are a fusion. In timm and torchvision, only re-parameterisable blocks look like this. |
+| re-parameterisable sums | There are two cases. In the first, all paths are linear, and the class has a method that folds them (its name or its text says so: it reads running variances, or makes a kernel and replaces layers). The second is RepVGG's sum of three terms, of which one is a bare norm. `fuse_model` of quantizable networks folds no branch. |
+| conditioned blocks (time, mask, style) | The split point is the step that both operands come from, and second inputs count as parameters. A scale that is computed from the condition alone is not channel attention. |
+| gates, depth and shortcuts in the caller | The operations that made the arguments of a block before the call count too. A gate that is given as an argument (`x + conv(x) * g`) is a gate, but a style or a time is not. |
+| an addition in a module of its own | The branch gets one SE block. It is in the caller, or in the adding module if the caller is an `nn.Sequential` or the module does more than add. |
+| zero-padded shortcuts | A concatenation counts as padding if no convolution or Linear is on the way to it. |
+| additions in other words | `addcmul` with a layer scale, `stack([x, h]).sum(0)`, `sub(alpha=-1)`, `h - (-x)` and `torch.ops.aten.add` are served. A weighted mean (`lerp`, `stack(...).mean(0)`), sums of more than two stacked maps, `einsum` over a stack, `index_add`, `_foreach_add`, `addcmul` of two maps and `torch.add(out=)` are listed with a reason: the SE block would scale more than the branch, or there is no place for it. |
 
-None of these changes a site of timm or torchvision. One reason changes: the head of
-`torchvision/lraspp_mobilenet_v3_large` is fusion, since only one of its maps is upsampled.
+None of these rules changes a site of timm or torchvision. One reason changes: the head of
+`torchvision/lraspp_mobilenet_v3_large` is a fusion, because only one of its maps is upsampled.
 """
 
 
@@ -293,12 +306,13 @@ def page() -> str:
     lines = [
         "# Arguable blocks",
         "",
-        "Most additions are plainly residual branches with a convolution (they get an SE block)",
-        "or plainly not (they are listed with the reason). These are neither, and this is done,",
-        "unless the branch has a gate already, and `include=` or `exclude=` decides otherwise.",
-        "`tests/labels.py` has all labels; this page is written by `python tests/labels.py`.",
+        "For most additions the answer is plain: a residual branch with a convolution gets an SE",
+        "block, and any other addition is listed with the reason. The blocks on this page are",
+        "arguable. The table says how many SE blocks each of them gets, unless its branch has a gate",
+        "already. `include=` and `exclude=` let you decide otherwise. `tests/labels.py` has all labels,",
+        "and `python tests/labels.py` writes this page.",
         "",
-        "| block class | SE blocks | why |",
+        "| block class | SE blocks | remark |",
         "|---|---|---|",
     ]
     for package, labels in LABELS.items():
@@ -311,10 +325,11 @@ def page() -> str:
         "",
         "## Units",
         "",
-        "Networks without residual additions get their SE blocks on these classes (`where=`), from",
-        "`tests/unit_labels.py`. *Not all*: only after a convolution, and without a gate.",
+        "Networks without residual additions get their SE blocks on modules of these classes",
+        "(`where=`). The list is that of `tests/unit_labels.py`. *Not all* means that a module of the",
+        "class gets an SE block only if it comes after a convolution and has no gate.",
         "",
-        "| class | on the output of its last | why |",
+        "| class | on the output of its last | remark |",
         "|---|---|---|",
     ]
     lines += [

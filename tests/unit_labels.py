@@ -16,17 +16,24 @@ class UnitLabel:
     why: str = ""
 
 
-INCEPTION = UnitLabel(("cat",), why="the paper has the SE block after the concatenation")
+INCEPTION = UnitLabel(("cat",), why="The paper has the SE block after the concatenation.")
 BESIDE_POOLED = UnitLabel(
-    RELU, why="one convolution beside the pooled input: on that branch, as in ShuffleNet"
+    RELU, why="The one convolution beside the pooled input gets the SE block, as in ShuffleNet."
 )
-ACTIVATION = UnitLabel(RELU, False, "the paper on VGG: after the non-linearity of each convolution")
+ACTIVATION = UnitLabel(
+    RELU, False, "The paper has the SE block after the non-linearity of each convolution of VGG."
+)
+
+DENSE = UnitLabel(("convolution",), why="The new maps get the SE block.")
 
 UNIT_LABELS: dict[str, UnitLabel] = {
     "torch.nn.modules.activation.ReLU": ACTIVATION,
     "timm.layers.norm_act.BatchNormAct2d": ACTIVATION,
     "timm.models._efficientnet_blocks.DepthwiseSeparableConv": UnitLabel(
-        RELU, False, "after the pointwise convolution; LCNet's last two are gated already"
+        RELU,
+        False,
+        "The SE block comes after the pointwise convolution. LCNet's last two blocks have a gate"
+        " already.",
     ),
     "torchvision.models.squeezenet.Fire": INCEPTION,
     "torchvision.models.googlenet.Inception": INCEPTION,
@@ -37,18 +44,23 @@ UNIT_LABELS: dict[str, UnitLabel] = {
     "timm.models.inception_v4.Mixed4a": INCEPTION,
     "timm.models.inception_v4.Mixed5a": BESIDE_POOLED,
     **{f"timm.models.inception_v4.Reduction{letter}": INCEPTION for letter in "AB"},
-    "timm.models.densenet.DenseLayer": UnitLabel(("convolution",), why="on the new maps"),
-    "torchvision.models.densenet._DenseLayer": UnitLabel(("convolution",), why="on the new maps"),
+    "timm.models.densenet.DenseLayer": DENSE,
+    "torchvision.models.densenet._DenseLayer": DENSE,
     "timm.models.rdnet.DenseBlock": UnitLabel(
-        ("convolution",), False, "as BlockESE has its gate: behind the last convolution, not twice"
+        ("convolution",),
+        False,
+        "The SE block comes after the last convolution, where BlockESE has its gate. BlockESE gets"
+        " no second one.",
     ),
     "torchvision.models.shufflenetv2.InvertedResidual": UnitLabel(
-        ("relu", "relu_"), why="on the right branch, before the concatenation"
+        ("relu", "relu_"), why="The right branch gets the SE block, before the concatenation."
     ),
     "timm.models.selecsls.SelecSlsBlock": UnitLabel(
-        ("relu", "relu_"), why="a convolution follows the concatenation: on its output"
+        ("relu", "relu_"),
+        why="The output of the convolution after the concatenation gets the SE block.",
     ),
     "timm.models.vovnet.OsaBlock": UnitLabel(
-        ("relu", "relu_"), why="as ese_vovnet: on the convolution after the concatenation"
+        ("relu", "relu_"),
+        why="As in ese_vovnet, the convolution after the concatenation gets the SE block.",
     ),
 }
