@@ -108,10 +108,10 @@ def remove_se(model: nn.Module, *, include: Patterns = None, exclude: Patterns =
 
 
 def set_plain_ops(model: nn.Module, plain: bool = True) -> nn.Module:
-    """Make the SE blocks compute with mean, multiply and add, in place, and return the model.
+    """Make the SE blocks compute with plain operations, in place, and return the model.
 
-    Normally an SE block squeezes with a sum and ends in one call of ``torch.addcmul``, because that
-    is faster. Converters and quantizers for devices (Core ML, the quantizers of PT2E, fixed
+    Normally an SE block runs its layers as matrix products and ends in one call of
+    ``torch.addcmul``, because that is faster. Plain SE blocks run convolutions. Converters and quantizers for devices (Core ML, the quantizers of PT2E, fixed
     accelerators) expect the operations with which networks are usually written. The outputs differ
     by rounding only, and while every gate is 1 they do not differ at all. Parameters, keys and
     files stay the same. ``set_plain_ops(model, False)`` switches back.
