@@ -2,15 +2,17 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 import timm
 import torch
+from torch import nn
 
-from se_inject import inject_se, plan_se
+from se_inject import SqueezeExcite, inject_se, plan_se
 from se_inject.edit.block_class import edit_of
 from se_inject.errors import ArgumentError
-from se_inject.report.latency import check_device, measure_latency
+from se_inject.report.latency import check_device, compare_latency, measure_latency
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +79,50 @@ def test_wrong_usage(call, args: list[str]) -> None:
     status, out, err = call("test_resnet", *args)
     assert (status, out) == (2, "")
     assert "Usage" in err
+
+
+class Clock:
+    """Seconds that pass only when a network says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def network(self, seconds: float) -> nn.Module:
+        network = nn.Identity()
+        network.register_forward_hook(lambda *_: self.passes(seconds))
+        return network
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_the_overhead_is_that_of_the_second_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("se_inject.report.latency.time", clock)
+    x = torch.empty(2, 3, 8, 8, device="meta")
+    latency = compare_latency(clock.network(2.0), clock.network(3.0), ((x,), {}))
+    assert latency.overhead == (0.5, 0.5, 0.5)
+    assert (latency.before_ms, latency.after_ms) == (2000.0, 3000.0)
+
+
+def test_the_second_network_is_that_with_se_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, forward = Clock(), SqueezeExcite.forward
+
+    def slow(self: SqueezeExcite, *args: Any) -> torch.Tensor:
+        clock.passes(1.0)
+        return forward(self, *args)
+
+    model = timm.create_model("test_resnet")
+    plan = plan_se(model)
+    model.conv1.register_forward_hook(lambda *_: clock.passes(10.0))
+    monkeypatch.setattr(SqueezeExcite, "forward", slow)
+    monkeypatch.setattr("se_inject.report.latency.time", clock)
+    latency = measure_latency(plan)
+    assert latency.before_ms == 10_000.0
+    assert latency.after_ms == 10_000.0 + 1000.0 * len(plan.sites)
 
 
 def test_the_model_stays_as_it_was_and_the_input_has_the_shape_of_the_plan(device: str) -> None:

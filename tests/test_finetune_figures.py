@@ -270,6 +270,9 @@ def test_class_weights_are_those_of_scikit_learn(tmp_path: Path) -> None:
     scores, label = torch.randn(8, 3), torch.arange(8) % 3
     expected = nn.functional.cross_entropy(scores, label, weight=weights)
     assert torch.equal(recipe._smoothing(scores, label), expected)
+    mixed = torch.eye(3)[label].lerp(torch.eye(3)[label.flip(0)], 0.3)  # as mixup makes labels
+    expected = nn.functional.cross_entropy(scores, mixed, weight=weights)
+    assert torch.equal(recipe._soft(scores, mixed), expected)
 
 
 @pytest.mark.parametrize("options", [{"class_weights": "balanced"}, {"sampler": "balanced"}])

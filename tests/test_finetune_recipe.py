@@ -110,6 +110,22 @@ def test_layer_decay_slows_the_first_layers_of_the_base_alone() -> None:
     assert rates["layer4.0.conv2.weight"] <= 0.1 * recipe.settings.lr
 
 
+def test_biases_and_norms_do_not_decay() -> None:
+    recipe = small()
+    names = {id(p): name for name, p in recipe.network.named_parameters()}
+    groups = list(groups_of(recipe.network, recipe.new, recipe.settings))
+    decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    of_norms = {
+        f"{name}.weight"
+        for name, module in recipe.network.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+    }
+    assert of_norms
+    spared = {name for name, value in decay.items() if value == 0}
+    assert spared == of_norms | {name for name in decay if name.endswith("bias")}
+    assert all(value in (0, recipe.settings.weight_decay) for value in decay.values())
+
+
 class Steps(pl.Callback):
     """The largest rate of each step."""
 

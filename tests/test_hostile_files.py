@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from processes import ended
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from torch import nn
 
 from se_inject import ArgumentError, CheckpointError, inject_se, load_se, save_se, se_parameters
 from se_inject.keep.atomic import atomic_write
+from se_inject.models.files import load_weights
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -317,3 +319,37 @@ def test_another_name_of_a_file_keeps_the_old_text(tmp_path: Path) -> None:
     os.link(tmp_path / "file", tmp_path / "other")
     write(tmp_path / "file")
     assert ((tmp_path / "file").read_text(), (tmp_path / "other").read_text()) == ("new", "old")
+
+
+def test_what_is_being_written_lies_beside_its_target(tmp_path: Path) -> None:
+    """A rename is atomic within one file system only."""
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "link.txt"
+    link.symlink_to(tmp_path / "elsewhere" / "file.txt")
+    (tmp_path / "elsewhere" / "file.txt").write_text("old")
+    for path, folder in ((tmp_path / "new.txt", tmp_path), (link, tmp_path / "elsewhere")):
+        with atomic_write(path) as part:
+            part.write_text("new")
+            assert part.parent == folder
+        assert path.read_text() == "new"
+
+
+class RunsCode:
+    """A pickle that writes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return exec, (f"open({str(self.path)!r}, 'w').close()", {})
+
+
+def test_weights_of_a_network_run_no_code(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet")
+    file, written = tmp_path / "weights.pth", tmp_path / "written"
+    torch.save({"state_dict": model.state_dict(), "args": RunsCode(written)}, file)
+    with pytest.raises(CheckpointError, match="without running code"):
+        load_weights(model, file)
+    assert not written.exists()
+    torch.load(file, weights_only=False)
+    assert written.exists()  # It would have.
