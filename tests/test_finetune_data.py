@@ -23,6 +23,7 @@ from rich.console import Console
 
 from se_inject import DataError
 from se_inject.finetune.after import evaluate as use
+from se_inject.finetune.data.divide import _ends_of, split
 from se_inject.finetune.data.folders import split_folders
 from se_inject.finetune.data.images import to_rgb
 from se_inject.finetune.data.loading import open_data, seed_of, seeded
@@ -425,7 +426,7 @@ def hub(root: Path, **columns: Any) -> str:
     """A data set of Hugging Face on the disk, with an image column and others."""
     datasets = pytest.importorskip("datasets")
     features = {"img": datasets.Image(), **{name: kind for name, (kind, _) in columns.items()}}
-    for split, numbers in (("train", range(6)), ("test", range(6, 8))):
+    for part, numbers in (("train", range(6)), ("test", range(6, 8))):
         images = []
         for i in numbers:
             file = io.BytesIO()
@@ -511,3 +512,22 @@ def test_the_numbers_of_an_image_are_those_of_its_seed_and_nothing_else_moves() 
     with isolate_rng(include_cuda=False):
         torch.manual_seed(seed_of(3, 1, 7))
         assert torch.equal(drawn, torch.rand(4))
+
+
+def test_training_keeps_an_image_of_each_class() -> None:
+    train, val = split([0, 1, 1, 2, 2, 2, 2, 2, 2, 2], 0.9)
+    assert sorted(train + val) == list(range(10))
+    assert 0 in train  # the only image of its class
+    assert {i for i in val if i in (1, 2)} != {1, 2}
+    assert len([i for i in train if i > 2]) == 1
+
+
+def test_copies_are_told_apart_by_their_ends(tmp_path: Path) -> None:
+    start = bytes(1 << 16)
+    texts = {"a": start + b"one", "b": start + b"two", "c": start + b"one", "d": b"one" + start}
+    found = {}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
+        found[name] = _ends_of(tmp_path / name, len(text))
+    assert found["a"] == found["c"]
+    assert len({found["a"], found["b"], found["d"]}) == 3

@@ -210,6 +210,16 @@ def test_guessing_the_largest_class_is_no_balanced_accuracy(tmp_path: Path) -> N
     assert found["top5"] is None
 
 
+def test_one_class_alone_has_no_auroc(tmp_path: Path) -> None:
+    images = open_data(settings_of(colors(tmp_path / "data", a=40, b=40)), CONFIG, 0).val
+    kept = [i for i, label in enumerate(images.labels) if label == 0]
+    images.indices = [images.indices[i] for i in kept]
+    images.labels = [0] * len(kept)
+    found = measure(lambda x: torch.randn(len(x), 2), images, SETTINGS, 2)
+    assert found.images == len(kept)
+    assert found.auroc == [None, None]
+
+
 def test_evaluate_gives_precision_recall_and_auroc_of_each_class(tmp_path: Path) -> None:
     root = colors(tmp_path / "data", a=20, b=20, c=20)
     running.start(settings_of(root), tmp_path / "run", QUIET)

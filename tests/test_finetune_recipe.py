@@ -25,6 +25,7 @@ from se_inject.finetune.options.choices import LOGGERS
 from se_inject.finetune.options.config import read_config, read_yaml
 from se_inject.finetune.runs import trainer as running
 from se_inject.finetune.training import callbacks, tune
+from se_inject.finetune.training.callbacks import RunFolder
 from se_inject.finetune.training.network import base_of
 from se_inject.finetune.training.optimizer import factor_of, groups_of, optimizer_of
 from se_inject.finetune.training.prepare import prepare
@@ -194,6 +195,16 @@ def test_the_loss_is_smoothed_and_the_figures_are_not() -> None:
     assert not torch.equal(small(label_smoothing=0.3)._smoothing(scores, labels), plain)
 
 
+def test_every_image_counts_once_in_the_loss_of_the_validation() -> None:
+    recipe = small(label_smoothing=0.3).eval()
+    images, labels = torch.randn(10, 3, 32, 32), torch.arange(10) % 3
+    with torch.no_grad():
+        for i, part in enumerate((slice(0, 8), slice(8, 10))):
+            recipe.validation_step((images[part], labels[part], []), i)
+        expected = nn.functional.cross_entropy(recipe.network(images), labels)
+    torch.testing.assert_close(recipe.val_loss.compute(), expected)
+
+
 def test_mixed_labels_are_smoothed_as_others_are() -> None:
     mixup = small(mixup=0.4, label_smoothing=0.3)._mixup
     assert mixup is not None
@@ -259,6 +270,16 @@ def test_statistics_follow_closely_where_they_move() -> None:
             module.momentum = 0.01
     Recipe(inject_se(network), replace(SETTINGS, bn_stats="moving"), 3, 0)
     assert {m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+
+
+def test_a_checkpoint_keeps_all_of_what_a_run_knows(tmp_path: Path) -> None:
+    one, two = (RunFolder(tmp_path, "se", 0, SETTINGS) for _ in range(2))
+    one.rows = [{"epoch": 1, "val_acc": 0.5}, {"epoch": 2, "val_acc": 0.4}]
+    one.best, one.best_loss, one.best_epoch, one.seconds = 0.5, 1.5, 1, 12.0
+    one.unreadable = dict.fromkeys(["b.png: broken", "a.png: broken"])
+    two.load_state_dict(one.state_dict())
+    assert two.state_dict() == one.state_dict()
+    assert list(two.unreadable) == ["b.png: broken", "a.png: broken"]
 
 
 # --- early stop, NaN in the first epoch ----------------------------------------------------------
