@@ -438,7 +438,7 @@ def hub(root: Path, **columns: Any) -> str:
             {"img": images, **values}, features=datasets.Features(features)
         )
         (root / "hub").mkdir(parents=True, exist_ok=True)
-        data.to_parquet(root / "hub" / f"{split}-00000-of-00001.parquet")
+        data.to_parquet(root / "hub" / f"{part}-00000-of-00001.parquet")
     return f"hfds/{root / 'hub'}"
 
 
