@@ -238,9 +238,23 @@ def test_a_base_is_no_stock_network_yet() -> None:
         to_stock(timm.create_model("resnet18"))
 
 
-# Few blocks in few stages: torch takes as long to export a network as it is deep.
+def check_program_and_onnx(folder: Path, model: nn.Module) -> None:
+    """``net.pt2`` and ``net.onnx`` give what the model gives for a batch of another size."""
+    import onnxruntime
+
+    x = torch.randn(3, *X.shape[1:])
+    expected = model(x).detach()
+    program = torch.export.load(folder / "net.pt2").module()
+    torch.testing.assert_close(program(x), expected, rtol=1e-5, atol=1e-6)
+    session = onnxruntime.InferenceSession(folder / "net.onnx")
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    error = (torch.from_numpy(got) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-4
+
+
+# Few blocks in few stages: torch takes as long to export a network as it is deep. A ResNet is
+# exported by the command, below.
 SHALLOW: dict[str, dict[str, Any]] = {
-    "test_resnet": {},  # four stages of one block each
     "test_convnext": {"depths": (1, 1, 0, 0)},
     "test_mambaout": {"depths": (1, 1), "dims": (16, 32)},
 }
@@ -249,20 +263,11 @@ SHALLOW: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SHALLOW)
 @pytest.mark.filterwarnings("ignore")  # of torch.export and onnxscript, about themselves
 def test_programs_and_onnx_are_checked_and_serve_another_batch(name: str, tmp_path: Path) -> None:
-    import onnxruntime
-
     model = randomize(after_real_steps(name, **SHALLOW[name])).eval()
     write_torch_export(model, tmp_path / "net.pt2")
     write_onnx(model, tmp_path / "net.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.pt2"]
-    x = torch.randn(3, *X.shape[1:])
-    expected = model(x).detach()
-    program = torch.export.load(tmp_path / "net.pt2").module()
-    torch.testing.assert_close(program(x), expected, rtol=1e-5, atol=1e-6)
-    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
-    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    error = (torch.from_numpy(got) - expected).abs().max() / expected.abs().max()
-    assert error < 1e-4
+    check_program_and_onnx(tmp_path, model)
 
 
 def test_a_program_of_a_model_that_was_injected_with_one_image(tmp_path: Path) -> None:
@@ -419,6 +424,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_se(model, folder / "se.safetensors")
     small = opened(inject_se(randomize(timm.create_model("test_resnet")), example_input=X))
     save_se(small, folder / "all.safetensors", extra="trained")
+    torch.save(small, folder / "small.pt")
     torch.save(model.eval()(X), folder / "y.pt")
     return folder
 
@@ -445,17 +451,19 @@ assert not any(name.startswith("se_inject") for name in sys.modules)
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.mark.parametrize(("target", "suffix"), [("torch-export", "pt2"), ("onnx", "onnx")])
-def test_other_formats(folder: Path, tmp_path: Path, target: str, suffix: str) -> None:
+def test_other_formats(folder: Path, tmp_path: Path) -> None:
     """All weights are in the file, so the base needs none."""
-    output = tmp_path / f"net.{suffix}"
-    result = command(
-        *("export", "test_resnet", "--weights", str(folder / "all.safetensors")),
-        *("--format", target, "--output", str(output)),
-    )
-    assert (result.returncode, result.stderr) == (0, "")
-    assert f"{output}: same outputs as the model." in result.stdout
-    assert output.stat().st_size > 4 * 470_000  # all weights are in it
+    for target, suffix in (("torch-export", "pt2"), ("onnx", "onnx")):
+        output = tmp_path / f"net.{suffix}"
+        result = command(
+            *("export", "test_resnet", "--weights", str(folder / "all.safetensors")),
+            *("--format", target, "--output", str(output)),
+        )
+        assert (result.returncode, result.stderr) == (0, "")
+        assert f"{output}: same outputs as the model." in result.stdout
+        assert output.stat().st_size > 4 * 470_000  # all weights are in it
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.pt2"]
+    check_program_and_onnx(tmp_path, torch.load(folder / "small.pt", weights_only=False))
 
 
 def test_other_attention_is_named_again(tmp_path: Path) -> None:

@@ -39,9 +39,12 @@ from se_inject.finetune.training import network
 from se_inject.finetune.training.optimizer import groups_of
 from se_inject.finetune.training.recipe import Recipe
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
-)
+pytestmark = [
+    pytest.mark.usefixtures("no_pictures"),
+    pytest.mark.filterwarnings(
+        "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+    ),
+]
 
 SETTINGS = Settings(
     "test_resnet", pretrained=False, epochs=2, freeze_epochs=1, img_size=32, workers=0, lr=3e-3
