@@ -246,7 +246,7 @@ def test_scripted_as_the_base() -> None:
 # --- files -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vgg11_bn", "densenet121", "repvgg_a0"])
+@pytest.mark.parametrize("name", ["vgg11_bn", "small densenet", "repvgg_a0"])
 def test_a_file_of_the_se_blocks(name: str, tmp_path: Path) -> None:
     path = tmp_path / "se.safetensors"
     model = opened(name)
