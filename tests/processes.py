@@ -12,8 +12,8 @@ import tempfile
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     ["timm", "lightning.pytorch", "se_inject.cli.app", "se_inject.finetune.runs.trainer"]
 )
 
@@ -38,7 +38,7 @@ def started(program: str, *arguments: str) -> BaseProcess:
 def _start(
     program: str, arguments: tuple[str, ...], env: dict[str, str], files: list[str]
 ) -> BaseProcess:
-    process = _CONTEXT.Process(
+    process = CONTEXT.Process(
         target=_execute, args=(program, arguments, {**os.environ, **env}, files)
     )
     process.start()

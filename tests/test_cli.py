@@ -1,6 +1,7 @@
 """The command line, mostly in this process; once each as a real process."""
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -22,8 +23,11 @@ import se_inject
 from se_inject.cli import app as cli
 from se_inject.cli.options import Given, Only, expand
 from se_inject.finetune.options.settings import Settings
+from se_inject.models.names import load_model
 from se_inject.plan.injection import Injection
 from se_inject.plan.injection import option as knob
+from se_inject.plan.planner import make_plan
+from se_inject.report.count import count_costs
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,6 +51,30 @@ def numbers(line: str) -> list[int]:
 # --- the report --------------------------------------------------------------------------------
 
 
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that keeps what it gave for the same first argument and equal others."""
+    kept: dict[tuple[int, str], tuple[Any, Any]] = {}
+
+    def call(first: Any, *others: Any) -> Any:
+        key = id(first), repr(others)
+        if key not in kept:
+            kept[key] = first, function(first, *others)  # the first lives on, so its id stays its
+        return kept[key][1]
+
+    return call
+
+
+LOAD, PLAN, COUNT = functools.cache(load_model), once(make_plan), once(count_costs)
+
+
+@pytest.fixture
+def planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks are planned and counted once for all tests of how their tables are printed."""
+    monkeypatch.setattr("se_inject.models.names.load_model", LOAD)
+    monkeypatch.setattr("se_inject.plan.planner.make_plan", PLAN)
+    monkeypatch.setattr("se_inject.report.count.count_costs", COUNT)
+
+
 def test_the_report_of_resnet50(call) -> None:
     status, out, err = call("resnet50", "--r", "16")
     assert (status, err) == (0, "")
@@ -59,6 +87,7 @@ def test_the_report_of_resnet50(call) -> None:
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.usefixtures("planned_once")
 @pytest.mark.parametrize("name", ["resnet50", "resnet152", "mobilenetv2_100", "hrnet_w18_small"])
 def test_columns_sum_to_the_printed_totals(call, name: str) -> None:
     _, out, _ = call(name)
@@ -69,6 +98,7 @@ def test_columns_sum_to_the_printed_totals(call, name: str) -> None:
     assert [sum(column) for column in zip(*rows, strict=True)] == total
 
 
+@pytest.mark.usefixtures("planned_once")
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 @pytest.mark.parametrize("name", ["resnet50", "resnet152", "hrnet_w18_small"])
 def test_figures_are_whole_at_every_width(
@@ -90,6 +120,7 @@ def test_a_second_site_of_a_block_is_numbered(call) -> None:
     assert re.search(r"^stages\.0\.blocks\.0 #2 +64×56×56", out, re.M)
 
 
+@pytest.mark.usefixtures("planned_once")
 def test_many_sites_are_grouped_by_stage_and_verbose_shows_each(call) -> None:
     _, grouped, _ = call("resnet101")
     assert re.search(r"^layer3\.0…22 ×23 +1024×14×14 +1024→64 +3,039,680 ", grouped, re.M)
@@ -97,6 +128,7 @@ def test_many_sites_are_grouped_by_stage_and_verbose_shows_each(call) -> None:
     assert re.search(r"^layer3\.22 ", verbose, re.M)
 
 
+@pytest.mark.usefixtures("planned_once")
 def test_skipped_additions_are_counted_by_reason_and_verbose_lists_all(call) -> None:
     _, out, _ = call("hrnet_w18_small")
     assert re.search(r"^ +23 +fusion, not residual", out, re.M)

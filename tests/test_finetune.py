@@ -39,9 +39,12 @@ from se_inject.finetune.training import network
 from se_inject.finetune.training.optimizer import groups_of
 from se_inject.finetune.training.recipe import Recipe
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
-)
+pytestmark = [
+    pytest.mark.usefixtures("no_pictures"),
+    pytest.mark.filterwarnings(
+        "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+    ),
+]
 
 SETTINGS = Settings(
     "test_resnet", pretrained=False, epochs=2, freeze_epochs=1, img_size=32, workers=0, lr=3e-3
@@ -389,7 +392,14 @@ def test_a_pretrained_base_stays_out_of_the_file(tmp_path: Path) -> None:
     assert use.load_run(tmp_path / "run").network.num_classes == 10
 
 
-@pytest.mark.parametrize("options", [{"mixup": 0.2, "cutmix": 1.0, "ema": 0.9}, {"compile": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixup": 0.2, "cutmix": 1.0, "ema": 0.9},
+        # Dynamo reads each forward again in each phase, so the network has two blocks.
+        {"compile": True, "model": "small_net:build", "r": 4},
+    ],
+)
 def test_options_that_change_the_step(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,7 +407,8 @@ def test_options_that_change_the_step(
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     settings = replace(SETTINGS, batch_size=32, **options)
     summary = running.start(settings, tmp_path / "run", QUIET)
-    best = use.evaluate(use.load_run(tmp_path / "run"), tmp_path / "run")["top1"]
+    trained = use.load_run(tmp_path / "run", trust_code="model" in options)
+    best = use.evaluate(trained, tmp_path / "run")["top1"]
     assert best == pytest.approx(summary["arms"]["se"]["mean"], abs=1e-6)
 
 

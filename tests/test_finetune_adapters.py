@@ -23,9 +23,12 @@ from se_inject.finetune.training.callbacks import save_network
 from se_inject.finetune.training.recipe import Recipe
 from se_inject.finetune.training.tune import find_settings
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
-)
+pytestmark = [
+    pytest.mark.usefixtures("no_pictures"),
+    pytest.mark.filterwarnings(
+        "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+    ),
+]
 
 QUIET = Console(quiet=True)
 

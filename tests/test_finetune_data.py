@@ -49,9 +49,12 @@ COMMAND = (
     *("--batch-size", "8", "--epochs", "1"),
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*:UserWarning:lightning"
-)
+pytestmark = [
+    pytest.mark.usefixtures("no_pictures"),
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*:UserWarning:lightning"
+    ),
+]
 
 
 def put(path: Path, number: int = 0, **options: Any) -> None:

@@ -250,8 +250,11 @@ def test_a_subclass_of_tensor_goes_through(model: nn.Module) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
-def test_compiled_autograd_takes_the_backward_of_its_own(model: nn.Module) -> None:
+def test_compiled_autograd_takes_the_backward_of_its_own() -> None:
+    """Two blocks: it is the second that hands its gradient on to another SE block."""
     torch._dynamo.reset()
+    model = inject_se(randomize(small_net.build()), 4, divisor=1, example_input=X).eval()
+    open_gates(model)
     other = copy.deepcopy(model)
     compiler = torch.compile(backend="aot_eager", fullgraph=True)
     with torch._dynamo.compiled_autograd._enable(compiler):

@@ -108,6 +108,7 @@ def said_by(*args: str) -> str:
     return result.stdout
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_evaluate_and_predict_of_a_finished_run(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
@@ -123,6 +124,7 @@ def test_evaluate_and_predict_of_a_finished_run(tmp_path: Path) -> None:
     assert "digit.png" in said_by("predict", str(run), str(tmp_path / "digit.png"), "--trust-code")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_stopped_run_goes_on_as_the_old_version_did(tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(OLD / "stopped", run)

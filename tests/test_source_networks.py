@@ -47,8 +47,7 @@ def with_gradients(model: nn.Module, weights: dict[str, Tensor]) -> list[Tensor]
     x = X.clone().requires_grad_()
     torch.default_generator.manual_seed(0)
     out = model(x)
-    names = [n for n, _ in model.named_parameters() if n in weights]
-    parameters = [dict(model.named_parameters())[n] for n in names]
+    parameters = [p for n, p in model.named_parameters() if n in weights]
     try:
         grads = torch.autograd.grad(out.square().sum(), [x, *parameters], allow_unused=True)
     except RuntimeError as error:

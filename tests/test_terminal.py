@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import ended
+from processes import CONTEXT, ended
 
 from se_inject import inject_se, save_se
 from se_inject.models.names import load_model
@@ -45,6 +45,8 @@ def test_words_of_the_zoo_are_whole_on_a_narrow_terminal(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
+    # A worker that has imported torch and timm already.
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: CONTEXT)
     status, out, _ = call("zoo", "--library", "timm", "--filter", "test_resnet", "--workers", "1")
     assert status == 0
     assert "injectable" in out

@@ -3,8 +3,6 @@
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,10 @@ import pytest
 import timm
 import torch
 from helpers import open_gates, randomize
+from processes import ended
 from timm.models import checkpoint_seq
 from timm.models.densenet import DenseNet
+from timm.models.vgg import VGG
 from torch import Tensor, nn
 
 from se_inject import (
@@ -37,6 +37,9 @@ def base(name: str, **kwargs: Any) -> nn.Module:
     torch.manual_seed(0)
     if name == "small densenet":  # densenet121 takes minutes where a compiler has to go through it
         net = DenseNet(growth_rate=16, block_config=(2, 2), num_classes=10)
+        return randomize(net).eval()
+    if name == "small vgg":
+        net = VGG([16, "M", 32], num_classes=10, norm_layer=nn.BatchNorm2d, mlp_ratio=1 / 32)
         return randomize(net).eval()
     if name == "vgg11_bn" and "features_only" not in kwargs:
         kwargs["mlp_ratio"] = 1 / 32  # the classifier has 119 million weights, and no unit
@@ -134,12 +137,14 @@ def test_compiled_as_one_graph(name: str) -> None:
         assert torch.equal(compiled(torch.cat([X, X])), model(torch.cat([X, X])))
 
 
-@pytest.mark.parametrize("name", ["vgg11_bn", "small densenet", "torchvision shufflenet"])
+@pytest.mark.parametrize("name", ["small vgg", "small densenet", "torchvision shufflenet"])
 def test_exports(name: str, tmp_path: Path) -> None:
     if name.startswith("torchvision"):
-        from torchvision.models import shufflenet_v2_x0_5
+        from torchvision.models import ShuffleNetV2
 
-        model = inject_se(shufflenet_v2_x0_5(num_classes=10).eval(), example_input=X)
+        # Units with and without a stride; the network of the paper has sixteen.
+        net = ShuffleNetV2([2, 1, 1], [24, 48, 96, 192, 256], num_classes=10)
+        model = inject_se(net.eval(), example_input=X)
         open_gates(model)
     else:
         model = opened(name)
@@ -150,7 +155,7 @@ def test_exports(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["vgg11_bn", "small densenet"])
+@pytest.mark.parametrize("name", ["small vgg", "small densenet"])
 def test_onnx(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     write_onnx(opened(name), tmp_path / "net.onnx")  # which compares the outputs
@@ -180,8 +185,7 @@ def test_a_pickle_in_another_process(tmp_path: Path) -> None:
         with torch.no_grad():
             torch.save((model, X, model(X)), files[-1])
         assert torch.equal(output(pickle.loads(pickle.dumps(model))), output(model))
-    command = [sys.executable, "-c", UNPICKLE, *files]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = ended(UNPICKLE, *files)
     assert result.stdout.split() == [*edited.values()], result.stderr
 
 
@@ -242,7 +246,7 @@ def test_scripted_as_the_base() -> None:
 # --- files -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vgg11_bn", "densenet121", "repvgg_a0"])
+@pytest.mark.parametrize("name", ["vgg11_bn", "small densenet", "repvgg_a0"])
 def test_a_file_of_the_se_blocks(name: str, tmp_path: Path) -> None:
     path = tmp_path / "se.safetensors"
     model = opened(name)

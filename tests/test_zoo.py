@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 from commands import command
+from processes import CONTEXT
 
+from se_inject.report import zoo
 from se_inject.report.zoo import families, family_of, model_names, survey
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that have imported torch and timm already: each would take seconds for it."""
+    monkeypatch.setattr(zoo.multiprocessing, "get_context", lambda _: CONTEXT)
 
 
 def test_names_and_families() -> None:
@@ -33,6 +41,7 @@ def test_a_model_that_cannot_be_planned_is_a_failure_with_its_error() -> None:
     assert result.sites == 8
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_command_writes_the_table(tmp_path: Path) -> None:
     page = tmp_path / "coverage.md"
     result = command("zoo", "--filter", "test_*resnet*", "--library", "timm", "--output", str(page))
@@ -43,6 +52,7 @@ def test_the_command_writes_the_table(tmp_path: Path) -> None:
     assert "None." in text
 
 
+@pytest.mark.usefixtures("forked")
 def test_json_is_one_object() -> None:
     result = command("zoo", "--filter", "resnet18", "--library", "timm", "--json")
     data = json.loads(result.stdout)

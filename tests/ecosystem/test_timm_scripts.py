@@ -33,7 +33,7 @@ def run(script: str, *arguments: str) -> str:
         [sys.executable, "-m", "se_inject.timm", str(Path(SCRIPTS) / script), *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert ran.returncode == 0, ran.stderr
