@@ -30,7 +30,9 @@ def _eval_batch_norm(
 
     Old versions of torch give it the three outputs of train mode, and no runtime takes such a file.
     """
-    from onnxscript import opset18 as op
+    import onnxscript
+
+    op: Any = onnxscript.opset18
 
     def filled(value: float) -> Any:
         one = op.CastLike(op.Constant(value_floats=[value]), running_mean)
