@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from se_inject import inject_se
+from se_inject import inject_se, plan_se
 from se_inject.keep.formats import old_torch
 from se_inject.keep.formats.old_torch import name_dims
 from se_inject.keep.formats.onnx import write_onnx
@@ -56,3 +56,24 @@ def test_names_of_dims_in_onnx() -> None:
         assert x.shape == ["batch", 3, "height", "s10"]
         assert y.shape == ["batch", 3, "height//2", "s10 + s100"]
         assert unknown.shape is None
+
+
+class Unflattened(nn.Module):
+    """The same reshape as a method and as a function, of which torch's own list has neither."""
+
+    def __init__(self, *, as_method: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.as_method = as_method
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).flatten(2)
+        return x + (y.unflatten(2, (8, 8)) if self.as_method else torch.unflatten(y, 2, (8, 8)))
+
+
+@pytest.mark.parametrize("as_method", [True, False])
+def test_a_method_that_torch_does_not_list(as_method: bool) -> None:
+    model = Unflattened(as_method=as_method)
+    expected = model(X)
+    assert [site.channels for site in plan_se(model, 1, divisor=1, example_input=X).sites] == [3]
+    assert torch.equal(inject_se(model, 1, divisor=1, example_input=X)(X), expected)
