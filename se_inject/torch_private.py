@@ -88,6 +88,16 @@ def without_torch_functions() -> AbstractContextManager[None]:
     return torch._C.DisableTorchFunction()
 
 
+def knows_eval_norms_in_onnx() -> bool:
+    """Whether torch's exporter to ONNX knows that a batch norm in eval mode has one output.
+
+    Torch 2.6 does not, and no public name tells.
+    """
+    from torch.onnx._internal.exporter import _building
+
+    return hasattr(_building, "_determine_output_number")
+
+
 # Torch has these two functions but does not declare their types.
 def torch_function_state() -> Any:
     """Whether modes and tensor classes see the functions that this thread calls."""

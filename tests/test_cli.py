@@ -291,8 +291,8 @@ def test_a_module_in_the_current_directory_is_found(
             r"^error: block 'stage2\.0' gets no SE block: fusion, not residual",
         ),
         (
-            ["inception_resnet_v2", "--img-size", "16"],
-            r"^error: the forward of '.*' failed on an input of shape \[2, 3, 16, 16\]",
+            ["inception_resnet_v2", "--img-size", "12"],
+            r"^error: the forward of '.*' failed on an input of shape \[2, 3, 12, 12\]",
         ),
         (["hf-hub:no/such"], r"^error: building 'hf-hub:no/such' failed"),
     ],

@@ -302,7 +302,7 @@ def test_what_is_compiled_meanwhile_has_no_hook_in_it() -> None:
     torch._dynamo.reset()
     model = network().eval()
     with record_gates(model) as gates:
-        program = torch.export.export(model, (X,))
+        program = torch.export.export(model, (X,), strict=False)
     assert not gates
     assert torch.equal(program.module()(X), model(X))
 

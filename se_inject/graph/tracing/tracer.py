@@ -88,7 +88,10 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
         if self.quiet or is_of_torch(frame, kernels=True):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
-        method = torch.overrides.is_tensor_method_or_property(func)
+        # Torch's list of methods lacks some that it writes in Python (Tensor.unflatten).
+        method = (
+            torch.overrides.is_tensor_method_or_property(func) or vars(Tensor).get(name) is func
+        )
         self._drop_pending(args, kwargs)
         if func is torch._C._set_grad_enabled:
             raise self.refused("switches gradients on or off", "write x.detach() in its place")

@@ -16,6 +16,7 @@ from se_inject.keep.atomic import atomic_write
 from se_inject.keep.deploy.optimize import Optimization, optimized_copy
 from se_inject.keep.formats.compare import check_equal
 from se_inject.keep.formats.format import Format, need_packages
+from se_inject.keep.formats.old_torch import missing_translations, name_dims
 from se_inject.keep.formats.program import export_program, plain_copy
 from se_inject.names import base_architecture
 from se_inject.torch_private import pytree
@@ -99,8 +100,11 @@ def _write(
             if len(outputs) == 1
             else [f"output_{i}" for i in range(len(outputs))],
             dynamic_shapes=pytree.tree_map(lambda v: _dim_names(v, sizes), args),
+            custom_translation_table=missing_translations(),
+            optimize=True,  # torch 2.6 does not do it unasked
         )
         assert converted is not None
+        name_dims(converted.model, [_dim_names(t, sizes) or {} for t in tensors])
         written = converted.model.opset_imports[""]
         if opset not in (None, written):  # torch only logs that it could not convert
             raise ExportError(f"it stayed at opset {written}, not {opset}")
@@ -108,9 +112,9 @@ def _write(
         converted.save(path, external_data=False)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # two libraries complain about operations and dtypes they lack
-        raise ExportError(
-            f"ONNX cannot hold {type(model).__name__} ({first_line(error)[:200]})."
-        ) from error
+        # Torch's own error says which step failed, and its cause says why.
+        reason = first_line(error.__cause__ or error)[:200]
+        raise ExportError(f"ONNX cannot hold {type(model).__name__} ({reason}).") from error
     names = [entry.name for entry in session.get_inputs()]
 
     def run(*values: Any) -> list[Tensor]:

@@ -59,7 +59,10 @@ def export_program(
         return dict.fromkeys((0, *space), torch.export.Dim.AUTO)
 
     try:
-        return torch.export.export(model, args, dynamic_shapes=pytree.tree_map(dims, args))
+        shapes = pytree.tree_map(dims, args)
+        # Old versions of torch are strict unless told otherwise. They compile the network first,
+        # which takes longer and works for fewer of them.
+        return torch.export.export(model, args, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch's tracer may raise anything about foreign code
         raise ExportError(
             f"torch.export cannot follow {type(model).__name__} ({first_line(error)[:200]})."
