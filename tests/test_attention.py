@@ -6,6 +6,7 @@ import re
 import pytest
 import timm
 import torch
+from timm.layers import EcaModule
 from timm.layers.create_attn import get_attn
 
 from se_inject import ArgumentError, inject_se, plan_se, remove_se, se_parameters
@@ -65,3 +66,9 @@ def test_other_attention_takes_every_placement() -> None:
     plan = plan_se(model, placement="pre", se_layer=Attention("eca"))
     assert len(plan.sites) == 8
     assert plan.to_dict()["variant"] == {"placement": "pre", "attention": "eca"}
+
+
+def test_a_layer_of_the_user_gets_the_dtype_of_its_block() -> None:
+    model = inject_se(timm.create_model("test_resnet").double(), se_layer=EcaModule)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert model(torch.randn(1, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
