@@ -240,7 +240,8 @@ def test_a_norm_with_an_activation_keeps_its_own_attributes() -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
 def test_scripted_as_the_base() -> None:
     model = opened("vgg11_bn")
-    assert torch.equal(output(torch.jit.script(model)), output(model))
+    # Scripted layers are convolutions, which round otherwise than matrix products.
+    torch.testing.assert_close(output(torch.jit.script(model)), output(model))
 
 
 # --- files -------------------------------------------------------------------------------------
