@@ -98,6 +98,8 @@ class Interrupter:
     def run(self, function: Callable[[], Any]) -> bool:
         """Whether the function was interrupted; other errors go through."""
         old = sys.gettrace()
+        # Python 3.12 looks when the trace is set whether any frame asks for bytecodes.
+        sys._getframe().f_trace_opcodes = self.event == "opcode"
         sys.settrace(self)
         try:
             function()
