@@ -65,6 +65,10 @@ class SqueezeExcite(nn.Module):
     sum rounds twice where the single pass may round once. While all gates are 1, both sums are
     equal to the last bit. The gate is a module of its own, ``gate``, whose output hooks can watch.
 
+    The two layers run as matrix products on the vectors [N, C]. Where hooks are on ``fc1`` or
+    ``fc2``, or another layer has taken their place, they are called, and the convolutions round
+    otherwise than the products.
+
     Args:
         channels: C, the number of channels of the map.
         bottleneck: rd, the width between the two layers (see :func:`bottleneck_width`).

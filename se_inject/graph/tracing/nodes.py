@@ -38,7 +38,6 @@ class GraphBuilder:
         super().__init__(*args, **kwargs)
         self.quiet = 0  # if it is more than 0, the code that runs is not the forward's own
         self.graph = fx.Graph()
-        self.graph = fx.Graph()
         self._nodes: dict[int, tuple[Tensor, Made]] = {}
         self._paths: dict[int, str] = {}
         self._modules: dict[int, str] = {}
