@@ -1,23 +1,25 @@
 """Measures what SE blocks cost in time and memory, as ratios of runs side by side.
 
     OMP_NUM_THREADS=1 python benchmarks/overhead.py [--networks resnet50] [--compile] [--json FILE]
-    python benchmarks/overhead.py --device cuda --batch-sizes 1 32 256 [--compile] [--json FILE]
+    python benchmarks/overhead.py --device cuda --batch-sizes 1 32 256 [--ways graphs] [--json FILE]
 
 The arms are the base network, timm's own SE network (``seresnet50`` for ``resnet50``) and the base
 with ``inject_se``. ``--compile`` adds our network with only its SE blocks compiled, and all three
-networks through ``torch.compile``, whose overheads are relative to the compiled base.
+networks through ``torch.compile``, whose overheads are relative to the compiled base. ``--ways``
+chooses among these, ``graphs`` (compiled, and replayed as CUDA graphs) and ``optimized`` (after
+``optimize_for_inference``, in inference only).
 
-Each arm runs in a process of its own, so that none finds the memory that another left behind. The
-processes take turns, so that a noisy machine disturbs them all. An overhead is the median, over the
-rounds, of t(arm) / t(base) - 1 within one round, with its quartiles. If others use the machine,
-they may add more to a step than SE blocks do. Then the fastest step of each arm tells more, so the
-table also has the overhead by the fastest steps.
+On a CPU each arm runs in a process of its own, so that none finds the memory that another left
+behind. The processes take turns, so that a noisy machine disturbs them all. An overhead is the
+median, over the rounds, of t(arm) / t(base) - 1 within one round, with its quartiles. If others use
+the machine, they may add more to a step than SE blocks do. Then the fastest step of each arm tells
+more, so the table also has the overhead by the fastest steps.
 
 On a CPU, seconds are the processor time of the one thread, which other programs disturb least. The
 allocator keeps its memory there, so that page faults do not count. On CUDA, the time is taken
-between events around 20 steps after a warm-up, with bfloat16 autocast. A training step is forward,
-cross-entropy, backward and SGD with momentum. Memory is the peak of what a step allocates, without
-the weights and the input.
+between events around 5 to 20 steps after a warm-up, with bfloat16 autocast. A training step is
+forward, cross-entropy, backward and SGD with momentum. Memory is the peak of what a step allocates,
+without the weights and the input.
 
 The floor of an SE block is the time that it takes to move what the block must move at least, at the
 bandwidth that a plain copy reaches on the device. In inference this is one more read of its map. In
@@ -37,7 +39,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from se_inject import SqueezeExcite, inject_se, plan_se
+from se_inject import SqueezeExcite, inject_se, optimize_for_inference, plan_se
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels-last": torch.channels_last}
 MAPS_MOVED = {"inference": 1, "training": 5}
@@ -79,6 +81,11 @@ def compiled(build: Callable[[str], nn.Module], network: str) -> Any:
     return torch.compile(build(network))
 
 
+def graphed(build: Callable[[str], nn.Module], network: str) -> Any:
+    """Compile, and replay the kernels as CUDA graphs, which take no launches from Python."""
+    return torch.compile(build(network), mode="reduce-overhead")
+
+
 def blocks_compiled(network: str) -> nn.Module:
     """Compile only the SE blocks, which then run as Triton kernels on CUDA. The rest is eager."""
     model = injected(network)
@@ -86,6 +93,15 @@ def blocks_compiled(network: str) -> nn.Module:
         if isinstance(module, SqueezeExcite):
             module.compile(dynamic=False)  # no shape changes, as in the whole networks
     return model
+
+
+def optimized(build: Callable[[str], nn.Module], network: str) -> nn.Module:
+    """Fold the norms, and of ours take the squeeze early where that is possible."""
+    model = build(network).eval()
+    for module in model.modules():
+        if isinstance(module, SqueezeExcite):  # Constant gates would be folded away too.
+            nn.init.normal_(module.fc2.weight, 0, 0.1)
+    return optimize_for_inference(model, example_input=torch.randn(2, 3, 224, 224))
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,23 @@ ARMS = {
     "se_inject, compiled": Arm(
         partial(compiled, injected), over="base, compiled", beside="timm, compiled"
     ),
+    "base, optimized": Arm(partial(optimized, base), over="base, optimized"),
+    "timm, optimized": Arm(partial(optimized, timms_se), over="base, optimized"),
+    "se_inject, optimized": Arm(
+        partial(optimized, injected), over="base, optimized", beside="timm, optimized"
+    ),
+    "base, graphs": Arm(partial(graphed, base), over="base, graphs"),
+    "timm, graphs": Arm(partial(graphed, timms_se), over="base, graphs"),
+    "se_inject, graphs": Arm(
+        partial(graphed, injected), over="base, graphs", beside="timm, graphs"
+    ),
+}
+WAYS = {
+    "eager": ("base", "timm", "se_inject"),
+    "blocks": ("base", "timm", "se_inject, blocks compiled"),
+    "compiled": ("base, compiled", "timm, compiled", "se_inject, compiled"),
+    "optimized": ("base, optimized", "timm, optimized", "se_inject, optimized"),
+    "graphs": ("base, graphs", "timm, graphs", "se_inject, graphs"),
 }
 
 
@@ -128,7 +161,9 @@ class Setting:
         Short steps are timed in groups. The first step of a turn is slow, because other processes
         had the caches before it, and a turn of one step would consist only of such a step.
         """
-        return 20 if self.device == "cuda" else max(1, 8 // self.batch)
+        if self.device == "cuda":
+            return max(5, min(20, 1280 // self.batch))
+        return max(1, 8 // self.batch)
 
     @property
     def label(self) -> str:
@@ -210,46 +245,74 @@ def peak_bytes(step: Callable[[], None], device: str) -> int:
     return max(itertools.accumulate(sizes))
 
 
-def work(connection: Connection, arm: Arm, setting: Setting) -> None:
-    """Answer the requests "time" and "memory" until "stop" comes."""
-    torch.backends.cudnn.benchmark = True
+def work(connection: Connection, arms: dict[str, Arm], setting: Setting) -> None:
+    """Answer requests for the "time" or the "memory" of an arm, until one for "stop" comes."""
+    # By default cuDNN chooses its algorithms by rule, the same ones for all arms.
+    torch.backends.cudnn.benchmark = setting.device == "cpu"
     if setting.device == "cpu":
         torch.set_num_threads(1)  # with more, processor time would be their sum
-    step = make_step(arm, setting)
-    for _ in range(3):
-        step()
+    steps = {name: make_step(arm, setting) for name, arm in arms.items()}
+    for step in steps.values():
+        for _ in range(3):
+            step()
     result: Any = "ready"
     while True:
-        if setting.device == "cuda":
+        if setting.device == "cuda" and len(arms) == 1:
             torch.cuda.empty_cache()  # for the next process, because all share one device
         connection.send(result)
-        what = connection.recv()
+        name, what = connection.recv()
         if what == "stop":
             return
         if what == "time":
-            result = step_seconds(step, setting.device, setting.steps)
+            result = step_seconds(steps[name], setting.device, setting.steps)
         else:
-            result = peak_bytes(step, setting.device)
+            result = peak_bytes(steps[name], setting.device)
 
 
 # --- in the parent -----------------------------------------------------------------------------
 
 
+def processes_of(arms: dict[str, Arm], setting: Setting) -> list[list[str]]:
+    """Which arms run in one process.
+
+    On CUDA, eager networks wait for Python, whose speed depends on the processor that a process
+    happens to run on. So these share a process. The others are compiled at the same time.
+    """
+    if setting.device == "cpu":
+        return [[name] for name in arms]
+    slow = ("compiled", "graphs")
+    alone = [[name] for name in arms if name.endswith(slow)]
+    together = [name for name in arms if not name.endswith(slow)]
+    return alone + ([together] if together else [])
+
+
 def measure(arms: dict[str, Arm], setting: Setting, rounds: int) -> dict[str, dict[str, Any]]:
     """The seconds of every round and the peak bytes of every arm, from one set of processes."""
-    context = multiprocessing.get_context("spawn")
+    cuda = setting.device == "cuda"
+    # A server that has imported everything forks the processes for CUDA. On a CPU, each process
+    # starts anew, with an allocator that nobody has used.
+    context: Any = multiprocessing.get_context("forkserver" if cuda else "spawn")
+    if cuda:
+        context.set_forkserver_preload(["overhead"])
     workers = {}
-    for name, arm in arms.items():
+    processes = []
+    for names in processes_of(arms, setting):
         connection, other = context.Pipe()
-        process = context.Process(target=work, args=(other, arm, setting), daemon=True)
+        chosen = {name: arms[name] for name in names}
+        process = context.Process(target=work, args=(other, chosen, setting), daemon=True)
         process.start()
         other.close()
-        connection.recv()  # it is ready, and the next process may start
-        workers[name] = process, connection
+        processes.append((process, connection))
+        workers.update(dict.fromkeys(names, connection))
+        if not cuda:
+            connection.recv()  # it is ready, and the next process may start
+    if cuda:  # These compile for a minute, and choose nothing by its speed.
+        for _, connection in processes:
+            connection.recv()
 
     def ask(name: str, what: str) -> Any:
-        workers[name][1].send(what)
-        return workers[name][1].recv()
+        workers[name].send((name, what))
+        return workers[name].recv()
 
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
@@ -258,8 +321,8 @@ def measure(arms: dict[str, Arm], setting: Setting, rounds: int) -> dict[str, di
         for name in names[k:] + names[:k]:  # another one begins each round
             seconds[name].append(ask(name, "time"))
     results = {n: {"seconds": seconds[n], "peak_bytes": ask(n, "memory")} for n in names}
-    for process, connection in workers.values():
-        connection.send("stop")
+    for process, connection in processes:
+        connection.send((None, "stop"))
         process.join()
     return results
 
@@ -307,7 +370,9 @@ def summarise(measured: dict[str, dict[str, Any]], batch: int, floor: float) -> 
         ours, theirs = (rows[n]["overhead_quartiles"] for n in (name, timms))
         # Where timm's overhead is within the noise of 0, a ratio to it says nothing.
         rows[name]["overhead_to_timm"] = ours[1] / theirs[1] if theirs[0] > 0 else None
-        rows[name]["peak_to_timm"] = rows[name]["peak_bytes"] / rows[timms]["peak_bytes"]
+        peak, theirs_peak = (rows[n]["peak_bytes"] for n in (name, timms))
+        # A CUDA graph has its memory from the first step on, so that a step allocates nothing.
+        rows[name]["peak_to_timm"] = peak / theirs_peak if theirs_peak else None
     return rows
 
 
@@ -323,12 +388,18 @@ def copy_bandwidth(device: str) -> float:
     return 2 * size / statistics.median(times[2:])
 
 
+@cache
+def squeezed_elements(network: str, side: int) -> int:
+    """How many numbers the SE blocks of a network average for one image."""
+    example = torch.empty(2, 3, side, side, device="meta")
+    with torch.device("meta"):
+        model = base(network)
+    return plan_se(model, example_input=example).added.squeeze
+
+
 def floor_seconds(setting: Setting, bandwidth: float) -> float:
     """The seconds that it takes to move the maps that SE must move, at this bandwidth."""
-    example = torch.empty(2, 3, setting.side, setting.side, device="meta")
-    with torch.device("meta"):
-        model = base(setting.network)
-    elements = setting.batch * plan_se(model, example_input=example).added.squeeze
+    elements = setting.batch * squeezed_elements(setting.network, setting.side)
     itemsize = 4 if setting.device == "cpu" else 2
     return MAPS_MOVED[setting.mode] * elements * itemsize / bandwidth
 
@@ -376,7 +447,8 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], metavar="N")
     parser.add_argument("--device", choices=DEVICES, default="cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile beside eager")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["eager"])
+    parser.add_argument("--compile", action="store_true", help="all --ways in one run but graphs")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each arm (default 15)")
     parser.add_argument("--restarts", type=int, default=1, help="sets of processes (default 1)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -385,7 +457,8 @@ def main() -> None:
         parser.error("quartiles take two rounds or more: --rounds 2")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
-    arms = {n: arm for n, arm in ARMS.items() if options.compile or "compiled" not in n}
+    ways = ("eager", "blocks", "compiled") if options.compile else options.ways
+    names = {name for way in ways for name in WAYS[way]}
     # The workers read these variables when they start.
     os.environ.update({name: str(value) for name, value in (KEEP_MEMORY | QUIET).items()})
     torch.set_num_threads(1)
@@ -393,26 +466,35 @@ def main() -> None:
     results = []
     for setting in settings(options):
         floor = floor_seconds(setting, bandwidth)
+        arms = {
+            name: arm
+            for name, arm in ARMS.items()
+            if name in names and (setting.mode == "inference" or "optimized" not in name)
+        }
         rows = summarise(
             measure_again(arms, setting, options.rounds, options.restarts), setting.batch, floor
         )
         results.append({"setting": setting.label, "floor_seconds": floor, "arms": rows})
         print_table(results[-1])
-    if options.json:
-        cuda = options.device == "cuda"
-        processor = f"{platform.machine()} CPU, one thread"
-        environment = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "command": " ".join(["python benchmarks/overhead.py", *sys.argv[1:]]),
-            "device": torch.cuda.get_device_name() if cuda else processor,
-            "copy_bandwidth_gb_per_s": bandwidth / 1e9,
-            "rounds": options.rounds,
-            "restarts": options.restarts,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-        }
-        options.json.write_text(json.dumps({**environment, "results": results}, indent=2) + "\n")
+        if options.json:
+            write(results, options, bandwidth)
+
+
+def write(results: list[dict[str, Any]], options: argparse.Namespace, bandwidth: float) -> None:
+    cuda = options.device == "cuda"
+    processor = f"{platform.machine()} CPU, one thread"
+    environment = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": " ".join(["python benchmarks/overhead.py", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if cuda else processor,
+        "copy_bandwidth_gb_per_s": bandwidth / 1e9,
+        "rounds": options.rounds,
+        "restarts": options.restarts,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    options.json.write_text(json.dumps({**environment, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

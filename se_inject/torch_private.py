@@ -11,6 +11,7 @@ import torch
 import torch.fx
 import torch.utils._device
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 # Many places take the nested containers of a call apart and rebuild them. The public
 # torch.utils.pytree is newer than the oldest torch that this package supports.
@@ -26,6 +27,16 @@ __all__ = ["DispatchMode", "pytree"]
 def transforms_active() -> bool:
     """Whether vmap or another transform of torch.func runs. No public function says so."""
     return torch._C._are_functorch_transforms_active()
+
+
+def forward_derivatives_active() -> bool:
+    """Whether forward AD runs (``torch.autograd.forward_ad``). Only a private counter tells."""
+    return forward_ad._current_level >= 0
+
+
+def dispatch_modes_active() -> bool:
+    """Whether a mode sees the operations that run (a FLOP counter, say). No public name tells."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_batched_by_old_vmap(tensor: Tensor) -> bool:

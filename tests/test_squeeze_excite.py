@@ -47,6 +47,8 @@ def test_paper_init_equals_timms_module(device: str) -> None:
     ours, timms = SqueezeExcite(64, 8, init="paper"), SEModule(64)
     timms.load_state_dict(ours.state_dict(), strict=True)
     x = torch.randn(2, 64, 9, 9, device=device)
+    if device == "cuda":  # The kernels round otherwise than convolutions.
+        ours.set_plain(True)
     assert torch.equal(ours.to(device)(x), timms.to(device)(x))
 
 

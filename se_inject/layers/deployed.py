@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, fx, nn
 
+from se_inject.layers import fused
+from se_inject.layers.hooks import is_watched
 from se_inject.layers.layout import CONVOLUTIONS, Convolution
 from se_inject.layers.scale_add import add, scale_add
 from se_inject.layers.squeeze_excite import SqueezeExcite
@@ -45,11 +47,39 @@ class DeployedSE(nn.Module):
 
     def excite(self, x: Tensor) -> Tensor:
         """The gate, such as [N, C, 1, 1]. ``x`` is the map, or the input of ``feed``."""
+        # TorchScript knows no such classes. is_scripting is public but not in torch's __all__.
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            fast = self._fused_gate(x)
+            if fast is not None:
+                return fast
         z = self.fc2(torch.relu(self.fc1(x.mean(self.space))))
         gate: Tensor = self.gate(z)
         for _ in self.space:
             gate = gate.unsqueeze(-1)
         return gate
+
+    @torch.jit.unused
+    def _fused_gate(self, x: Tensor) -> Tensor | None:
+        """What :meth:`excite` returns, by kernels for CUDA, or None where they do not apply."""
+        if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling():
+            return None
+        fc1, fc2, layer = self.fc1, self.fc2, self.gate
+        if (
+            self.plain
+            or torch.is_grad_enabled()
+            or x.dim() != len(self.space) + 2
+            or fc1.out_features > fused.WIDEST
+            or type(fc1) is not nn.Linear
+            or type(fc2) is not nn.Linear
+            or layer.name != "sigmoid"
+            or any(is_watched(m, x) for m in (fc1, fc2, layer))
+        ):
+            return None
+        layers = fc1.weight, fc1.bias, fc2.weight, fc2.bias
+        if not fused.takes(x, None, *layers):
+            return None
+        gate = fused.excite(x, *layers, layer.factor)
+        return gate[(..., *(None,) * len(self.space))]
 
     def forward(
         self,

@@ -55,7 +55,8 @@ def _relu_of_one_plus(z: Tensor) -> Tensor:
 
 
 def _hard_sigmoid(z: Tensor) -> Tensor:
-    return F.hardsigmoid(z)
+    # On CUDA, hardsigmoid computes float64 with constants of float32: 0 becomes 0.5 + 7e-9.
+    return F.relu6(z + 3) / 6 if z.dtype == torch.float64 else F.hardsigmoid(z)
 
 
 GATES: dict[Gate, GateFunctions] = {

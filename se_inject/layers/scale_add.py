@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from se_inject.layers import fused
 from se_inject.torch_private import is_batched_by_old_vmap, transforms_active
 
 
@@ -64,7 +65,10 @@ def _scale_add(residual: Tensor, x: Tensor, gate: Tensor, factor: float, in_plac
     if torch.is_grad_enabled() and gate.requires_grad and gate.shape != x.shape:
         total: Tensor = _ScaleAdd.apply(residual, x, gate, factor)
         return total
-    if in_place and (x.is_inference() or _without_autograd(residual, x, gate)):
+    in_place = in_place and (x.is_inference() or _without_autograd(residual, x, gate))
+    if not torch.is_grad_enabled() and fused.takes_gate(x, residual, gate):
+        return fused.scale_add(x, residual, gate, factor, in_place)
+    if in_place:
         return torch.addcmul(residual, x, gate, value=factor, out=x)
     return torch.addcmul(residual, x, gate, value=factor)
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from se_inject.layers import fused
 from se_inject.layers.gates import Gate, GateLayer, Init
 from se_inject.layers.hooks import is_watched
 from se_inject.layers.layout import CONVOLUTIONS, IMAGES, Convolution, Layout, pointwise
@@ -196,6 +197,11 @@ class SqueezeExcite(nn.Module):
         the two maps differ in memory format, the sum has the format of its first operand. If they
         differ in dtype, a sum in place keeps the dtype of ``x``.
         """
+        # TorchScript knows no such classes. is_scripting is public but not in torch's __all__.
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            total = self._fused(x, residual, in_place)
+            if total is not None:
+                return total
         squeezed = self._squeeze(x, self.space)
         # TorchScript knows no hooks. is_scripting is public but not in torch's __all__.
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -211,6 +217,37 @@ class SqueezeExcite(nn.Module):
         if shift is not None:
             scaled = scaled + shift
         return scaled if residual is None else add(scaled, residual, residual_first, in_place)
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor, residual: Tensor | None, in_place: bool) -> Tensor | None:
+        """The result of :meth:`forward` by kernels for CUDA, or None where they do not apply."""
+        # Asked first, because on a CPU this is all that the kernels cost.
+        if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling():
+            return None
+        # The tables of a module are many times as fast as its attributes, and a GPU waits for this.
+        modules: dict[str, Any] = self._modules
+        fc1, fc2, gate = modules["fc1"], modules["fc2"], modules["gate"]
+        if (
+            self.plain
+            or self.shift
+            or self.squeeze != "avg"
+            or x.dim() != len(self.space) + 2
+            or self.bottleneck > fused.WIDEST
+            or (residual is not None and not _alike(x, residual))
+            or not _is_convolution_alone(fc1, x)
+            or not _is_convolution_alone(fc2, x)
+            or is_watched(gate, x)
+            or gate.name != "sigmoid"
+        ):
+            return None
+        p1, p2 = fc1._parameters, fc2._parameters
+        w1, w2 = p1.get("weight"), p2.get("weight")
+        if w1 is None or w2 is None:  # FSDP puts tensors in the place of parameters.
+            return None
+        layers = w1, p1.get("bias"), w2, p2.get("bias")
+        if not fused.takes(x, residual, *layers):
+            return None
+        return fused.squeeze_excite(x, residual, *layers, gate.factor, in_place)
 
     @torch.jit.unused
     def _excited(self, squeezed: Tensor) -> Tensor:
@@ -263,6 +300,10 @@ def _is_convolution_alone(layer: nn.Module, x: Any) -> TypeGuard[Convolution]:
         and layer._compiled_call_impl is None
         and not is_watched(layer, x)
     )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.stride() == b.stride() and a.shape == b.shape and a.dtype == b.dtype
 
 
 def _gate_and_factor(layer: GateLayer, z: Tensor) -> tuple[Tensor, float]:

@@ -1,0 +1,269 @@
+"""An SE block and its addition on CUDA, as the kernels of :mod:`se_inject.layers.kernels`.
+
+:func:`takes` says which maps they take. Everything else runs as PyTorch's operations: other devices
+and dtypes, and everything that must see these operations (``torch.compile``, exporters, vmap,
+forward derivatives, modes, subclasses of Tensor). ``torch.compile`` makes kernels of its own.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from se_inject.errors import warn
+from se_inject.torch_private import (
+    dispatch_modes_active,
+    forward_derivatives_active,
+    is_batched_by_old_vmap,
+    transforms_active,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = (Tensor, torch.nn.Parameter)
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+# From here on a product of matrices, which reads each weight once, is faster than a kernel that
+# reads all weights for each image.
+MANY_PRODUCTS = 2**25
+WIDEST = 1024  # the kernels keep one number per hidden unit and channel of a tile in registers
+
+
+def takes(x: Tensor, residual: Tensor | None, *vectors: Tensor | None) -> bool:
+    """Whether the kernels take the map ``x`` with the residual and with gates or parameters.
+
+    The residual must have the shape, strides and dtype of ``x``, which is not asked here.
+    """
+    return (
+        type(x) is Tensor
+        and x.is_cuda
+        and x.dtype in DTYPES
+        and x.numel() > 0
+        and (
+            x.is_contiguous()
+            or (x.dim() in CHANNELS_LAST and x.is_contiguous(memory_format=CHANNELS_LAST[x.dim()]))
+        )
+        and (residual is None or (type(residual) is Tensor and residual.device == x.device))
+        and all(
+            v is None
+            or (
+                type(v) in PLAIN
+                and v.is_contiguous()
+                and v.dtype in DTYPES
+                and v.device == x.device
+            )
+            for v in vectors
+        )
+        and not torch.compiler.is_compiling()
+        # is_tracing is public, but not in torch's __all__.
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and not transforms_active()
+        and not forward_derivatives_active()
+        and not dispatch_modes_active()
+        and _kernels_run(x.get_device())
+    )
+
+
+def takes_gate(x: Tensor, residual: Tensor, gate: Tensor) -> bool:
+    """Whether :func:`scale_add` takes these maps, which agree in strides and dtype."""
+    return (
+        x.is_cuda
+        and x.dim() > 2
+        and gate.numel() == x.shape[0] * x.shape[1]
+        and gate.shape[:2] == x.shape[:2]
+        and takes(x, residual, gate)
+    )
+
+
+def excite(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    factor: float,
+) -> Tensor:
+    """Compute ``factor * sigmoid(w2 relu(w1 mean(x) + b1) + b2)`` [N, C], without autograd.
+
+    ``x`` has as many channels as ``w1`` takes, and the gate has as many as ``w2`` gives. It has the
+    dtype of ``x``.
+    """
+    from se_inject.layers import kernels
+
+    with torch.cuda.device(x.get_device()):
+        z = x.mean(tuple(range(2, x.dim())), dtype=torch.float32)
+        return kernels.excite(z, w1, b1, w2, b2, factor, x.dtype)[0]
+
+
+def scale_add(x: Tensor, residual: Tensor, gate: Tensor, factor: float, in_place: bool) -> Tensor:
+    """Compute ``residual + x * (factor * gate)``, without autograd."""
+    from se_inject.layers import kernels
+
+    with torch.cuda.device(x.get_device()):
+        return kernels.scale(x, gate, factor, residual, out=x if in_place else None)
+
+
+@cache
+def _kernels_run(device: int) -> bool:
+    """Whether Triton is here and its kernels run on the device.
+
+    Triton needs a C compiler at run time, which not every machine has.
+    """
+    if torch.version.cuda is None:
+        return False
+    x = torch.ones(1, 1, 1, device=torch.device("cuda", device))
+    try:
+        from se_inject.layers import kernels
+
+        with torch.cuda.device(device):
+            return bool(kernels.scale(x, x, 2.0).item() == 2)
+    except Exception as error:  # whatever the compiler and the driver raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        warn(
+            f"the kernels of SE blocks do not run here: {reason[0]}. The blocks use PyTorch's own"
+            " operations, which are slower and compute the same"
+        )
+        return False
+
+
+def squeeze_excite(
+    x: Tensor,
+    residual: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    factor: float,
+    in_place: bool = False,
+) -> Tensor:
+    """Compute ``x * (factor * sigmoid(w2 relu(w1 mean(x) + b1) + b2)) + residual``.
+
+    The mean, the layers and the gate are float32 for every dtype of ``x``, under autocast too.
+
+    Args:
+        x, residual: maps that :func:`takes` accepts, [N, C, *space], or no residual.
+        w1, b1, w2, b2: see :func:`se_inject.layers.kernels.excite`; 1x1 kernels may follow.
+        in_place: whether the result is written to the memory of ``x`` where autograd allows it.
+    """
+    with torch.cuda.device(x.get_device()):  # Triton launches on the current device.
+        inputs = (x, residual, w1, b1, w2, b2)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+            apply: Any = _SqueezeExcite.apply  # torch declares no types for it
+            total: Tensor = apply(*inputs, factor)
+            return total
+        return _forward(*inputs, factor, in_place and not torch.is_grad_enabled())[0]
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    factor: float,
+    in_place: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from se_inject.layers import kernels
+
+    z = x.mean(tuple(range(2, x.dim())), dtype=torch.float32)
+    excite = kernels.excite if len(z) * w1.numel() < MANY_PRODUCTS else _excite
+    gate, hidden = excite(z, w1, b1, w2, b2)
+    total = kernels.scale(x, gate, factor, residual, out=x if in_place else None)
+    return total, z, gate, hidden
+
+
+def _excite(
+    z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same as :func:`se_inject.layers.kernels.excite`, by PyTorch's operations."""
+    with _without_autocast():
+        hidden = torch.relu(F.linear(z, w1.flatten(1).float(), b1 if b1 is None else b1.float()))
+        excited = F.linear(hidden, w2.flatten(1).float(), b2 if b2 is None else b2.float())
+        return excited.sigmoid(), hidden
+
+
+def _excite_backward(
+    sums: Tensor,
+    gate: Tensor,
+    hidden: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    factor: float,
+    positions: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as :func:`se_inject.layers.kernels.excite_backward`, by PyTorch's operations."""
+    of_e = sums.sum(1) * (factor * gate * (1 - gate))
+    of_h = (of_e @ w2.flatten(1).float()) * (hidden > 0)
+    return of_e, of_h, of_h @ w1.flatten(1).float() / positions
+
+
+def _without_autocast() -> AbstractContextManager[Any]:
+    if torch.is_autocast_enabled("cuda"):
+        return torch.autocast("cuda", enabled=False)
+    return nullcontext()
+
+
+class _SqueezeExcite(torch.autograd.Function):
+    """The block with a backward pass that reads the maps three times and writes one new map."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, residual, w1, b1, w2, b2, ctx.factor = inputs
+        total, z, gate, hidden = _forward(x, residual, w1, b1, w2, b2, ctx.factor, False)
+        ctx.save_for_backward(x, w1, b1, w2, b2, z, gate, hidden)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from se_inject.layers import kernels
+
+        x, w1, b1, w2, b2, z, gate, hidden = ctx.saved_tensors
+        parameters = (w1, b1, w2, b2)
+        of_x, of_residual, *needed, _ = ctx.needs_input_grad
+        passed = grad if of_residual else None
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or transforms_active()
+            or is_batched_by_old_vmap(grad)
+        ):
+            found = _differentiable(x, parameters, ctx.factor, grad, (of_x, *needed))
+            return found[0], passed, *found[1:], None
+        if grad.stride() != x.stride():
+            grad = torch.empty_like(x).copy_(grad)
+        with torch.cuda.device(x.get_device()), _without_autocast():
+            sums = kernels.products(x, grad)
+            few = len(z) * w1.numel() < MANY_PRODUCTS
+            back = kernels.excite_backward if few else _excite_backward
+            positions = x.numel() // z.numel()
+            of_e, of_h, shift = back(sums, gate, hidden, w1, w2, ctx.factor, positions)
+            of_map = kernels.scale(grad, gate, ctx.factor, shift=shift) if of_x else None
+            grads: Sequence[Tensor | None] = (None,) * 4
+            if any(needed):
+                made = of_h.t() @ z, of_h.sum(0), of_e.t() @ hidden, of_e.sum(0)
+                grads = [
+                    g.to(p.dtype).view_as(p) if need else None
+                    for g, p, need in zip(made, parameters, needed, strict=True)
+                ]
+        return of_map, passed, *grads, None
+
+
+def _differentiable(
+    x: Tensor,
+    parameters: tuple[Any, ...],
+    factor: float,
+    grad: Tensor,
+    needed: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """The gradients of ``x`` and the parameters by operations that autograd knows."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        z = x.mean(tuple(range(2, x.dim())), dtype=torch.float32)
+        gate = factor * _excite(z, *parameters)[0]
+        scaled = x * gate.to(x.dtype)[(..., *(None,) * (x.dim() - 2))]
+        inputs: list[Tensor] = [t for t, need in zip((x, *parameters), needed, strict=True) if need]
+        found = iter(torch.autograd.grad(scaled, inputs, grad, create_graph=create_graph))
+    return [next(found) if need else None for need in needed]
