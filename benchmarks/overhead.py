@@ -289,11 +289,11 @@ def processes_of(arms: dict[str, Arm], setting: Setting) -> list[list[str]]:
 def measure(arms: dict[str, Arm], setting: Setting, rounds: int) -> dict[str, dict[str, Any]]:
     """The seconds of every round and the peak bytes of every arm, from one set of processes."""
     cuda = setting.device == "cuda"
-    # A server that has imported everything forks the processes for CUDA. On a CPU, each process
+    # A server that has imported the libraries forks the processes for CUDA. On a CPU, each process
     # starts anew, with an allocator that nobody has used.
     context: Any = multiprocessing.get_context("forkserver" if cuda else "spawn")
     if cuda:
-        context.set_forkserver_preload(["overhead"])
+        context.set_forkserver_preload(["timm", "se_inject"])
     workers = {}
     processes = []
     for names in processes_of(arms, setting):
@@ -306,7 +306,7 @@ def measure(arms: dict[str, Arm], setting: Setting, rounds: int) -> dict[str, di
         workers.update(dict.fromkeys(names, connection))
         if not cuda:
             connection.recv()  # it is ready, and the next process may start
-    if cuda:  # These compile for a minute, and choose nothing by its speed.
+    if cuda:  # These compile for a minute, at the same time.
         for _, connection in processes:
             connection.recv()
 
