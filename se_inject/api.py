@@ -111,11 +111,11 @@ def set_plain_ops(model: nn.Module, plain: bool = True) -> nn.Module:
     """Make the SE blocks compute with plain operations, in place, and return the model.
 
     Normally an SE block runs its layers as matrix products and ends in one call of
-    ``torch.addcmul``, because that is faster. Converters and quantizers for devices (Core ML, the
-    quantizers of PT2E, fixed accelerators) expect the operations with which networks are usually
-    written: a mean, convolutions, a product and a sum. The outputs differ by rounding only, and
-    while every gate is 1 they do not differ at all. Parameters, keys and files stay the same.
-    ``set_plain_ops(model, False)`` switches back.
+    ``torch.addcmul``, because that is faster, and on CUDA it runs as Triton kernels. Converters and
+    quantizers for devices (Core ML, the quantizers of PT2E, fixed accelerators) expect the
+    operations with which networks are usually written: a mean, convolutions, a product and a sum.
+    The outputs differ by rounding only, and while every gate is 1 they do not differ at all.
+    Parameters, keys and files stay the same. ``set_plain_ops(model, False)`` switches back.
 
     >>> import timm
     >>> model = set_plain_ops(inject_se(timm.create_model("resnet18"))).eval()

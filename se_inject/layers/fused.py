@@ -7,7 +7,6 @@ forward derivatives, modes, subclasses of Tensor). ``torch.compile`` makes kerne
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -62,7 +61,7 @@ def takes(x: Tensor, residual: Tensor | None, *vectors: Tensor | None) -> bool:
         and not transforms_active()
         and not forward_derivatives_active()
         and not dispatch_modes_active()
-        and _kernels_run(x.get_device())
+        and (x.get_device() in _RUN_ON or _kernels_run(x.get_device()))
     )
 
 
@@ -105,27 +104,37 @@ def scale_add(x: Tensor, residual: Tensor, gate: Tensor, factor: float, in_place
         return kernels.scale(x, gate, factor, residual, out=x if in_place else None)
 
 
-@cache
+# The devices on which the kernels have run, and those on which they cannot.
+_RUN_ON: set[int] = set()
+_NOT_ON: set[int] = set()
+
+
 def _kernels_run(device: int) -> bool:
-    """Whether Triton is here and its kernels run on the device.
+    """Whether Triton is here and its kernels run on the device. The answer is kept.
 
     Triton needs a C compiler at run time, which not every machine has.
     """
-    if torch.version.cuda is None:
+    if device in _NOT_ON or torch.version.cuda is None:
+        return False
+    if torch.cuda.is_current_stream_capturing():  # Compiling would break the graph.
         return False
     x = torch.ones(1, 1, 1, device=torch.device("cuda", device))
     try:
         from se_inject.layers import kernels
 
         with torch.cuda.device(device):
-            return bool(kernels.scale(x, x, 2.0).item() == 2)
+            right = kernels.scale(x, x, 2.0).item() == 2
+        reason = "a kernel computed something else"
     except Exception as error:  # whatever the compiler and the driver raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        right = False
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    (_RUN_ON if right else _NOT_ON).add(device)
+    if not right:
         warn(
-            f"the kernels of SE blocks do not run here: {reason[0]}. The blocks use PyTorch's own"
+            f"the kernels of SE blocks do not run here: {reason}. The blocks use PyTorch's own"
             " operations, which are slower and compute the same"
         )
-        return False
+    return right
 
 
 def squeeze_excite(

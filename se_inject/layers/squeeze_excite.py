@@ -68,7 +68,9 @@ class SqueezeExcite(nn.Module):
 
     The two layers run as matrix products on the vectors [N, C]. Where hooks are on ``fc1`` or
     ``fc2``, or another layer has taken their place, they are called, and the convolutions round
-    otherwise than the products.
+    otherwise than the products. On CUDA a block with the mean as its squeeze, the sigmoid and no
+    shift runs as Triton kernels (:mod:`se_inject.layers.fused`), with the same exceptions. Its
+    gates are then float32 under autocast too.
 
     Args:
         channels: C, the number of channels of the map.
