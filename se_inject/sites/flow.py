@@ -65,12 +65,15 @@ class Flow:
     def _visit(self, end: Step) -> None:
         """Add a step after everything that it is computed from."""
         stack = [end]
+        before: dict[Step, tuple[list[Step], tuple[Op, ...], bool]] = {}
         while stack:
             step = stack[-1]
             if step in self.passed:
                 stack.pop()
                 continue
-            inputs, ops, enlarged = self._before(step)
+            if step not in before:
+                before[step] = self._before(step)
+            inputs, ops, enlarged = before[step]
             if missing := [i for i in inputs if i not in self.passed]:
                 stack += missing
                 continue
