@@ -18,13 +18,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from se_inject import SqueezeExcite, inject_se, optimize_for_inference, set_plain_ops
 from se_inject.layers import fused
+from se_inject.layers.deployed import DeployedSE
 from se_inject.layers.layout import Layout
+from se_inject.torch_private import version_of
 
 pytest.importorskip(
     "se_inject.layers.triton_kernels", reason="Triton comes with PyTorch for CUDA only"
 )
 FORMATS = (torch.contiguous_format, torch.channels_last)
 SHAPES = ((1, 8, 1, 1), (2, 24, 5, 3), (3, 40, 9, 9), (2, 300, 4, 7))
+# These have several tiles in each loop: over the inputs and channels of the layers, and over the
+# positions. The last has parts of the positions that are empty.
+LONG = ((1, 600, 2, 2), (1, 5, 61, 67), (1, 130, 17, 19), (1, 1030, 3, 3))
 
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
@@ -87,7 +92,7 @@ def reference(se: SqueezeExcite, x: Tensor, residual: Tensor | None) -> Tensor:
     return y if residual is None else y + residual.double()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES + LONG)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("many", [True, False])
@@ -101,7 +106,8 @@ def test_outputs_and_gradients_are_those_of_the_formula(
 ) -> None:
     if many:
         monkeypatch.setattr(fused, "MANY_PRODUCTS", 0)
-    se = block(shape[1], bias=with_residual).to(anywhere)
+    # A width that is no power of two, where the layers have no biases.
+    se = block(shape[1], 8 if with_residual else 12, bias=with_residual).to(anywhere)
     x, residual, grad = maps(shape, memory_format, anywhere)
     second = residual if with_residual else None
     leaves = [t.requires_grad_() for t in (x, second) if t is not None] + list(se.parameters())
@@ -115,6 +121,35 @@ def test_outputs_and_gradients_are_those_of_the_formula(
         assert a.dtype == b.dtype
         assert a.shape == b.shape
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("without", ["fc1", "fc2"])
+def test_a_bias_on_one_layer_only(anywhere: str, without: str) -> None:
+    """As optimize_for_inference makes it: the bias of the convolution before goes into fc1."""
+    se = block(24).to(anywhere)
+    getattr(se, without).bias = None
+    x, residual, grad = maps((2, 24, 5, 3), FORMATS[0], anywhere)
+    leaves = list(se.parameters())
+    total = fused.squeeze_excite(*inputs_of(se, x, residual))
+    expected = reference(se, x, residual)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(total, leaves, grad)
+    wanted = torch.autograd.grad(expected, leaves, grad.double())
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_in_half_precision(anywhere: str) -> None:
+    se = block(24, 12).to(anywhere)
+    x, residual, grad = (
+        t.half().requires_grad_() for t in maps((2, 24, 5, 3), FORMATS[1], anywhere)
+    )
+    leaves = [x, residual, *se.parameters()]
+    found = torch.autograd.grad(fused.squeeze_excite(*inputs_of(se, x, residual)), leaves, grad)
+    wanted = torch.autograd.grad(reference(se, x, residual), leaves, grad.double())
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -155,11 +190,46 @@ def test_second_derivatives(anywhere: str) -> None:
         torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("frozen", ["x", "block", "residual", "fc1"])
+def test_second_derivatives_run_hooks_once(anywhere: str) -> None:
+    se = block(24).to(anywhere)
+    leaf = torch.randn(2, 24, 3, 3).to(anywhere).requires_grad_()
+    grads = []
+    for of in (
+        lambda x: fused.squeeze_excite(*inputs_of(se, x, None)),
+        lambda x: reference(se, x, None),
+    ):
+        x = leaf * 1
+        calls: list[Tensor] = []
+        x.register_hook(lambda g, calls=calls: calls.append(g) or 3 * g)
+        grads += torch.autograd.grad(of(x).float().sum(), leaf, create_graph=True)
+        assert len(calls) == 1
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_in_a_batch(anywhere: str) -> None:
+    """As jacobian(vectorize=True) and vmap over torch.autograd.grad compute them."""
+    se = block(24).to(anywhere)
+    x, residual, _ = (t.requires_grad_() for t in maps((2, 24, 3, 3), FORMATS[0], anywhere))
+    total = fused.squeeze_excite(*inputs_of(se, x, residual))
+    directions = torch.randn(3, *x.shape).to(anywhere)
+    leaves = [x, residual, *se.parameters()]
+
+    def along(direction: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(total, leaves, direction, retain_graph=True, **options)
+
+    each = [torch.stack(g) for g in zip(*map(along, directions), strict=True)]
+    for found in (along(directions, is_grads_batched=True), torch.func.vmap(along)(directions)):
+        for a, b in zip(found, each, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", ["x", "block", "residual", "fc1", "x and block"])
 def test_only_the_gradients_that_are_needed(anywhere: str, frozen: str) -> None:
     se = block(24).to(anywhere)
     x, residual, grad = (t.requires_grad_() for t in maps((2, 24, 5, 3), FORMATS[0], anywhere))
-    {"x": x, "residual": residual, "block": se, "fc1": se.fc1}[frozen].requires_grad_(False)
+    named: dict[str, Any] = {"x": x, "residual": residual, "block": se, "fc1": se.fc1}
+    for name in frozen.split(" and "):
+        named[name].requires_grad_(False)
     leaves = [t for t in (x, residual, *se.parameters()) if t.requires_grad]
     found = torch.autograd.grad(fused.squeeze_excite(*inputs_of(se, x, residual)), leaves, grad)
     wanted = torch.autograd.grad(reference(se, x, residual), leaves, grad.double())
@@ -173,11 +243,25 @@ def test_in_place_only_without_autograd(anywhere: str) -> None:
     before = x.clone()
     fused.squeeze_excite(*inputs_of(se, x, residual), True)
     assert torch.equal(x, before)
+    version = version_of(x)
     with torch.no_grad():
         expected = fused.squeeze_excite(*inputs_of(se, x, residual))
         total = fused.squeeze_excite(*inputs_of(se, x, residual), True)
     assert total.data_ptr() == x.data_ptr()
     assert torch.equal(total, expected)
+    assert version_of(x) == version + 1
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "tanh"])
+def test_a_graph_that_keeps_the_map_notices_that_it_is_overwritten(as_cuda: str, gate: Any) -> None:
+    se = SqueezeExcite(24, 8, gate=gate).to(as_cuda)
+    x, residual, _ = maps((2, 24, 5, 3), FORMATS[0], as_cuda)
+    y = x.requires_grad_() * 1
+    square = y.square().sum()
+    with torch.no_grad():
+        assert se(y, residual, in_place=True).data_ptr() == y.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
 
 
 def test_not_a_number_stays_one(anywhere: str) -> None:
@@ -190,7 +274,30 @@ def test_not_a_number_stays_one(anywhere: str) -> None:
     assert not total[1].isnan().any()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+def test_an_infinite_mean(anywhere: str) -> None:
+    """It makes gates of 0 and 1 or NaN, as with PyTorch's operations. R is no power of two here."""
+    se = block(24, 12).to(anywhere)
+    x, _, _ = maps((2, 24, 5, 3), FORMATS[0], anywhere)
+    x[0, 3, 1, 1] = torch.inf
+    nn.init.constant_(se.fc2.weight, 1.0)
+    with torch.no_grad():
+        total = fused.squeeze_excite(*inputs_of(se, x, None))
+        expected = reference(se, x, None).float()
+    assert not expected[0, 0].isnan().any()
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+
+
 # --- which blocks take them: on CUDA only --------------------------------------------------------
+
+
+@pytest.fixture
+def as_cuda(anywhere: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device. In the interpreter, maps on the CPU count as maps on CUDA."""
+    if INTERPRETED:
+        monkeypatch.setattr(Tensor, "is_cuda", True)
+        monkeypatch.setattr(fused, "_RUN_ON", {-1})
+    return anywhere
 
 
 @pytest.fixture
@@ -205,6 +312,86 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(fused, "squeeze_excite", counted)
     return calls
+
+
+@pytest.mark.parametrize("change", ["more channels", "3x3", "groups", "bias"])
+def test_layers_that_do_not_fit_are_never_read_past_their_end(
+    launched: list[str], as_cuda: str, change: str
+) -> None:
+    se = block(24).to(as_cuda)
+    channels = 40 if change == "more channels" else 24
+    if change == "3x3":
+        se.fc1 = nn.Conv2d(24, 8, 3, padding=1).to(as_cuda)
+    if change == "groups":
+        se.fc1 = nn.Conv2d(24, 8, 1, groups=2).to(as_cuda)
+    if change == "bias":
+        se.fc1.bias = nn.Parameter(torch.zeros(3).to(as_cuda))
+    with pytest.raises(RuntimeError):
+        se(torch.randn(2, channels, 5, 3).to(as_cuda))
+    assert not launched
+
+
+def test_a_deployed_block_takes_the_channels_of_its_layers_only(as_cuda: str) -> None:
+    deployed = DeployedSE(block(24).to(as_cuda))
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        deployed.excite(torch.randn(2, 40, 5, 3).to(as_cuda))
+
+
+def test_a_deployed_block_without_biases_of_its_own(as_cuda: str) -> None:
+    se, feed = block(24, bias=False).to(as_cuda), nn.Conv2d(16, 24, 1).to(as_cuda)
+    x = torch.randn(2, 16, 5, 3).to(as_cuda)
+    with torch.no_grad():
+        deployed = DeployedSE(se, feed)
+        found = deployed(feed(x), gate=deployed.excite(x))
+        torch.testing.assert_close(found, reference(se, feed(x), None).float())
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "tanh"])
+@pytest.mark.parametrize("broadcast", ["x", "residual"])
+def test_a_map_that_is_broadcast_over_the_batch(as_cuda: str, gate: Any, broadcast: str) -> None:
+    """Its strides are those of the other map."""
+    se = SqueezeExcite(24, 8, gate=gate, init="paper").to(as_cuda)
+    x, residual, _ = maps((2, 24, 5, 3), FORMATS[0], as_cuda)
+    if broadcast == "x":
+        x = x[:1]
+    else:
+        residual = residual[:1]
+    with torch.no_grad():
+        torch.testing.assert_close(se(x, residual), se(x) + residual)
+
+
+@pytest.mark.filterwarnings("ignore:`?torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`?torch.jit:DeprecationWarning")
+def test_what_must_see_operations_gets_them(launched: list[str], as_cuda: str) -> None:
+    from torch.autograd import forward_ad
+    from torch.utils.flop_counter import FlopCounterMode
+
+    se = block(24).to(as_cuda)
+    x, residual, _ = maps((2, 24, 5, 3), FORMATS[0], as_cuda)
+
+    class Subclass(Tensor):
+        pass
+
+    with FlopCounterMode(display=False):
+        se(x, residual)
+    torch.func.vmap(lambda t: se(t[None], residual[:1]))(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        assert forward_ad.unpack_dual(se(dual, residual)).tangent is not None
+    torch.jit.trace(se, (x, residual), check_trace=False)
+    torch.export.export(se, (x, residual))
+    se(x.as_subclass(Subclass), residual)
+    for handle in (
+        se.fc1.register_forward_hook(lambda *_: None),
+        se.gate.register_forward_hook(lambda *_: None),
+        nn.modules.module.register_module_forward_hook(lambda *_: None),
+    ):
+        se(x, residual)
+        handle.remove()
+    se(x.double().float().mT, residual.mT)  # neither contiguous nor channels last
+    assert not launched
+    se(x, residual)
+    assert launched
 
 
 gpu = pytest.mark.gpu

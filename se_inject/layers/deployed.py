@@ -63,12 +63,14 @@ class DeployedSE(nn.Module):
         """What :meth:`excite` returns, by kernels for CUDA, or None where they do not apply."""
         if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling():
             return None
+        # is_tracing is public too. The tracer would warn of the questions about sizes below.
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return None
         fc1, fc2, layer = self.fc1, self.fc2, self.gate
         if (
             self.plain
             or torch.is_grad_enabled()
             or x.dim() != len(self.space) + 2
-            or fc1.out_features > fused.WIDEST
             or type(fc1) is not nn.Linear
             or type(fc2) is not nn.Linear
             or layer.name != "sigmoid"
@@ -76,7 +78,7 @@ class DeployedSE(nn.Module):
         ):
             return None
         layers = fc1.weight, fc1.bias, fc2.weight, fc2.bias
-        if not fused.takes(x, None, *layers):
+        if not fused.takes(x, None, *layers) or not fused.takes_layers(x, *layers):
             return None
         gate = fused.excite(x, *layers, layer.factor)
         return gate[(..., *(None,) * len(self.space))]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from se_inject.errors import warn
 from se_inject.torch_private import (
@@ -28,6 +29,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # reads all weights for each image.
 MANY_PRODUCTS = 2**25
 WIDEST = 1024  # the kernels keep one number per hidden unit and channel of a tile in registers
+LARGEST = 2**31 - 1  # the kernels count the numbers of one image in int32
 
 
 def takes(x: Tensor, residual: Tensor | None, *vectors: Tensor | None) -> bool:
@@ -39,7 +41,11 @@ def takes(x: Tensor, residual: Tensor | None, *vectors: Tensor | None) -> bool:
         type(x) is Tensor
         and x.is_cuda
         and x.dtype in DTYPES
+        and not torch.compiler.is_compiling()
+        # is_tracing is public, but not in torch's __all__.
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and x.numel() > 0
+        and x.numel() // x.shape[0] <= LARGEST
         and (
             x.is_contiguous()
             or (x.dim() in CHANNELS_LAST and x.is_contiguous(memory_format=CHANNELS_LAST[x.dim()]))
@@ -55,9 +61,6 @@ def takes(x: Tensor, residual: Tensor | None, *vectors: Tensor | None) -> bool:
             )
             for v in vectors
         )
-        and not torch.compiler.is_compiling()
-        # is_tracing is public, but not in torch's __all__.
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not transforms_active()
         and not forward_derivatives_active()
         and not dispatch_modes_active()
@@ -65,10 +68,30 @@ def takes(x: Tensor, residual: Tensor | None, *vectors: Tensor | None) -> bool:
     )
 
 
+def takes_layers(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> bool:
+    """Whether the two layers are matrices [R, K] and [C, R] for the K channels of ``x``.
+
+    The kernels do not ask, and would read what lies behind a parameter that is too small. Where
+    the answer is no, PyTorch's operations raise their error.
+    """
+    bottleneck, channels = w1.shape[0], w2.shape[0]
+    return (
+        bottleneck <= WIDEST
+        and w1.numel() == bottleneck * x.shape[1]
+        and w2.numel() == channels * bottleneck
+        and (b1 is None or b1.numel() == bottleneck)
+        and (b2 is None or b2.numel() == channels)
+    )
+
+
 def takes_gate(x: Tensor, residual: Tensor, gate: Tensor) -> bool:
-    """Whether :func:`scale_add` takes these maps, which agree in strides and dtype."""
+    """Whether :func:`scale_add` takes these maps, which agree in strides and dtype.
+
+    Maps of different shapes can agree in strides: one is then broadcast over the batch.
+    """
     return (
         x.is_cuda
+        and x.shape == residual.shape
         and x.dim() > 2
         and gate.numel() == x.shape[0] * x.shape[1]
         and gate.shape[:2] == x.shape[:2]
@@ -101,7 +124,7 @@ def scale_add(x: Tensor, residual: Tensor, gate: Tensor, factor: float, in_place
     from se_inject.layers import kernels
 
     with torch.cuda.device(x.get_device()):
-        return kernels.scale(x, gate, factor, residual, out=x if in_place else None)
+        return kernels.scale(x, gate, factor, residual, out=_written(x) if in_place else None)
 
 
 # The devices on which the kernels have run, and those on which they cannot.
@@ -180,8 +203,17 @@ def _forward(
     z = x.mean(tuple(range(2, x.dim())), dtype=torch.float32)
     excite = kernels.excite if len(z) * w1.numel() < MANY_PRODUCTS else _excite
     gate, hidden = excite(z, w1, b1, w2, b2)
-    total = kernels.scale(x, gate, factor, residual, out=x if in_place else None)
+    total = kernels.scale(x, gate, factor, residual, out=_written(x) if in_place else None)
     return total, z, gate, hidden
+
+
+def _written(x: Tensor) -> Tensor:
+    """``x``, after autograd has been told that a kernel overwrites it.
+
+    A graph that has kept ``x`` then refuses to use it, as after an operation in place.
+    """
+    increment_version(x)
+    return x
 
 
 def _excite(
@@ -233,14 +265,16 @@ class _SqueezeExcite(torch.autograd.Function):
         parameters = (w1, b1, w2, b2)
         of_x, of_residual, *needed, _ = ctx.needs_input_grad
         passed = grad if of_residual else None
+        if not of_x and not any(needed):
+            return None, passed, *(None,) * 5
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or transforms_active()
             or is_batched_by_old_vmap(grad)
         ):
-            found = _differentiable(x, parameters, ctx.factor, grad, (of_x, *needed))
-            return found[0], passed, *found[1:], None
+            found, *made = _differentiable(x, parameters, ctx.factor, grad)
+            return found if of_x else None, passed, *_as_parameters(made, parameters, needed), None
         if grad.stride() != x.stride():
             grad = torch.empty_like(x).copy_(grad)
         with torch.cuda.device(x.get_device()), _without_autocast():
@@ -252,27 +286,41 @@ class _SqueezeExcite(torch.autograd.Function):
             of_map = kernels.scale(grad, gate, ctx.factor, shift=shift) if of_x else None
             grads: Sequence[Tensor | None] = (None,) * 4
             if any(needed):
-                made = of_h.t() @ z, of_h.sum(0), of_e.t() @ hidden, of_e.sum(0)
-                grads = [
-                    g.to(p.dtype).view_as(p) if need else None
-                    for g, p, need in zip(made, parameters, needed, strict=True)
-                ]
+                grads = _as_parameters(_of_layers(z, hidden, of_e, of_h), parameters, needed)
         return of_map, passed, *grads, None
 
 
-def _differentiable(
-    x: Tensor,
-    parameters: tuple[Any, ...],
-    factor: float,
-    grad: Tensor,
-    needed: tuple[bool, ...],
+def _of_layers(z: Tensor, hidden: Tensor, of_e: Tensor, of_h: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of ``w1``, ``b1``, ``w2`` and ``b2`` as matrices and vectors in float32."""
+    return of_h.t() @ z, of_h.sum(0), of_e.t() @ hidden, of_e.sum(0)
+
+
+def _as_parameters(
+    grads: Sequence[Tensor], parameters: Sequence[Any], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of ``x`` and the parameters by operations that autograd knows."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        z = x.mean(tuple(range(2, x.dim())), dtype=torch.float32)
-        gate = factor * _excite(z, *parameters)[0]
-        scaled = x * gate.to(x.dtype)[(..., *(None,) * (x.dim() - 2))]
-        inputs: list[Tensor] = [t for t, need in zip((x, *parameters), needed, strict=True) if need]
-        found = iter(torch.autograd.grad(scaled, inputs, grad, create_graph=create_graph))
-    return [next(found) if need else None for need in needed]
+    """The gradients that are needed, with the dtypes and shapes of their parameters."""
+    return [
+        g.to(p.dtype).view_as(p) if need else None
+        for g, p, need in zip(grads, parameters, needed, strict=True)
+    ]
+
+
+def _differentiable(
+    x: Tensor, parameters: Sequence[Any], factor: float, grad: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of ``x`` and of the layers, by operations that autograd and vmap know.
+
+    The formulas are written out, because a call of ``torch.autograd.grad`` here would run the hooks
+    of ``x`` and of the parameters once more.
+    """
+    space = tuple(range(2, x.dim()))
+    w1, _, w2, _ = parameters
+    with _without_autocast():
+        z = x.mean(space, dtype=torch.float32)
+        gate, hidden = _excite(z, *parameters)
+        sums = (x.float() * grad.float()).sum(space)[:, None]
+        positions = x.numel() // z.numel()
+        of_e, of_h, shift = _excite_backward(sums, gate, hidden, w1, w2, factor, positions)
+        gate, shift = (v[(..., *(None,) * len(space))] for v in (factor * gate, shift))
+        of_map = (grad.float() * gate + shift).to(x.dtype)
+        return of_map, *_of_layers(z, hidden, of_e, of_h)

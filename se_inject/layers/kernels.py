@@ -63,7 +63,7 @@ def excite(
     Args:
         z: the means [N, K] of a map, in float32.
         w1, b1, w2, b2: the parameters of the two layers, [R, K], [R], [C, R] and [C], contiguous.
-            Either both biases are None or neither.
+            Each bias may be None.
         dtype: that of the gate. ``h`` is float32.
     """
     n, inputs = z.shape
@@ -83,7 +83,8 @@ def excite(
         inputs,
         bottleneck,
         channels,
-        BIAS=b1 is not None,
+        BIAS1=b1 is not None,
+        BIAS2=b2 is not None,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
         num_warps=8,

@@ -226,13 +226,15 @@ class SqueezeExcite(nn.Module):
         # Asked first, because on a CPU this is all that the kernels cost.
         if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling():
             return None
+        # is_tracing is public too. The tracer would warn of the questions about sizes below.
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return None
         fc1, fc2, gate = self._children()
         if (
             self.plain
             or self.shift
             or self.squeeze != "avg"
             or x.dim() != len(self.space) + 2
-            or self.bottleneck > fused.WIDEST
             or (residual is not None and not _alike(x, residual))
             or not _is_convolution_alone(fc1, x)
             or not _is_convolution_alone(fc2, x)
@@ -241,7 +243,11 @@ class SqueezeExcite(nn.Module):
         ):
             return None
         layers = *_parameters(fc1), *_parameters(fc2)
-        if not fused.takes(x, residual, *layers):
+        if (
+            not fused.takes(x, residual, *layers)
+            or not fused.takes_layers(x, *layers)
+            or layers[2].shape[0] != x.shape[1]
+        ):
             return None
         return fused.squeeze_excite(x, residual, *layers, gate.factor, in_place)
 

@@ -31,7 +31,7 @@ def scale(
 @triton.jit
 def excite(
     z, w1, b1, w2, b2, gate, hidden, factor, K, R, C,
-    BIAS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BIAS1: tl.constexpr, BIAS2: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The hidden vector [N, R] and the gate, ``factor`` times the sigmoid, [N, C] of the means."""
     n = tl.program_id(0).to(tl.int64)
@@ -43,16 +43,17 @@ def excite(
         w = tl.load(w1 + r[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
         products += w * tl.load(z + n * K + k, mask=k < K, other=0.0)[None, :]
     h = tl.sum(products, 1)
-    if BIAS:
+    if BIAS1:
         h += tl.load(b1 + r, mask=r < R, other=0.0).to(tl.float32)
-    h = tl.where(h < 0, 0.0, h)  # A maximum would turn NaN into 0.
+    # A maximum would turn NaN into 0. Past R, an infinite mean times 0 is NaN.
+    h = tl.where((h < 0) | (r >= R), 0.0, h)
     tl.store(hidden + n * R + r, h, mask=r < R)
     for start in range(0, C, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
         inside = (c[:, None] < C) & (r[None, :] < R)
         w = tl.load(w2 + c[:, None] * R + r[None, :], mask=inside, other=0.0).to(tl.float32)
         e = tl.sum(w * h[None, :], 1)
-        if BIAS:
+        if BIAS2:
             e += tl.load(b2 + c, mask=c < C, other=0.0).to(tl.float32)
         # A division that rounds to nearest: the sigmoid of 0 is 1/2 to the last bit.
         tl.store(gate + n * C + c, factor * tl.div_rn(1.0, 1.0 + tl.exp(-e)), mask=c < C)
