@@ -379,7 +379,9 @@ def test_what_must_see_operations_gets_them(launched: list[str], as_cuda: str) -
         dual = forward_ad.make_dual(x, torch.ones_like(x))
         assert forward_ad.unpack_dual(se(dual, residual)).tangent is not None
     torch.jit.trace(se, (x, residual), check_trace=False)
-    torch.export.export(se, (x, residual))
+    if as_cuda == "cuda" or int(torch.__version__.split(".")[1]) >= 11:
+        # The dynamo of torch 2.6 does not take a tensor whose is_cuda is replaced.
+        torch.export.export(se, (x, residual))
     se(x.as_subclass(Subclass), residual)
     for handle in (
         se.fc1.register_forward_hook(lambda *_: None),
