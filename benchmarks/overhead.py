@@ -280,9 +280,9 @@ def processes_of(arms: dict[str, Arm], setting: Setting) -> list[list[str]]:
     """
     if setting.device == "cpu":
         return [[name] for name in arms]
-    slow = ("compiled", "graphs")
-    alone = [[name] for name in arms if name.endswith(slow)]
-    together = [name for name in arms if not name.endswith(slow)]
+    whole = WAYS["compiled"] + WAYS["graphs"]
+    alone = [[name] for name in arms if name in whole]
+    together = [name for name in arms if name not in whole]
     return alone + ([together] if together else [])
 
 
@@ -447,8 +447,12 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], metavar="N")
     parser.add_argument("--device", choices=DEVICES, default="cpu")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["eager"])
-    parser.add_argument("--compile", action="store_true", help="all --ways in one run but graphs")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=["eager"], help="how the networks run"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="short for --ways eager blocks compiled"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="turns of each arm (default 15)")
     parser.add_argument("--restarts", type=int, default=1, help="sets of processes (default 1)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -465,12 +469,14 @@ def main() -> None:
     bandwidth = copy_bandwidth(options.device)
     results = []
     for setting in settings(options):
-        floor = floor_seconds(setting, bandwidth)
         arms = {
             name: arm
             for name, arm in ARMS.items()
             if name in names and (setting.mode == "inference" or "optimized" not in name)
         }
+        if not arms:  # Optimized networks are not trained.
+            continue
+        floor = floor_seconds(setting, bandwidth)
         rows = summarise(
             measure_again(arms, setting, options.rounds, options.restarts), setting.batch, floor
         )

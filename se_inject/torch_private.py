@@ -29,6 +29,11 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_tracing() -> bool:
+    """Whether TorchScript's tracer runs. Torch has the function but does not declare it."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def forward_derivatives_active() -> bool:
     """Whether forward AD runs (``torch.autograd.forward_ad``). Only a private counter tells."""
     return forward_ad._current_level >= 0

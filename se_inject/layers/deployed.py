@@ -63,9 +63,6 @@ class DeployedSE(nn.Module):
         """What :meth:`excite` returns, by kernels for CUDA, or None where they do not apply."""
         if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling():
             return None
-        # is_tracing is public too. The tracer would warn of the questions about sizes below.
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return None
         fc1, fc2, layer = self.fc1, self.fc2, self.gate
         if (
             self.plain

@@ -6,6 +6,7 @@ PyTorch installs with CUDA. :mod:`se_inject.layers.fused` imports it where there
 """
 
 import torch
+import triton
 from torch import Tensor
 
 from se_inject.layers import triton_kernels
@@ -29,7 +30,7 @@ def scale(
     """
     n, channels, positions = _sizes(x)
     out = torch.empty_like(x) if out is None else out
-    chunks = _cdiv(channels * positions, 1024)
+    chunks = triton.cdiv(channels * positions, 1024)
     triton_kernels.scale[(n * chunks,)](
         x,
         gate,
@@ -100,11 +101,11 @@ def products(x: Tensor, grad: Tensor) -> Tensor:
     n, channels, positions = _sizes(x)
     last = _channels_last(x)
     # Along the dim that is dense in memory, a tile has 64 numbers or more.
-    block_p = 32 if last else min(512, _power_of_two(positions))
+    block_p = 32 if last else min(512, triton.next_power_of_2(positions))
     block_c = 64 if last else 2048 // block_p
-    blocks = _cdiv(channels, block_c)
+    blocks = triton.cdiv(channels, block_c)
     # About a thousand programs keep all of the device's multiprocessors busy.
-    splits = min(8, _cdiv(positions, block_p), max(1, 1024 // (n * blocks)))
+    splits = min(8, triton.cdiv(positions, block_p), max(1, 1024 // (n * blocks)))
     sums = torch.empty(n, splits, channels, device=x.device)
     triton_kernels.products[(n * blocks * splits,)](
         x,
@@ -175,14 +176,5 @@ def _channels_last(x: Tensor) -> bool:
 
 def _blocks(bottleneck: int) -> tuple[int, int]:
     """The sides of a tile of a weight: all of R, and as much of C as the registers hold."""
-    block_r = _power_of_two(bottleneck)
+    block_r: int = triton.next_power_of_2(bottleneck)
     return max(16, 4096 // block_r), block_r
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is not below ``n``."""
-    return 1 << (n - 1).bit_length()

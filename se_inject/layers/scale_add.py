@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from se_inject.layers import fused
-from se_inject.torch_private import is_batched_by_old_vmap, transforms_active
+from se_inject.torch_private import is_batched_by_old_vmap, is_tracing, transforms_active
 
 
 def scale_add(
@@ -57,9 +57,8 @@ def _scale_add(residual: Tensor, x: Tensor, gate: Tensor, factor: float, in_plac
     """The same for two maps that agree in memory format and dtype."""
     # A subclass of Tensor turns the output of a Function into a view, which may not be changed.
     plain = type(residual) is Tensor and type(x) is Tensor and type(gate) is Tensor
-    # is_tracing is public too. TorchScript's tracer has no rule for a Function either.
-    traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if not plain or torch.compiler.is_compiling() or traced or transforms_active():
+    # TorchScript's tracer has no rule for a Function either.
+    if not plain or torch.compiler.is_compiling() or is_tracing() or transforms_active():
         return torch.addcmul(residual, x, gate, value=factor)
     # A gate that differs at every position is as large as the map, and its gradient needs no sum.
     if torch.is_grad_enabled() and gate.requires_grad and gate.shape != x.shape:

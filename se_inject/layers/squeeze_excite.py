@@ -199,18 +199,17 @@ class SqueezeExcite(nn.Module):
         the two maps differ in memory format, the sum has the format of its first operand. If they
         differ in dtype, a sum in place keeps the dtype of ``x``.
         """
-        # TorchScript knows no such classes. is_scripting is public but not in torch's __all__.
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            total = self._fused(x, residual, in_place)
-            if total is not None:
-                return total
-        squeezed = self._squeeze(x, self.space)
-        # TorchScript knows no hooks. is_scripting is public but not in torch's __all__.
+        # TorchScript knows neither hooks nor the kernels. is_scripting is public but not in torch's
+        # __all__.
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            squeezed = self._squeeze(x, self.space)
             z, shift = self.gate_and_shift(self.fc2(torch.relu(self.fc1(squeezed))))
             gate, factor = self.gate(z), 1.0
         else:
-            z, shift = self.gate_and_shift(self._excited(squeezed))
+            total = self._fused(x, residual, in_place)
+            if total is not None:
+                return total
+            z, shift = self.gate_and_shift(self._excited(self._squeeze(x, self.space)))
             gate, factor = _gate_and_factor(self.gate, z)
         if residual is not None and not self.plain:
             base = residual if shift is None else residual + shift
@@ -226,16 +225,12 @@ class SqueezeExcite(nn.Module):
         # Asked first, because on a CPU this is all that the kernels cost.
         if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling():
             return None
-        # is_tracing is public too. The tracer would warn of the questions about sizes below.
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return None
         fc1, fc2, gate = self._children()
         if (
             self.plain
             or self.shift
             or self.squeeze != "avg"
             or x.dim() != len(self.space) + 2
-            or (residual is not None and not _alike(x, residual))
             or not _is_convolution_alone(fc1, x)
             or not _is_convolution_alone(fc2, x)
             or is_watched(gate, x)
@@ -245,6 +240,7 @@ class SqueezeExcite(nn.Module):
         layers = *_parameters(fc1), *_parameters(fc2)
         if (
             not fused.takes(x, residual, *layers)
+            or (residual is not None and not _alike(x, residual))
             or not fused.takes_layers(x, *layers)
             or layers[2].shape[0] != x.shape[1]
         ):
