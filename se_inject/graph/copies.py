@@ -60,16 +60,15 @@ def copy_with_twins(
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and id(tensor) not in tensors:
                 memo[id(tensor)] = tensors[id(tensor)] = _to_meta(tensor)
-        of_hooks = hooks_of(module)
-        if not hooks:
-            memo |= {id(value): _library_hooks(value) for value in of_hooks}
-        # These dicts were looked into above.
-        seen = set(map(id, of_hooks))
-        seen |= {id(module._parameters), id(module._buffers), id(module._modules)}
-        for value in vars(module).values():
-            if type(value) in _WITHOUT_TENSORS or id(value) in seen:
+        # The tensors in these dicts have been copied above.
+        seen = {id(module._parameters), id(module._buffers), id(module._modules)}
+        for name, value in vars(module).items():
+            if id(value) in seen or _is_flat(value):
                 continue
-            if isinstance(value, torch.jit.ScriptFunction):
+            if _holds_hooks(name, value):
+                if not hooks:
+                    memo[id(value)] = _library_hooks(value)
+            elif isinstance(value, torch.jit.ScriptFunction):
                 memo[id(value)] = value  # torch cannot copy such a function
             elif isinstance(value, _HOLDERS):
                 for tensor in tensors_in(value):  # detectors keep anchors in a plain list
@@ -116,6 +115,7 @@ def copy_with_twins(
 
 
 _HOLDERS = (Tensor, list, tuple, dict)
+_DICTS = frozenset((dict, OrderedDict))
 
 # Most attributes of a module have one of these types. Such a value is its own copy.
 _WITHOUT_TENSORS = frozenset((bool, int, float, str, type(None)))
@@ -147,6 +147,8 @@ def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
             copied[name] = memo[id(value)]
         elif type(value) is set and not value:  # the names of buffers that are not saved
             memo[id(value)] = copied[name] = set()
+        elif type(value) is OrderedDict and not value:  # of hooks
+            memo[id(value)] = copied[name] = OrderedDict()
         elif type(value) is dict:
             memo[id(value)] = copied[name] = items = {}
             for key, item in value.items():
@@ -172,16 +174,27 @@ def _copied_oddly(model: nn.Module, twin: Any, memo: Mapping[int, Any]) -> list[
 
 def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
     """The dicts in which a module keeps its hooks."""
-    return [
-        value
-        for name, value in vars(module).items()
-        if isinstance(value, dict) and "_hooks" in str(name)
-    ]
+    return [value for name, value in vars(module).items() if _holds_hooks(name, value)]
+
+
+def _is_flat(value: Any) -> bool:
+    return type(value) in _WITHOUT_TENSORS or (type(value) in _DICTS and not value)
+
+
+def _holds_hooks(name: str, value: Any) -> bool:
+    return isinstance(value, dict) and "_hooks" in str(name)
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
-    meta = torch.empty_like(tensor, device="meta", requires_grad=False)
+    if type(tensor) in (Tensor, nn.Parameter) and _is_dense(tensor):
+        meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    else:  # four times as long, because torch does this in Python on meta
+        meta = torch.empty_like(tensor, device="meta", requires_grad=False)
     return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_quantized and tensor.is_contiguous()
 
 
 def _library_hooks(hooks: dict[int, Any]) -> OrderedDict[int, Any]:

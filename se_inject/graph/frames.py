@@ -15,6 +15,7 @@ _PYTHON = sysconfig.get_paths()["stdlib"] + os.sep
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 _HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LONGEST_LINE = 60  # how much of a source line a reason shows, in characters
+_PLANNING = os.path.dirname(__file__) + os.sep
 _KERNELS = tuple(
     _TORCH + part for part in ("_refs", "_prims", "_decomp", "_meta_registrations", "_inductor")
 )
@@ -23,6 +24,11 @@ _KERNELS = tuple(
 def is_of_torch(frame: types.FrameType, *, kernels: bool = False) -> bool:
     """Whether a frame runs code of torch (or, with ``kernels``, one of its kernels in Python)."""
     return frame.f_code.co_filename.startswith(_KERNELS if kernels else _TORCH)
+
+
+def is_of_planning(frame: types.FrameType) -> bool:
+    """Whether a frame runs code of this folder, which copies, records and traces."""
+    return frame.f_code.co_filename.startswith(_PLANNING)
 
 
 def _is_the_users(filename: str) -> bool:

@@ -110,6 +110,19 @@ def set_profile(profile: Any) -> None:
         sys.setprofile(profile)
 
 
+class unprofiled:  # noqa: N801 - it is called as the contexts of torch are
+    """A context in which the profile function of the thread sees nothing."""
+
+    def __enter__(self) -> None:
+        self.before = sys.getprofile()
+        if self.before is not None:
+            sys.setprofile(None)
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            sys.setprofile(self.before)
+
+
 class ThreadState:
     """The whole state of the thread at one moment."""
 

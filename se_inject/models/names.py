@@ -133,6 +133,7 @@ def _from_library(
 
 # The in-place operations of initialisations. None of them changes the shape or dtype of a tensor.
 _FILLS = {
+    *(nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_),
     *(torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.erfinv_, torch.Tensor.clamp_),
     *(torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.fill_, torch.Tensor.zero_),
 }
@@ -153,11 +154,13 @@ class ParametersOnMeta(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _FILLS and args and args[0].is_meta:
-            return args[0]
-        if func is torch.empty and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
+        kwargs = kwargs or {}
+        if func in _FILLS:
+            filled = args[0] if args else kwargs["tensor"]  # as torch.nn.init names it
+            if filled.is_meta:
+                return filled
+        elif func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
 
 

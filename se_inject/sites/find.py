@@ -62,7 +62,7 @@ def find_sites(
     split_by_caller = [n for n in additions if _is_split_by_caller(flow, n)]
     flows = dict.fromkeys(additions, flow)
     shapes = {n: shape_verdict(flow, module, n) for n in additions}
-    for past in pasts or ():
+    for past in (pasts or ()) if split_by_caller else ():
         whole = Flow(graph, calls[0], past, adders=adders)
         for node in split_by_caller:
             judged = shape_verdict(whole, module, node)

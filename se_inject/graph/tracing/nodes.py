@@ -17,11 +17,13 @@ from se_inject.graph.containers import all_leaves
 from se_inject.graph.expect import expect_answer, question_of
 from se_inject.graph.frames import in_checkpoint, place_of
 from se_inject.graph.thread import THREAD, OtherNetworkError
+from se_inject.graph.thread_state import unprofiled
 from se_inject.graph.tracing.functions import PROPERTIES
 from se_inject.graph.tracing.machine import Machine
 from se_inject.graph.tracing.number import Int, Scalar
 from se_inject.graph.tracing.shape import Shape, plain
 from se_inject.graph.tracing.values import Traced
+from se_inject.torch_private import without_torch_functions
 
 CHECKPOINT = "inject without checkpointing, and checkpoint the whole block from outside"
 
@@ -48,23 +50,26 @@ class GraphBuilder:
     @contextlib.contextmanager
     def quietly(self) -> Iterator[None]:
         """Run code that is not the forward's own. It makes no nodes, and nothing is watched."""
-        profile = sys.getprofile()
         self.quiet += 1
         try:
-            sys.setprofile(None)
-            with torch.no_grad():
-                yield
+            with unprofiled():
+                gradients = torch.is_grad_enabled()
+                _switch_gradients(False)
+                try:
+                    yield
+                finally:
+                    _switch_gradients(gradients)
         finally:
             self.quiet -= 1
-            sys.setprofile(profile)
 
     def node_of(
         self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> fx.Node:
         """Add a new node to the graph."""
-        arguments = self.argument(args), self.argument(dict(kwargs or {}))
-        self._pending.clear()
-        return self.graph.create_node(op, target, *arguments)
+        with unprofiled():  # it would see each of the hundreds of calls in here
+            arguments = self.argument(args), self.argument(dict(kwargs or {}))
+            self._pending.clear()
+            return self.graph.create_node(op, target, *arguments)
 
     def item(self, node: fx.Node, key: Any) -> Callable[[], fx.Node]:
         return lambda: self.node_of("call_function", operator.getitem, (node, key))
@@ -263,6 +268,11 @@ def rebuilt_with(value: Any, of_item: Callable[[Any, Any], Any]) -> Any:
     if hasattr(value, "_fields"):
         return type(value)(*items)
     return type(value)(items) if type(value).__module__ == "torch.return_types" else tuple(items)
+
+
+def _switch_gradients(on: bool) -> None:
+    with without_torch_functions():  # or every mode would see it, which takes much longer
+        torch.set_grad_enabled(on)
 
 
 def node_made(node: Made) -> fx.Node:

@@ -7,6 +7,7 @@ thread notices.
 """
 
 import sys
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from se_inject.graph.operations.log import GUESSES
 from se_inject.graph.recording.call import Call
 from se_inject.graph.recording.replay import output_of
 from se_inject.graph.thread import THREAD, OtherNetworkError
+from se_inject.graph.thread_state import unprofiled
 from se_inject.graph.tracing.arguments import placeholders
 from se_inject.graph.tracing.functions import (
     ASIDE,
@@ -87,6 +89,17 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
         frame = sys._getframe(1)
         if self.quiet or is_of_torch(frame, kernels=True):
             return func(*args, **kwargs)
+        with unprofiled():
+            return self._seen(frame, func, args, kwargs)
+
+    def _seen(
+        self,
+        frame: types.FrameType,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """What the forward gets from a function that it calls in a frame."""
         name = getattr(func, "__name__", str(func))
         # Torch's list of methods lacks some that it writes in Python (Tensor.unflatten).
         method = (
@@ -168,6 +181,12 @@ class BlockTracer(GraphBuilder, TorchFunctionMode):
             # This child belongs to a FloatFunctional. FX quantization replaces that by one without
             # such a child.
             return args[0]
+        with unprofiled():
+            return self._call_child(path, module, original, args, kwargs)
+
+    def _call_child(
+        self, path: str, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         node = self.node_of("call_module", path, args, kwargs)
         name = f"{self.name}.{path}".lstrip(".")
         call = next(self.children.get(name, iter(())), None)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.utils.checkpoint
 
-from se_inject.graph.frames import is_of_torch
+from se_inject.graph.frames import is_of_planning, is_of_torch
 from se_inject.graph.thread import THREAD
 from se_inject.graph.thread_state import set_profile
 from se_inject.graph.tracing.legacy import LEGACY_TYPES
@@ -72,8 +72,8 @@ def _of_builtin(frame: types.FrameType, function: Any) -> tuple[str, str] | None
         return None
     if function is not isinstance and (mode := _mode_of(function)) is None:
         return None
-    if is_of_torch(frame):
-        return None  # torch asks for its own purposes
+    if is_of_torch(frame) or is_of_planning(frame):
+        return None  # these ask for their own purposes
     if function is isinstance:
         # Such a type contains a device and a dtype, and a copy on meta has none of these types.
         if LEGACY_TYPES.isdisjoint(frame.f_code.co_names):
