@@ -12,6 +12,7 @@ import torch
 from helpers import open_gates, randomize
 from processes import ended
 from timm.models import checkpoint_seq
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.densenet import DenseNet
 from timm.models.vgg import VGG
 from torch import Tensor, nn
@@ -41,6 +42,10 @@ def base(name: str, **kwargs: Any) -> nn.Module:
     if name == "small vgg":
         net = VGG([16, "M", 32], num_classes=10, norm_layer=nn.BatchNorm2d, mlp_ratio=1 / 32)
         return randomize(net).eval()
+    if name == "small repvgg":
+        blocks = [ByoBlockCfg(type="rep", d=2, c=c, s=2, gs=0) for c in (32, 48)]
+        cfg = ByoModelCfg(blocks=tuple(blocks), stem_type="rep", stem_chs=16)
+        return randomize(ByobNet(cfg, num_classes=10)).eval()
     if name == "vgg11_bn" and "features_only" not in kwargs:
         kwargs["mlp_ratio"] = 1 / 32  # the classifier has 119 million weights, and no unit
     return randomize(timm.create_model(name, num_classes=10, **kwargs)).eval()
@@ -129,7 +134,7 @@ def test_folding_after_the_injection(name: str) -> None:
     assert keys == [key for key in folded.state_dict() if ".se.fc1.weight" in key]
 
 
-@pytest.mark.parametrize("name", ["vgg11_bn", "repvgg_a0", "small densenet"])
+@pytest.mark.parametrize("name", ["vgg11_bn", "small repvgg", "small densenet"])
 def test_compiled_as_one_graph(name: str) -> None:
     model = opened(name)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
