@@ -240,3 +240,11 @@ def test_a_meta_build_fills_nothing_and_a_real_one_beside_it_everything() -> Non
     assert layer.weight.is_meta
     assert isinstance(layer.weight, nn.Parameter)
     assert real.tolist() == [3, 3, 3]
+
+
+def test_what_torch_refuses_to_fill_is_refused_on_meta() -> None:
+    with ParametersOnMeta():
+        with pytest.raises(ValueError, match="Fan in and fan out"):
+            nn.init.kaiming_uniform_(nn.Parameter(torch.empty(3)))
+        with pytest.raises(ValueError, match="uninitialized parameter"):
+            nn.init.normal_(nn.LazyLinear(3).weight)

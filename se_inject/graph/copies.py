@@ -187,7 +187,8 @@ def _holds_hooks(name: str, value: Any) -> bool:
 
 def _to_meta(tensor: Tensor) -> Tensor:
     if type(tensor) in (Tensor, nn.Parameter) and _is_dense(tensor):
-        meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        shape, strides = tensor.shape, tensor.stride()
+        meta = torch.empty_strided(shape, strides, dtype=tensor.dtype, device="meta")
     else:  # four times as long, because torch does this in Python on meta
         meta = torch.empty_like(tensor, device="meta", requires_grad=False)
     return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta

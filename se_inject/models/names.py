@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from se_inject.errors import ArgumentError, UnknownModelError, first_line
@@ -157,7 +158,8 @@ class ParametersOnMeta(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _FILLS:
             filled = args[0] if args else kwargs["tensor"]  # as torch.nn.init names it
-            if filled.is_meta:
+            refused = is_lazy(filled) or (func is nn.init.kaiming_uniform_ and filled.dim() < 2)
+            if filled.is_meta and not refused:
                 return filled
         elif func is torch.empty and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}

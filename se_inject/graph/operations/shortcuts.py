@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from se_inject.graph.containers import tensors_in
 from se_inject.torch_private import (
     dispatch_modes_active,
+    forward_derivatives_active,
+    function_modes,
     storage_id,
     transforms_active,
     without_torch_functions,
@@ -58,6 +60,8 @@ _PLAIN |= {torch.dtype, torch.device, torch.memory_format}
 
 def run_on_meta(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call a function on meta tensors, or make the output that it would return."""
+    if torch.compiler.is_compiling():  # Dynamo would read all of this, and put it into its graph
+        return func(*args, **kwargs)
     # Questions to a tensor in here must not count as functions of the forward.
     if func in _LIKE_INPUT:
         with without_torch_functions():
@@ -88,8 +92,17 @@ def _like_input(place: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def _somebody_looks() -> bool:
-    """Whether more than the output counts: what a FLOP counter, autograd or vmap sees."""
-    return dispatch_modes_active() or torch.is_grad_enabled() or transforms_active()
+    """Whether more than the outputs counts, or others may change them.
+
+    That is so if there are modes of the user's (a FLOP counter) or derivatives, and under vmap.
+    """
+    return bool(
+        torch.is_grad_enabled()
+        or function_modes()
+        or dispatch_modes_active()
+        or transforms_active()
+        or forward_derivatives_active()
+    )
 
 
 def _key(value: Any) -> Hashable:
