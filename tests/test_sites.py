@@ -1,5 +1,7 @@
 """Which additions are residual sites, on hand-written blocks: each that is beside near-misses."""
 
+import inspect
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -456,3 +458,44 @@ def test_the_detector_of_gates_does_not_mistake_a_spatial_gate() -> None:
     plan = plan_of(block)
     assert isinstance(plan, Plan)
     assert len(plan.sites) == 1
+
+
+class Row(nn.Module):
+    """Residual units one after another in one forward."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.conv, self.length = nn.Conv2d(3, 3, 1), length
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.length):
+            x = x + self.conv(x)
+        return x
+
+
+def test_a_row_of_additions_may_be_longer_than_pythons_stack() -> None:
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 400)
+    try:
+        plan = plan_se(Row(300), r=1, divisor=1, example_input=torch.empty(1, 3, 4, 4))
+    finally:
+        sys.setrecursionlimit(before)
+    assert len(plan.sites) == 300
+
+
+class SumThenUnit(nn.Module):
+    """A bare norm and two convolutions, but one of these reads the sum before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv, self.last = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.norm(x)
+        return y + self.conv(y) + self.last(x)
+
+
+def test_units_one_after_another_are_no_repvgg() -> None:
+    plan = plan_se(SumThenUnit(), r=2, divisor=1, example_input=torch.empty(1, 4, 4, 4))
+    assert len(plan.sites) == 1
+    assert {entry.reason for entry in plan.skipped} == {Reason.NO_CONVOLUTION, Reason.FUSION}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from se_inject.graph.operations.ops import CHANNELS_FIRST_NORM, Op
+from se_inject.graph.operations.ops import CHANNELS_FIRST_NORM
 from se_inject.sites.additions import addition, operands
 from se_inject.sites.flow import Flow, Step
 
@@ -19,18 +19,16 @@ def collapses(module: nn.Module, flow: Flow, split_point: Step | None, node: fx.
     That is so if the class of the block can fold itself, or if the sum has the form of RepVGG's:
     three terms or more, one of which is a bare norm of the input.
     """
-    terms = _terms(flow, _outermost(flow, node))
     own = operands(flow, node)
     if not all(_is_linear(flow, split_point, term) for term in own):
         return False
     cls: Any = type(module)
     if folds(cls):
         return True
-    start: Step | None = terms[0]
-    for term in terms[1:]:
-        start = flow.meet(start, term)
-    paths = [list(flow.ops(flow.between(start, term))) for term in terms]
-    return len(terms) >= 3 and _is_repvgg(paths)
+    last = _outermost(flow, node)
+    if last not in flow.repvgg_rows:
+        flow.repvgg_rows[last] = _is_repvgg(flow, *_row(flow, last))
+    return flow.repvgg_rows[last]
 
 
 def _is_linear(flow: Flow, split_point: Step | None, end: fx.Node) -> bool:
@@ -46,24 +44,35 @@ def _outermost(flow: Flow, node: fx.Node) -> fx.Node:
         node = readers[0]
 
 
-def _terms(flow: Flow, node: fx.Node) -> list[fx.Node]:
-    """The terms that a row of additions adds: ``a``, ``b`` and ``c`` in ``(a + b) + c``."""
-    added = addition(flow, node)
-    if added is None or node not in flow.inputs:
-        return [node]
-    return [term for part in added[:2] if part in flow.inputs for term in _terms(flow, part)]
+def _row(flow: Flow, node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The additions of a row and its terms: ``a``, ``b`` and ``c`` in ``(a + b) + c``."""
+    additions, terms = [], []
+    stack = [node]
+    while stack:  # a row may be longer than Python's stack
+        part = stack.pop()
+        added = addition(flow, part) if part in flow.inputs else None
+        if added is None:
+            terms.append(part)
+        else:
+            additions.append(part)
+            stack += [operand for operand in added[:2] if operand in flow.inputs]
+    return additions, terms
 
 
-def _is_repvgg(paths: Sequence[Sequence[Op]]) -> bool:
-    """Whether all paths are linear, two or more have one convolution, and one is a bare norm."""
-
-    def norms(ops: Sequence[Op]) -> bool:
-        return any(op.name in CHANNELS_FIRST_NORM for op in ops)
-
+def _is_repvgg(flow: Flow, additions: Sequence[fx.Node], terms: Sequence[fx.Node]) -> bool:
+    """Whether all terms are linear paths, two or more have one convolution, and one a bare norm."""
+    # Terms beside each other have no sum of the row on their way, as units one after another have.
+    if len(terms) < 3 or flow.any_reaches(additions, terms):
+        return False
+    start: Step | None = terms[0]
+    for term in terms[1:]:
+        start = flow.meet(start, term)
+    paths = [list(flow.ops(flow.between(start, term))) for term in terms]
     if not all(op.is_linear_in_map for ops in paths for op in ops):
         return False
     convolutions = [sum(op.is_convolution for op in ops) for ops in paths]
-    bare = [norms(ops) and not n for ops, n in zip(paths, convolutions, strict=True)]
+    norms = [any(op.name in CHANNELS_FIRST_NORM for op in ops) for ops in paths]
+    bare = [norm and not n for norm, n in zip(norms, convolutions, strict=True)]
     return any(bare) and max(convolutions) == 1 and convolutions.count(1) >= 2
 
 

@@ -1,6 +1,6 @@
 """The data flow of a block graph: what is computed from the inputs, dominators, depth."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import fx
 
@@ -47,6 +47,8 @@ class Flow:
         # Immediate dominators; None is the common root of all inputs.
         self.dominator: dict[Step, Step | None] = {}
         self.roots: dict[Step, frozenset[Step]] = {}  # the inputs that a step is computed from
+        # Whether a row of additions is that of RepVGG's, by its last addition.
+        self.repvgg_rows: dict[fx.Node, bool] = {}
         self._enlarged: set[Step] = set()
         # The steps that each step is computed from, itself among them, as bits by their order.
         self._sources: dict[Step, int] = {}
@@ -183,6 +185,11 @@ class Flow:
     def reaches(self, a: Step, b: Step) -> bool:
         """Whether ``b`` is computed from ``a``, or is ``a`` itself."""
         return bool(self._sources[b] >> self.order[a] & 1)
+
+    def any_reaches(self, starts: Iterable[Step], ends: Iterable[Step]) -> bool:
+        """Whether one of the ends is computed from one of the starts."""
+        bits = sum(1 << self.order[start] for start in set(starts))
+        return any(self._sources[end] & bits for end in ends)
 
     def between(self, split_point: Step | None, end: Step) -> list[Step]:
         """The steps on the paths from the split point (not included) to ``end`` (included)."""
