@@ -137,6 +137,19 @@ def test_what_dynamo_reads_of_a_forward_is_not_remembered(
     assert [entry.block for entry in plan.skipped] == ["block.0", "block.1"]
 
 
+class CallsAKernel(Block):
+    """Torch's kernels in Python are its own code: the tracer does not look into them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch._refs.softmax(self.conv(x), 1)
+
+
+def test_what_planning_asks_for_itself_is_no_reason() -> None:
+    plan = plan_se(Net(CallsAKernel()), example_input=X, r=2, divisor=1)
+    (skipped,) = plan.skipped
+    assert "not made by a function of torch" in skipped.detail
+
+
 class Tokens(Net):
     """``view`` asks for the strides of the parameter."""
 

@@ -369,7 +369,7 @@ def test_real_networks_keep_their_function(name: str) -> None:
     drop = {} if name.startswith(("dla", "hrnet")) else {"drop_path_rate": 0.3}
     model = randomize(timm.create_model(name, **drop))
     state = copy.deepcopy(model.state_dict())
-    x = torch.randn(2, 3, 32, 32)
+    x = torch.randn(2, 3, 64, 64)
 
     @torch.no_grad()
     def run() -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Nested tuples, lists and dicts of tensors, which forwards take and return."""
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -63,6 +64,17 @@ def all_leaves(value: Any) -> Iterator[Any]:
             yield from all_leaves(item)
     else:
         yield value
+
+
+# Most attributes of a module have one of these types. Such a value is its own copy.
+FLAT = frozenset((bool, int, float, str, type(None)))
+_DICTS = frozenset((dict, OrderedDict))
+
+
+def is_flat(value: Any) -> bool:
+    """Whether there is nothing to look into: a number, a text, or an empty dict (of hooks)."""
+    kind = type(value)
+    return kind in FLAT or (kind in _DICTS and not value)
 
 
 def holds_tensor(value: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.errors import ForwardError, first_line
-from se_inject.graph.containers import tensors_in
+from se_inject.graph.containers import FLAT, is_flat, tensors_in
 from se_inject.graph.foreign import StandIn, is_quantized, is_scripted
 from se_inject.graph.frames import place_of_error
 from se_inject.graph.thread import raise_interruption
@@ -63,7 +63,7 @@ def copy_with_twins(
         # The tensors in these dicts have been copied above.
         seen = {id(module._parameters), id(module._buffers), id(module._modules)}
         for name, value in vars(module).items():
-            if id(value) in seen or _is_flat(value):
+            if id(value) in seen or is_flat(value):
                 continue
             if _holds_hooks(name, value):
                 if not hooks:
@@ -115,10 +115,6 @@ def copy_with_twins(
 
 
 _HOLDERS = (Tensor, list, tuple, dict)
-_DICTS = frozenset((dict, OrderedDict))
-
-# Most attributes of a module have one of these types. Such a value is its own copy.
-_WITHOUT_TENSORS = frozenset((bool, int, float, str, type(None)))
 
 # The __setstate__ of a convolution only fills in what the files of an old torch lack.
 _COPIED_PLAINLY = frozenset((nn.Module, object, nn.modules.conv._ConvNd))
@@ -141,7 +137,7 @@ def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
     """Fill the copy of a module. ``copy.deepcopy`` would do the same, but slower."""
     copied = vars(memo[id(module)])
     for name, value in vars(module).items():
-        if type(value) in _WITHOUT_TENSORS:
+        if type(value) in FLAT:
             copied[name] = value
         elif id(value) in memo:
             copied[name] = memo[id(value)]
@@ -177,10 +173,6 @@ def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
     return [value for name, value in vars(module).items() if _holds_hooks(name, value)]
 
 
-def _is_flat(value: Any) -> bool:
-    return type(value) in _WITHOUT_TENSORS or (type(value) in _DICTS and not value)
-
-
 def _holds_hooks(name: str, value: Any) -> bool:
     return isinstance(value, dict) and "_hooks" in str(name)
 
@@ -189,7 +181,7 @@ def _to_meta(tensor: Tensor) -> Tensor:
     if type(tensor) in (Tensor, nn.Parameter) and _is_dense(tensor):
         shape, strides = tensor.shape, tensor.stride()
         meta = torch.empty_strided(shape, strides, dtype=tensor.dtype, device="meta")
-    else:  # four times as long, because torch does this in Python on meta
+    else:  # this takes longer, because torch does it in Python on meta
         meta = torch.empty_like(tensor, device="meta", requires_grad=False)
     return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
 

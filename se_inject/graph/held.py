@@ -12,10 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from se_inject.graph.containers import is_flat
+
 _DEEPEST = 4
-# Most attributes are of these types, or are an empty dict of hooks. They are not looked into.
-_FLAT = frozenset((bool, int, float, str, type(None)))
-_DICTS = (dict, collections.OrderedDict)
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _OF_CODE = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
 
@@ -54,17 +53,12 @@ def _held_by(module: nn.Module, at: str) -> dict[str, dict[str, list[Any]]]:
     """For each module and each of its attributes, everything reachable from the attribute."""
     return {
         path: {
-            name: [value] if _is_flat(value) else [value, *_inside(value, _DEEPEST)]
+            name: [value] if is_flat(value) else [value, *_inside(value, _DEEPEST)]
             for name, value in vars(part).items()
             if path or name not in _REGISTRIES
         }
         for path, part in module.named_modules(prefix=at)
     }
-
-
-def _is_flat(value: Any) -> bool:
-    kind = type(value)
-    return kind in _FLAT or (kind in _DICTS and not value)
 
 
 def _inside(value: Any, depth: int) -> Iterator[Any]:

@@ -130,10 +130,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_new(out: Any, given: list[Tensor]) -> bool:
-    """Whether a function returns plain tensors, and none of them is a part of what it was given."""
+    """Whether a function returns plain tensors that share no memory with others."""
     outputs = out if type(out) is tuple else (out,)
-    known = {storage_id(tensor) for tensor in given}
-    return all(_is_plain(tensor) and storage_id(tensor) not in known for tensor in outputs)
+    if not all(map(_is_plain, outputs)):
+        return False
+    made = {storage_id(tensor) for tensor in outputs}
+    return len(made) == len(outputs) and made.isdisjoint(map(storage_id, given))
 
 
 def _made_again(made: Any) -> Any:
